@@ -1,0 +1,75 @@
+"""Fixtures: a small data set on disk, and the command line run in this process."""
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlsm.console import speaking
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+
+
+def disk(rng, h, w):
+    """A picture with a bright disk, and the disk's mask."""
+    y, x = np.mgrid[:h, :w]
+    cy, cx, r = rng.uniform(0.3, 0.7) * h, rng.uniform(0.3, 0.7) * w, rng.uniform(0.15, 0.25) * min(h, w)
+    mask = np.hypot(y - cy, x - cx) < r
+    image = rng.integers(0, 90, (h, w, 3)).astype(np.uint8)
+    image[mask] = (220, 60, 50)
+    return image, mask
+
+
+def write_pair(root, stem, image, mask):
+    for part, pixels in (("images", image), ("masks", mask.astype(np.uint8) * 255)):
+        (root / part).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(root / part / f"{stem}.png")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A data set in MedVLSM's layout: 24 training, 6 validation and 6 test pictures of 60 x 44."""
+    root, rng, n = tmp_path / "disks", np.random.default_rng(0), 0
+    for split, count in (("train", 24), ("val", 6), ("test", 6)):
+        entries = []
+        for _ in range(count):
+            write_pair(root, f"d{n}", *disk(rng, 44, 60))
+            prompts = {"p0": "", "p1": "disk", "p2": "red disk", "p3": ["one red disk", "a red disk"]}
+            entries.append(dict(img_name=f"d{n}.png", mask_name=f"d{n}.png", prompts=prompts, bbox=[1, 2, 3, 4]))
+            n += 1
+        (root / "anns").mkdir(exist_ok=True)
+        (root / "anns" / f"{split}.json").write_text(json.dumps(entries))
+    return root
+
+
+@pytest.fixture
+def cli(capsys):
+    """Run `train` or `evaluate` with arguments as a user would: (exit code, stdout, stderr)."""
+
+    def run(program, *argv):
+        main = importlib.import_module(program).main
+        capsys.readouterr()
+        code = 0
+        try:
+            with speaking():
+                main([str(a) for a in argv])
+        except SystemExit as stop:
+            code = stop.code
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return run
+
+
+@pytest.fixture
+def quick(folder, tmp_path):
+    """Arguments of a small run on the folder, with the mini base at half its size."""
+    return ["--dataset", folder, "--weights", "mini", "--image-size", 48, "--batch-size", 8, "--dim", 8, "--out", tmp_path / "run"]

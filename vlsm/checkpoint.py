@@ -1,0 +1,97 @@
+"""Files that survive a crash: each is written under a temporary name, flushed to disk, then renamed."""
+
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from .model import build
+
+FORMAT = 1
+UMASK = os.umask(0)
+os.umask(UMASK)  # it can only be read by setting it
+
+
+@contextmanager
+def replacing(path):
+    """A temporary path to write to; on success it takes the name `path`, on any error it is removed and `path` stays as it was."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~UMASK)  # safetensors writes for the owner alone
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def save_tuned(path, model, **about):
+    """Write the tuned tensors and, as metadata (each value in JSON), what is needed to use them: `about` and the model's own `info`."""
+    info = {k: v for k, v in model.info.items() if k != "folder"}
+    metadata = dict(format=FORMAT, **info, **about)
+    with replacing(path) as temporary:
+        save_file(model.tuned_state_dict(), temporary, {k: json.dumps(v) for k, v in metadata.items()})
+
+
+def read_metadata(path):
+    """The metadata of a checkpoint as a dictionary. Raises FileNotFoundError or ValueError in words."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no checkpoint '{path}'.")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except Exception as error:
+        raise ValueError(f"The checkpoint '{path}' cannot be read ({str(error)[:200]}). Is the file complete?") from error
+    if metadata.get("format") != json.dumps(FORMAT):
+        raise ValueError(f"'{path}' is no checkpoint of this program (format {metadata.get('format')}, expected {FORMAT}).")
+    return {name: json.loads(value) for name, value in metadata.items()}
+
+
+def load(path, weights=None):
+    """The model of a run's checkpoint: its base (or `weights`, a folder or hub id holding the same base) and the trained tuner.
+
+    The checkpoint's metadata stands in `model.about`. Raises ValueError if the base is not the one that was tuned.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "best.safetensors"
+    about = read_metadata(path)
+    weights = weights or about["weights"]
+    model = build(about["model"], weights, about["method"], about["reference"], **about["options"])
+    if model.info["fingerprint"] != about["fingerprint"]:
+        raise ValueError(
+            f"'{path}' was tuned on the base '{about['weights']}' (fingerprint {about['fingerprint']}), and '{weights}' is another base "
+            f"(fingerprint {model.info['fingerprint']}). Pass the right one with --weights."
+        )
+    model.load_tuned(load_file(path))
+    model.about = about
+    return model
+
+
+def save_state(path, state):
+    """Optimizer, scheduler, generators, counters: tensors, numbers, strings, lists and dictionaries only."""
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_state(path):
+    """What `save_state` wrote; nothing in the file can execute. Raises ValueError in words if it is broken."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"There is nothing to resume: '{path}' does not exist.") from None
+    except Exception as error:
+        raise ValueError(f"'{path}' cannot be read ({type(error).__name__}: {str(error)[:200]}). Start again with --overwrite.") from error

@@ -1,0 +1,336 @@
+"""CLIPSeg in plain PyTorch: two pre-norm CLIP encoders and a small FiLM-conditioned decoder.
+
+Parameters carry the names of the Hugging Face checkpoint (`clip.vision_model...`, `clip.text_model...`, `decoder...`), so a
+checkpoint loads by name. The forward pass computes only what the logits depend on, never detaches, and calls the hooks of a
+`Tuner` (see tuners.py) where a tuning method may act.
+
+Sources: Lüddecke and Ecker, "Image Segmentation Using Text and Image Prompts" (CVPR 2022); Radford et al., CLIP (2021).
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .tuners import Tuner
+
+# Buffers that older transformers releases wrote; they hold 0, 1, 2, ... and are not needed.
+UNUSED_KEYS = ("clip.text_model.embeddings.position_ids", "clip.vision_model.embeddings.position_ids")
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Sizes of one CLIP encoder; the defaults are those that transformers leaves out of `config.json` (text encoder)."""
+
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    vocab_size: int = 49408
+    max_position_embeddings: int = 77
+    eos_token_id: int = 49407
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 32
+
+
+VISION_DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
+
+
+@dataclass(frozen=True)
+class CLIPSegConfig:
+    """Sizes of a CLIPSeg network, as `config.json` holds them."""
+
+    text: EncoderConfig
+    vision: EncoderConfig
+    projection_dim: int = 512
+    extract_layers: tuple = (3, 6, 9)
+    reduce_dim: int = 64
+    decoder_num_attention_heads: int = 4
+    decoder_intermediate_size: int = 2048
+    conditional_layer: int = 0
+    use_complex_transposed_convolution: bool = False
+
+    @classmethod
+    def from_dict(cls, raw):
+        """Read the dictionary of a Hugging Face `config.json`. Raises ValueError for sizes that cannot work."""
+
+        def known(kind, values):
+            names = {f.name for f in fields(kind)}
+            return {k: v for k, v in values.items() if k in names and v is not None}
+
+        def encoder(name, defaults):  # old files repeat the values, and win, under `<name>_dict`
+            values = {**defaults, **(raw.get(name) or {}), **(raw.get(f"{name}_dict") or {})}
+            return EncoderConfig(**known(EncoderConfig, values))
+
+        top = known(cls, {k: v for k, v in raw.items() if k not in ("text", "vision")})
+        top["extract_layers"] = tuple(top.get("extract_layers", cls.extract_layers))
+        config = cls(text=encoder("text_config", {}), vision=encoder("vision_config", VISION_DEFAULTS), **top)
+        for name, enc in (("text_config", config.text), ("vision_config", config.vision)):
+            if enc.hidden_act not in ACTIVATIONS:
+                raise ValueError(f"{name}.hidden_act is '{enc.hidden_act}'; known are {', '.join(ACTIVATIONS)}.")
+            if enc.hidden_size % enc.num_attention_heads:
+                raise ValueError(f"{name}: hidden_size {enc.hidden_size} is no multiple of {enc.num_attention_heads} heads.")
+        if not config.extract_layers or not 0 <= min(config.extract_layers) <= max(config.extract_layers) < config.vision.num_hidden_layers:
+            raise ValueError(
+                f"extract_layers {list(config.extract_layers)} must be indices of the {config.vision.num_hidden_layers} vision layers."
+            )
+        return config
+
+
+def quick_gelu(x):
+    """x sigmoid(1.702 x), by way of SiLU: one fused operation each way where the formula as written takes three."""
+    return F.silu(1.702 * x) * (1 / 1.702)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "relu": F.relu}
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; one product makes q, k and v."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(dim, dim)
+        self.k_proj = nn.Linear(dim, dim)
+        self.v_proj = nn.Linear(dim, dim)
+        self.out_proj = nn.Linear(dim, dim)
+
+    def forward(self, x, mask=None, causal=False):
+        B, N, D = x.shape
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        qkv = F.linear(x, torch.cat([p.weight for p in parts]), torch.cat([p.bias for p in parts]))  # [B, N, 3D]
+        q, k, v = qkv.view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each [B, heads, N, D/heads]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return self.out_proj(out.transpose(1, 2).reshape(B, N, D))
+
+
+class MLP(nn.Module):
+    def __init__(self, dim, hidden, activation):
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer layer of an encoder; the tuner makes both residual additions."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.self_attn = Attention(c.hidden_size, c.num_attention_heads)
+        self.layer_norm1 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+        self.mlp = MLP(c.hidden_size, c.intermediate_size, c.hidden_act)
+        self.layer_norm2 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+
+    def forward(self, x, tuner, branch, layer, mask=None, causal=False):
+        x = tuner.add(branch, layer, "attn", self.self_attn(self.layer_norm1(x), mask, causal), x)
+        return tuner.add(branch, layer, "mlp", self.mlp(self.layer_norm2(x)), x)
+
+
+class Encoder(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
+
+
+class VisionEmbeddings(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.zeros(c.hidden_size))
+        self.patch_embedding = nn.Conv2d(c.num_channels, c.hidden_size, c.patch_size, c.patch_size, bias=False)
+        self.position_embedding = nn.Embedding((c.image_size // c.patch_size) ** 2 + 1, c.hidden_size)
+
+    def forward(self, pixel_values):
+        patches = self.patch_embedding(pixel_values)  # [B, D, h, w]
+        B, D, h, w = patches.shape
+        x = torch.cat([self.class_embedding.to(patches.dtype).expand(B, 1, D), patches.flatten(2).transpose(1, 2)], 1)
+        return x + self.positions(h, w)  # [B, 1+h*w, D]
+
+    def positions(self, h, w):
+        """Position embeddings for an h x w grid `[1+h*w, D]`, resized bicubically if that is not the trained grid."""
+        weight = self.position_embedding.weight
+        side = round((len(weight) - 1) ** 0.5)
+        if (h, w) == (side, side):
+            return weight
+        grid = weight[1:].T.reshape(1, -1, side, side)  # [1, D, side, side]
+        grid = F.interpolate(grid, size=(h, w), mode="bicubic", align_corners=False)
+        return torch.cat([weight[:1], grid.flatten(2)[0].T])
+
+
+class VisionModel(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.embeddings = VisionEmbeddings(c)
+        self.pre_layrnorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)  # spelt so in the checkpoint
+        self.encoder = Encoder(c)
+        self.post_layernorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+
+
+class TextEmbeddings(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.token_embedding = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.position_embedding = nn.Embedding(c.max_position_embeddings, c.hidden_size)
+
+
+class TextModel(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.embeddings = TextEmbeddings(c)
+        self.encoder = Encoder(c)
+        self.final_layer_norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+
+
+class CLIP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.text_model = TextModel(c.text)
+        self.vision_model = VisionModel(c.vision)
+        self.visual_projection = nn.Linear(c.vision.hidden_size, c.projection_dim, bias=False)
+        self.text_projection = nn.Linear(c.text.hidden_size, c.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(2.6592))
+
+
+class DecoderLayer(nn.Module):
+    """Post-norm transformer layer; its activation is ReLU whatever `decoder_hidden_act` says."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.self_attn = Attention(c.reduce_dim, c.decoder_num_attention_heads)
+        self.layer_norm1 = nn.LayerNorm(c.reduce_dim, eps=c.vision.layer_norm_eps)
+        self.mlp = MLP(c.reduce_dim, c.decoder_intermediate_size, "relu")
+        self.layer_norm2 = nn.LayerNorm(c.reduce_dim, eps=c.vision.layer_norm_eps)
+
+    def forward(self, x):
+        x = self.layer_norm1(x + self.self_attn(x))
+        return self.layer_norm2(x + self.mlp(x))
+
+
+class Decoder(nn.Module):
+    """Reduces the extracted activations, deepest first, modulates them by the prompt (FiLM) and upsamples to pixels."""
+
+    def __init__(self, c):
+        super().__init__()
+        r, patch, depth = c.reduce_dim, c.vision.patch_size, len(c.extract_layers)
+        self.conditional_layer = c.conditional_layer
+        self.film_mul = nn.Linear(c.projection_dim, r)
+        self.film_add = nn.Linear(c.projection_dim, r)
+        if c.use_complex_transposed_convolution:
+            k = patch // 4
+            self.transposed_convolution = nn.Sequential(
+                nn.Conv2d(r, r, 3, padding=1),
+                nn.ReLU(),
+                nn.ConvTranspose2d(r, r // 2, k, k),
+                nn.ReLU(),
+                nn.ConvTranspose2d(r // 2, 1, k, k),
+            )
+        else:
+            self.transposed_convolution = nn.ConvTranspose2d(r, 1, patch, patch)
+        self.reduces = nn.ModuleList(nn.Linear(c.vision.hidden_size, r) for _ in range(depth))
+        self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(depth))
+
+    def forward(self, activations, cond, grid):
+        x = 0
+        for k, (activation, reduce, layer) in enumerate(zip(reversed(activations), self.reduces, self.layers)):
+            x = x + reduce(activation)  # [B, 1+N, r]
+            if k == self.conditional_layer:
+                x = self.film_mul(cond)[:, None] * x + self.film_add(cond)[:, None]
+            x = layer(x)
+        x = x[:, 1:].transpose(1, 2).unflatten(2, grid)  # class token dropped: [B, r, h, w]
+        return self.transposed_convolution(x)  # [B, 1, H, W]
+
+
+class CLIPSeg(nn.Module):
+    """The network. `config` is a `CLIPSegConfig`; weights are uninitialised noise until loaded (see weights.py)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.clip = CLIP(config)
+        self.decoder = Decoder(config)
+
+    def encode_image(self, pixel_values, tuner):
+        """Activations that the decoder reads: a list of `[B, 1+N, D]`, in the order of `extract_layers`.
+
+        Stops after the deepest extracted layer: nothing above it reaches the logits.
+        """
+        vision, wanted = self.clip.vision_model, self.config.extract_layers
+        x = vision.pre_layrnorm(vision.embeddings(pixel_values))
+        states = []
+        for i, block in enumerate(vision.encoder.layers[: max(wanted) + 1]):
+            x = block(x, tuner, "vision", i)
+            states.append(x)
+        return [tuner.activation(k, states[i]) for k, i in enumerate(wanted)]
+
+    def end_of_text(self, input_ids):
+        """Index `[B]` of the pooled token: the first end token, or (legacy `eos_token_id` 2) the highest id."""
+        eos = self.config.text.eos_token_id
+        if eos == 2:
+            return input_ids.argmax(1)
+        found = input_ids == eos
+        if not torch.compiler.is_compiling() and not found.any(1).all():
+            row = int((~found.any(1)).nonzero()[0])
+            raise ValueError(
+                f"Prompt {row} of the batch holds no end-of-text token (id {eos}), so there is nothing to pool. "
+                "Was it cut by hand, or made with another model's tokenizer?"
+            )
+        return found.int().argmax(1)
+
+    def encode_text(self, input_ids, attention_mask, tuner):
+        """Conditional embedding `[B, P]` of each prompt, after the tuner's hook.
+
+        The attention is causal, so what follows the end-of-text token cannot reach it: those columns are cut off, and the padding
+        mask matters only where it hides a token before the end.
+        """
+        text = self.clip.text_model
+        limit = self.config.text.max_position_embeddings
+        end = self.end_of_text(input_ids)
+        T = int(end.max()) + 1
+        if T > limit:
+            raise ValueError(f"A prompt has {T} tokens; the text encoder takes at most {limit}.")
+        input_ids = input_ids[:, :T]
+        mask = None
+        if attention_mask is not None and not attention_mask[:, :T][torch.arange(T, device=end.device) <= end[:, None]].all():
+            mask = attention_mask[:, None, None, :T].bool() & torch.ones(T, T, dtype=torch.bool, device=end.device).tril()
+        device = text.embeddings.token_embedding.weight.device
+        input_ids, end = input_ids.to(device), end.to(device)
+        rows = torch.arange(len(end), device=device)
+
+        x = text.embeddings.token_embedding(input_ids) + text.embeddings.position_embedding.weight[:T]  # [B, T, D]
+        states = []  # of the pooled token, after each layer
+        for i, block in enumerate(text.encoder.layers):
+            x = block(x, tuner, "text", i, None if mask is None else mask.to(device), causal=mask is None)
+            states.append(x[rows, end])  # [B, D]
+        cond = self.clip.text_projection(text.final_layer_norm(states[-1]))  # [B, P]
+        return tuner.condition(cond, [states[i] for i in self.config.extract_layers if i < len(states)])
+
+    def forward(self, pixel_values, input_ids, attention_mask=None, tuner=None):
+        """`[B, 3, H, W]`, `[B, T]`, `[B, T]` -> logits `[B, 1, H, W]` (foreground where > 0). H, W: multiples of the patch size.
+
+        Equal prompts are encoded once. Keep `input_ids` on the CPU to spare a GPU the synchronisation that this costs.
+        """
+        tuner = tuner or Tuner()
+        patch = self.config.vision.patch_size
+        H, W = pixel_values.shape[-2:]
+        if H % patch or W % patch:
+            raise ValueError(f"Images of {H} x {W} pixels do not divide into patches of {patch}; resize them to multiples of {patch}.")
+        if len(input_ids) != len(pixel_values):
+            raise ValueError(f"{len(pixel_values)} images came with {len(input_ids)} prompts; each image needs one.")
+        back = None
+        if not torch.compiler.is_compiling():
+            pairs = input_ids if attention_mask is None else torch.stack([input_ids, attention_mask.to(input_ids)], -1)
+            unique, back = torch.unique(pairs, dim=0, return_inverse=True)
+            input_ids, attention_mask = (unique, None) if attention_mask is None else unique.unbind(-1)
+        cond = self.encode_text(input_ids, attention_mask, tuner)
+        if back is not None:
+            cond = cond[back.to(cond.device)]
+        activations = self.encode_image(pixel_values, tuner)
+        return self.decoder(activations, cond, (H // patch, W // patch))

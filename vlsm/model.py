@@ -1,0 +1,129 @@
+"""A frozen base and a tuner, as one module; building it from weights and loading it from a run's checkpoint."""
+
+import inspect
+
+import torch
+from torch import nn
+
+from . import clipseg
+from . import weights as weights_io
+from .tuners import METHODS
+
+
+class VLSM(nn.Module):
+    """Image and prompt in, logits out. Only what the tuner names is trained; all else has `requires_grad` False.
+
+    Attributes: `base`, `tuner`; `info`, a dictionary with model, weights, fingerprint, method, options, reference, folder.
+    """
+
+    def __init__(self, base, tuner, info):
+        super().__init__()
+        self.base, self.tuner, self.info = base, tuner, info
+        self.base.requires_grad_(False)
+        for name in tuner.base_parameters(base):
+            base.get_parameter(name).requires_grad_(True)
+
+    def forward(self, pixel_values, input_ids, attention_mask=None):
+        """`[B, 3, H, W]`, `[B, T]`, `[B, T]` -> logits `[B, 1, H, W]`; see the base's forward."""
+        return self.base(pixel_values, input_ids, attention_mask, self.tuner)
+
+    def tuned_parameters(self):
+        """What training changes: a dictionary from tensor name (as in the checkpoint) to parameter."""
+        tuned = dict(self.tuner.named_parameters())
+        tuned.update({name: self.base.get_parameter(name) for name in self.tuner.base_parameters(self.base)})
+        return tuned
+
+    def tuned_state_dict(self):
+        """Copies of the tuned tensors on the CPU, in float32, by name. Nothing of the frozen base is among them."""
+        return {name: p.detach().float().cpu().clone().contiguous() for name, p in self.tuned_parameters().items()}
+
+    @torch.no_grad()
+    def load_tuned(self, tensors):
+        """Set the tuned tensors. Raises ValueError unless names and shapes are exactly those of `tuned_state_dict()`."""
+        own = self.tuned_parameters()
+        missing, extra = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
+        wrong = [
+            f"{n} {list(tensors[n].shape)} instead of {list(own[n].shape)}"
+            for n in own
+            if n in tensors and tensors[n].shape != own[n].shape
+        ]
+        if missing or extra or wrong:
+            found = "; ".join(
+                f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+                for kind, names in (("missing", missing), ("not of this method", extra), ("of another shape", wrong))
+                if names
+            )
+            raise ValueError(f"These tensors are not those of --peft {self.info['method']} with {self.info['options']}: {found}.")
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+
+    def count(self):
+        """(trained, total) numbers of parameters."""
+        return sum(p.numel() for p in self.tuned_parameters().values()), sum(p.numel() for p in self.parameters())
+
+    def check_gradients(self):
+        """One line on the first backward pass: each trained tensor needs a finite, non-zero gradient and no frozen one may have any.
+
+        Raises ValueError where a gradient is missing, not finite, or where none should be.
+        """
+        tuned = self.tuned_parameters()
+        trained = {id(p) for p in tuned.values()}
+        broken = [n for n, p in tuned.items() if p.grad is None or not p.grad.isfinite().all()]
+        # a key bias shifts all of a query's scores alike, which softmax ignores: its gradient is zero by nature
+        zero = [n for n, p in tuned.items() if n not in broken and not n.endswith("k_proj.bias") and not p.grad.any()]
+        leaking = [n for n, p in self.named_parameters() if id(p) not in trained and p.grad is not None]
+        if broken or leaking:
+            raise ValueError(
+                f"First step: {len(broken)} trained tensors without a finite gradient ({', '.join(broken[:3])}), "
+                f"{len(leaking)} frozen ones with one ({', '.join(leaking[:3])}). Training would be wrong; please report this."
+            )
+        frozen = sum(1 for _ in self.parameters()) - len(tuned)
+        line = f"{len(tuned) - len(zero)} of {len(tuned)} trained tensors finite and non-zero, 0 of {frozen} frozen ones have any"
+        dead = f"; ZERO, so not learning yet: {', '.join(zero[:4])}{', ...' if len(zero) > 4 else ''}" if zero else ""
+        return f"gradients at the first step: {line}{dead}"
+
+    def hold_frozen_weights_in(self, dtype):
+        """Keep the frozen matrices in the compute dtype; norms, embeddings of positions and everything trained stay float32."""
+        for module in self.base.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)) and not any(p.requires_grad for p in module.parameters()):
+                module.to(dtype)
+        return self
+
+
+def method_options(method, options):
+    """The options of a method, its defaults filled in. Raises ValueError for an unknown method or option."""
+    if method not in METHODS:
+        raise ValueError(f"Method '{method}' is not known. Choose one of: {', '.join(METHODS)}.")
+    takes = {n: p.default for n, p in inspect.signature(METHODS[method]).parameters.items() if n not in ("config", "reference")}
+    unknown = sorted(set(options) - set(takes))
+    if unknown:
+        raise ValueError(
+            f"Method '{method}' takes {'the options ' + ', '.join(takes) if takes else 'no options'}; it has no {', '.join(unknown)}."
+        )
+    return {**takes, **options}
+
+
+def build(model="clipseg", weights=weights_io.DEFAULT_WEIGHTS, method="none", reference=False, **options):
+    """A VLSM with frozen `weights` and a fresh tuner, in float32 on the CPU, in eval mode.
+
+    model: "clipseg". weights: "mini" (embedded), a local folder in Hugging Face layout, or a hub id. method: a key of
+    `vlsm.tuners.METHODS`; its options follow as keywords (`branches="vl", dim=64`). reference: do as the published code does
+    where it departs from its paper. Raises ValueError or FileNotFoundError with a sentence to act on.
+    """
+    if model != "clipseg":
+        raise ValueError(f"Model '{model}' is not known. Choose: clipseg.")
+    options = method_options(method, options)
+    folder = weights_io.resolve(weights)
+    raw = weights_io.read_json(folder / "config.json")
+    if raw.get("model_type", "clipseg") != "clipseg":
+        raise ValueError(f"'{folder}/config.json' describes a '{raw['model_type']}' model; --model clipseg needs a CLIPSeg one.")
+    with torch.device("meta"):
+        base = clipseg.CLIPSeg(clipseg.CLIPSegConfig.from_dict(raw))
+    tensors = weights_io.read_tensors(folder)
+    weights_io.load_strictly(base, tensors, clipseg.UNUSED_KEYS, f"The checkpoint in '{folder}'")
+    tuner = METHODS[method](base.config, reference=reference, **options)
+    info = dict(
+        model=model, weights=str(weights), fingerprint=weights_io.fingerprint(base.state_dict()),
+        method=method, options=options, reference=reference, folder=folder,
+    )  # fmt: skip
+    return VLSM(base, tuner, info).eval()
