@@ -1,0 +1,194 @@
+"""The decode-once cache: every picture read, checked and resized one single time, into memory-mapped uint8 arrays."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from .checkpoint import replacing
+from .images import read_image, read_mask, resize_image, resize_mask
+
+FORMAT = 1
+
+
+@dataclass
+class Record:
+    """One (image, mask, prompts) triple. image, mask: a path, or the pixels (uint8 `[H, W, 3]`, bool `[H, W]`)."""
+
+    name: str  # of the image, for people
+    mask_name: str
+    image: object
+    mask: object
+    prompts: dict = field(default_factory=dict)
+    class_word: str | None = None
+    problem: str | None = None  # why it cannot be used, where that is known before its files are read
+
+
+class DataError(ValueError):
+    """All that is wrong with a data set, grouped, in one message. `bad`: indices of the records it concerns."""
+
+    def __init__(self, problems, total):
+        self.bad = sorted({i for hits in problems.values() for i, _ in hits})
+        lines = [f"{len(self.bad)} of {total} records cannot be used:"]
+        for kind, hits in problems.items():
+            names = list(dict.fromkeys(name for _, name in hits))
+            lines.append(f"  {len(names)} x {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
+        super().__init__("\n".join(lines))
+
+
+class Decoded:
+    """A split ready for training: `records`, and their pixels at the model's size.
+
+    images: uint8 `[M, 3, S, S]`; masks: uint8 0/1 `[N, S, S]`; image_of: `[N]`, the image of each record (several may share one).
+    """
+
+    def __init__(self, records, images, masks, image_of):
+        self.records, self.images, self.masks, self.image_of = records, images, masks, np.asarray(image_of)
+
+    def __len__(self):
+        return len(self.records)
+
+    def batch(self, indices):
+        """(pixels uint8 `[B, 3, S, S]`, masks uint8 `[B, 1, S, S]`) of some records."""
+        return torch.from_numpy(self.images[self.image_of[indices]]), torch.from_numpy(self.masks[indices][:, None])
+
+
+def image_index(records):
+    """Records that share an image share its row: (one record per image, index of the image of each record)."""
+    rows, image_of, first = {}, [], []
+    for i, r in enumerate(records):
+        key = str(r.image) if isinstance(r.image, (str, Path)) else id(r.image)
+        if key not in rows:
+            rows[key] = len(first)
+            first.append(i)
+        image_of.append(rows[key])
+    return first, image_of
+
+
+def _stamp(path):
+    """What changes when a file does; a missing file has none (it is reported when it is read)."""
+    try:
+        stat = os.stat(path)
+        return [str(path), stat.st_size, stat.st_mtime_ns]
+    except OSError:
+        return [str(path), -1, -1]
+
+
+def _decode(job):
+    """One record: (index, problem or None, image `[3, S, S]` or None, mask `[S, S]`, whether the mask has foreground)."""
+    i, record, size, with_image = job
+    if record.problem:
+        return i, (record.problem, record.name)
+    try:
+        image = read_image(record.image)
+    except FileNotFoundError:
+        return i, ("image without file", record.name)
+    except Exception as error:  # Pillow's decoders raise many types
+        return i, (f"image that cannot be read ({_reason(error)})", record.name)
+    try:
+        mask = read_mask(record.mask)
+    except FileNotFoundError:
+        return i, ("mask without file", record.mask_name)
+    except Exception as error:
+        return i, (f"mask that cannot be read ({_reason(error)})", record.mask_name)
+    if image.shape[:2] != mask.shape:
+        (h, w), (mh, mw) = image.shape[:2], mask.shape
+        return i, ("image and mask of different size", f"{record.name} ({w} x {h}, mask {mw} x {mh})")
+    small = resize_image(image, size).transpose(2, 0, 1) if with_image else None
+    return i, (small, resize_mask(mask, size), bool(mask.any()))
+
+
+def _reason(error):
+    text = str(error)
+    return (
+        "truncated or damaged"
+        if "truncated" in text or "broken" in text
+        else "no picture"
+        if "cannot identify" in text
+        else type(error).__name__
+    )
+
+
+def decode(records, size, workers, label):
+    """Read, check and resize all records in parallel processes, with a progress bar. Raises DataError, all problems at once."""
+    first, image_of = image_index(records)
+    images = np.empty((len(first), 3, size, size), np.uint8)
+    masks = np.empty((len(records), size, size), np.uint8)
+    owners, problems, foreground = set(first), defaultdict(list), 0
+    jobs = [(i, r, size, i in owners) for i, r in enumerate(records)]
+    with tqdm(total=len(jobs), desc=f"reading {label}", unit="img", leave=False, disable=not sys.stderr.isatty()) as bar:
+        for i, result in _parallel(jobs, workers):
+            bar.update()
+            if len(result) == 2:
+                problems[result[0]].append((i, result[1]))
+                continue
+            image, masks[i], has = result
+            foreground += has
+            if image is not None:
+                images[image_of[i]] = image
+    if problems:
+        raise DataError(problems, len(records))
+    if not foreground:
+        raise ValueError(
+            f"Every mask of {label} is empty ({len(records)} masks): there is nothing to learn. Foreground must be brighter than 127; "
+            "do the files hold 0 and 1 instead of 0 and 255?"
+        )
+    return images, masks
+
+
+def _parallel(jobs, workers):
+    if workers < 2 or len(jobs) < 16:
+        yield from map(_decode, jobs)
+        return
+    # a forked child needs no second import of torch; it runs Pillow and numpy only
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        yield from pool.map(_decode, jobs, chunksize=8)
+
+
+def open_split(records, size, folder, label, workers=None):
+    """A `Decoded` split, from the cache in `folder` where it is there and fits, else decoded and (with a folder) cached.
+
+    The key covers every file's name, size and modification time and the size asked for. A broken cache file is made anew.
+    """
+    workers = workers if workers is not None else min(16, os.cpu_count() or 1)
+    _, image_of = image_index(records)
+    in_memory = any(isinstance(r.image, np.ndarray) for r in records)
+    if folder is None or in_memory:
+        return Decoded(records, *decode(records, size, workers, label), image_of)
+    stamps = [[_stamp(r.image), _stamp(r.mask)] for r in records]
+    key = hashlib.blake2b(json.dumps([FORMAT, size, stamps]).encode(), digest_size=8).hexdigest()
+    where = hashlib.blake2b(str(Path(records[0].image).parent).encode(), digest_size=4).hexdigest()
+    stem = f"{label.replace('/', '-').replace(' ', '-')}-{where}-{size}"
+    files = [Path(folder) / f"{stem}-{key}.{kind}.npy" for kind in ("images", "masks")]
+    shapes = [(max(image_of) + 1, 3, size, size), (len(records), size, size)]
+    arrays = _open_arrays(files, shapes)
+    if arrays is None:
+        decoded = decode(records, size, workers, label)
+        for file, array in zip(files, decoded):
+            with replacing(file) as temporary:
+                with open(temporary, "wb") as handle:
+                    np.lib.format.write_array(handle, array, allow_pickle=False)
+        for old in Path(folder).glob(f"{stem}-*.npy"):  # of earlier states of the same files
+            if old not in files:
+                old.unlink(missing_ok=True)
+        arrays = _open_arrays(files, shapes) or decoded
+    return Decoded(records, *arrays, image_of)
+
+
+def _open_arrays(files, shapes):
+    try:
+        arrays = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]
+    except (OSError, ValueError, EOFError):
+        return None
+    fits = all(a.shape == shape and a.dtype == np.uint8 for a, shape in zip(arrays, shapes))
+    return arrays if fits else None

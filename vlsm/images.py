@@ -1,0 +1,57 @@
+"""Pixels: reading whatever picture formats users have, resizing, and the base's normalisation."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+
+
+def read_image(source):
+    """A picture as uint8 RGB `[H, W, 3]`; `source` is a path, or such an array, which is returned as it is.
+
+    Palette, grey, RGBA and CMYK pictures are converted. Deeper ones (16 bit, float) are scaled so that their largest value is 255.
+    Raises OSError where the file is missing, truncated or no picture.
+    """
+    if isinstance(source, np.ndarray):
+        return source
+    with Image.open(source) as picture:
+        if picture.mode.startswith(("I", "F")):
+            grey = _to_eight_bits(np.asarray(picture))
+            return np.repeat(grey[..., None], 3, 2)
+        return np.array(picture.convert("RGB"))
+
+
+def read_mask(source):
+    """A mask as bool `[H, W]`: foreground where the grey value, or any colour channel, is above 127. `source` as in `read_image`."""
+    if isinstance(source, np.ndarray):
+        return source > 127 if source.dtype == np.uint8 else source
+    with Image.open(source) as picture:
+        if picture.mode.startswith(("I", "F")):
+            return _to_eight_bits(np.asarray(picture)) > 127
+        if picture.mode in ("L", "1"):
+            return np.asarray(picture.convert("L")) > 127
+        return np.asarray(picture.convert("RGB")).max(2) > 127
+
+
+def _to_eight_bits(values):
+    top = max(float(values.max()), 255.0)  # an 8-bit range in a deep file stays as it is
+    return (values.clip(0) * (255 / top)).astype(np.uint8)
+
+
+def resize_image(image, size):
+    """uint8 `[H, W, 3]` -> `[size, size, 3]`, bilinear with antialiasing; the aspect ratio is not kept (as published)."""
+    return np.array(Image.fromarray(image).resize((size, size), Image.BILINEAR))
+
+
+def resize_mask(mask, size):
+    """bool `[H, W]` -> uint8 0/1 `[size, size]`, nearest at pixel centres."""
+    return np.array(Image.fromarray(mask.astype(np.uint8)).resize((size, size), Image.NEAREST))
+
+
+def normalise(pixels):
+    """uint8 (or float 0..255) `[B, 3, H, W]` -> float32 `pixel_values`, ImageNet's mean and standard deviation."""
+    scale = 1 / (255 * torch.tensor(STD, device=pixels.device))
+    shift = -torch.tensor(MEAN, device=pixels.device) / torch.tensor(STD, device=pixels.device)
+    return torch.addcmul(shift[:, None, None], pixels.float(), scale[:, None, None])
