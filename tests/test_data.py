@@ -1,6 +1,7 @@
 """Data sets: layouts, splits, what is wrong with them, pictures of all kinds, the cache, augmentation."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -258,7 +259,15 @@ def test_cache_is_used_and_made_anew_when_broken_or_stale(folder, tmp_path):
     changed = open_split(found, 32, cache, "disks train")
     assert (changed.images[0] == 9).all()
     assert len(list(cache.glob("*.npy"))) == 2, "the stale files are gone"
-    assert not list(cache.glob(".*.tmp"))
+    os.utime(found[1].image, ns=(1, 1))  # of equal size, but touched
+    open_split(found, 32, cache, "disks train")
+    assert not set(cache.glob("*.npy")) & set(files) and not list(cache.glob(".*.tmp"))
+
+
+def test_cache_folder_that_cannot_be_written(folder, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(ValueError, match="cannot be written .* --cache-dir"):
+        open_all(folder, ["val"], cache_dir=tmp_path / "file")
 
 
 def test_cache_in_parallel_equals_one_process(folder):

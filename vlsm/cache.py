@@ -1,9 +1,11 @@
 """The decode-once cache: every picture read, checked and resized one single time, into memory-mapped uint8 arrays."""
 
+import glob
 import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
@@ -12,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from .checkpoint import replacing
+from .console import progress
 from .images import read_image, read_mask, resize_image, resize_mask
 
 FORMAT = 1
@@ -109,23 +111,18 @@ def _decode(job):
 
 def _reason(error):
     text = str(error)
-    return (
-        "truncated or damaged"
-        if "truncated" in text or "broken" in text
-        else "no picture"
-        if "cannot identify" in text
-        else type(error).__name__
-    )
+    if "truncated" in text or "broken" in text:
+        return "truncated or damaged"
+    return "no picture" if "cannot identify" in text else type(error).__name__
 
 
-def decode(records, size, workers, label):
-    """Read, check and resize all records in parallel processes, with a progress bar. Raises DataError, all problems at once."""
+def decode(records, images, masks, workers, label):
+    """Read, check and resize all records into the arrays, in parallel processes. Raises DataError, all problems at once."""
     first, image_of = image_index(records)
-    images = np.empty((len(first), 3, size, size), np.uint8)
-    masks = np.empty((len(records), size, size), np.uint8)
+    size = masks.shape[-1]
     owners, problems, foreground = set(first), defaultdict(list), 0
     jobs = [(i, r, size, i in owners) for i, r in enumerate(records)]
-    with tqdm(total=len(jobs), desc=f"reading {label}", unit="img", leave=False, disable=not sys.stderr.isatty()) as bar:
+    with progress(len(jobs), f"reading {label}") as bar:
         for i, result in _parallel(jobs, workers):
             bar.update()
             if len(result) == 2:
@@ -142,7 +139,6 @@ def decode(records, size, workers, label):
             f"Every mask of {label} is empty ({len(records)} masks): there is nothing to learn. Foreground must be brighter than 127; "
             "do the files hold 0 and 1 instead of 0 and 255?"
         )
-    return images, masks
 
 
 def _parallel(jobs, workers):
@@ -151,7 +147,8 @@ def _parallel(jobs, workers):
         return
     # a forked child needs no second import of torch; it runs Pillow and numpy only
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    quiet = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is the parent's to handle
+    with ProcessPoolExecutor(workers, mp_context=context, **quiet) as pool:
         yield from pool.map(_decode, jobs, chunksize=8)
 
 
@@ -162,27 +159,29 @@ def open_split(records, size, folder, label, workers=None):
     """
     workers = workers if workers is not None else min(16, os.cpu_count() or 1)
     _, image_of = image_index(records)
-    in_memory = any(isinstance(r.image, np.ndarray) for r in records)
-    if folder is None or in_memory:
-        return Decoded(records, *decode(records, size, workers, label), image_of)
+    shapes = [(max(image_of) + 1, 3, size, size), (len(records), size, size)]
+    if folder is None or any(isinstance(r.image, np.ndarray) for r in records):  # no cache, or in memory already
+        arrays = [np.empty(shape, np.uint8) for shape in shapes]
+        decode(records, *arrays, workers, label)
+        return Decoded(records, *arrays, image_of)
     stamps = [[_stamp(r.image), _stamp(r.mask)] for r in records]
     key = hashlib.blake2b(json.dumps([FORMAT, size, stamps]).encode(), digest_size=8).hexdigest()
     where = hashlib.blake2b(str(Path(records[0].image).parent).encode(), digest_size=4).hexdigest()
     stem = f"{label.replace('/', '-').replace(' ', '-')}-{where}-{size}"
     files = [Path(folder) / f"{stem}-{key}.{kind}.npy" for kind in ("images", "masks")]
-    shapes = [(max(image_of) + 1, 3, size, size), (len(records), size, size)]
-    arrays = _open_arrays(files, shapes)
-    if arrays is None:
-        decoded = decode(records, size, workers, label)
-        for file, array in zip(files, decoded):
-            with replacing(file) as temporary:
-                with open(temporary, "wb") as handle:
-                    np.lib.format.write_array(handle, array, allow_pickle=False)
-        for old in Path(folder).glob(f"{stem}-*.npy"):  # of earlier states of the same files
+    if _open_arrays(files, shapes) is None:
+        try:
+            with replacing(files[0]) as images, replacing(files[1]) as masks:
+                arrays = [np.lib.format.open_memmap(f, "w+", np.uint8, shape) for f, shape in zip((images, masks), shapes)]
+                decode(records, *arrays, workers, label)
+                for array in arrays:
+                    array.flush()
+        except (PermissionError, FileExistsError, NotADirectoryError) as error:
+            raise ValueError(f"The cache folder '{folder}' cannot be written ({error.strerror}). Name another with --cache-dir.") from error
+        for old in Path(folder).glob(f"{glob.escape(stem)}-*.npy"):  # of earlier states of the same files
             if old not in files:
                 old.unlink(missing_ok=True)
-        arrays = _open_arrays(files, shapes) or decoded
-    return Decoded(records, *arrays, image_of)
+    return Decoded(records, *_open_arrays(files, shapes), image_of)
 
 
 def _open_arrays(files, shapes):

@@ -1,10 +1,12 @@
-"""What the command line has in common: errors as sentences, and leaving on a signal without cutting a file off."""
+"""What the command line has in common: errors as sentences, progress bars, leaving on a signal without cutting a file off."""
 
 import errno
 import os
 import signal
 import sys
 from contextlib import contextmanager
+
+from tqdm import tqdm
 
 
 @contextmanager
@@ -14,11 +16,20 @@ def speaking():
         yield
     except (ValueError, FileNotFoundError, FileExistsError, PermissionError) as error:
         _leave(str(error))
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        sys.exit(130)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         what = error.filename or "while writing"
         _leave(f"No space is left on the disk ({what}). What was written before is whole; free some space and use --resume.")
+
+
+def progress(work, what, unit="img"):
+    """A progress bar over an iterable, or over a number of things to `update`; none where stderr is not a terminal."""
+    size = dict(total=work) if isinstance(work, int) else dict(iterable=work)
+    return tqdm(**size, desc=what, unit=unit, leave=False, disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
 
 def _leave(message):

@@ -41,18 +41,8 @@ class VLSM(nn.Module):
     def load_tuned(self, tensors):
         """Set the tuned tensors. Raises ValueError unless names and shapes are exactly those of `tuned_state_dict()`."""
         own = self.tuned_parameters()
-        missing, extra = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
-        wrong = [
-            f"{n} {list(tensors[n].shape)} instead of {list(own[n].shape)}"
-            for n in own
-            if n in tensors and tensors[n].shape != own[n].shape
-        ]
-        if missing or extra or wrong:
-            found = "; ".join(
-                f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-                for kind, names in (("missing", missing), ("not of this method", extra), ("of another shape", wrong))
-                if names
-            )
+        found = weights_io.differences(own, tensors)
+        if found:
             raise ValueError(f"These tensors are not those of --peft {self.info['method']} with {self.info['options']}: {found}.")
         for name, parameter in own.items():
             parameter.copy_(tensors[name])

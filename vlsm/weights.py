@@ -75,24 +75,24 @@ def read_tensors(folder):
     return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
 
 
+def differences(own, given):
+    """In words, how the names and shapes of `given` tensors differ from those of `own`; empty if they do not."""
+    kinds = {
+        "missing": sorted(set(own) - set(given)),
+        "left over": sorted(set(given) - set(own)),
+        "of another shape": [
+            f"{n} {list(given[n].shape)} instead of {list(own[n].shape)}" for n in own if n in given and given[n].shape != own[n].shape
+        ],
+    }
+    return "; ".join(f"{len(n)} {kind}: {', '.join(n[:6])}{', ...' if len(n) > 6 else ''}" for kind, n in kinds.items() if n)
+
+
 def load_strictly(module, tensors, unused, source):
     """Load `tensors` into `module` by name. Every name must match, but for those on the list `unused`."""
     tensors = {name: t for name, t in tensors.items() if name not in unused}
-    own = module.state_dict()
-    problems = {
-        "missing": sorted(set(own) - set(tensors)),
-        "left over": sorted(set(tensors) - set(own)),
-        "of another shape": [
-            f"{n} {list(tensors[n].shape)} instead of {list(own[n].shape)}"
-            for n in own
-            if n in tensors and tensors[n].shape != own[n].shape
-        ],
-    }
-    if any(problems.values()):
-        text = "; ".join(
-            f"{len(names)} {kind}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}" for kind, names in problems.items() if names
-        )
-        raise ValueError(f"{source} does not fit a {type(module).__name__} of this configuration. Tensors {text}.")
+    found = differences(module.state_dict(), tensors)
+    if found:
+        raise ValueError(f"{source} does not fit a {type(module).__name__} of this configuration. Tensors {found}.")
     module.load_state_dict(tensors, assign=True)
 
 
