@@ -1,0 +1,327 @@
+"""Evaluate a run: `python evaluate.py --ckpt runs/NAME`. Score two folders of masks: `--pred DIR --target DIR`. Predict without a
+ground truth: `--ckpt ... --images DIR --prompt "polyp" --save-masks DIR`.
+
+DSC, IoU and HD95 are computed at each mask's original size; vlsm/metrics.py defines them.
+"""
+
+import argparse
+import csv
+import io
+import json
+import math
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import datasets
+from vlsm import load, metrics, pictures, runtime
+from vlsm.checkpoint import replacing, write_text
+from vlsm.console import progress, speaking
+from vlsm.images import EXTENSIONS, normalise, read_image, read_mask, resize_image
+from vlsm.text import Tokenizer
+
+COLUMNS = ("image", "mask", "prompt", "dsc", "iou", "hd95")
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(
+        description="DSC, IoU and HD95 of a run at the original resolution; masks and pictures. HD95 is in pixels: the larger of both "
+        "directions' 95th percentiles of boundary distances.",
+        allow_abbrev=False,
+    )
+    g = parser.add_argument_group("what to evaluate")
+    g.add_argument("--ckpt", help="a run's folder (its best.safetensors), or a checkpoint file")
+    g.add_argument("--split", default="test", choices=datasets.SPLITS, help="default: test")
+    g.add_argument("--dataset", help="another data set than the run's own: a name or a folder")
+    g.add_argument("--data-root", help="folder that holds the data sets' folders (default: the run's)")
+    g.add_argument("--prompts", help='another way than the run\'s: random, class, a key such as p6, or a text: "a polyp"')
+    g.add_argument("--all-prompts", action="store_true", help="evaluate every key p0, p1, ... and print a table")
+    upsample = "logits: enlarge bilinearly, then threshold (default); mask: threshold, then enlarge, as the published code does"
+    g.add_argument("--upsample", default="logits", choices=["logits", "mask"], help=upsample)
+    g.add_argument("--seed", type=int, help="of random prompts (default: the run's)")
+    g.add_argument("--weights", help="the base's folder or hub id, if it has moved")
+    g = parser.add_argument_group("what to write")
+    g.add_argument("--out", help="folder of metrics.csv and metrics.json (default: eval-SPLIT in the run's folder)")
+    g.add_argument("--save-masks", metavar="DIR", help="write predicted masks as 0/255 PNGs of original size, under the masks' own names")
+    g.add_argument("--figure", type=int, metavar="N", help="write figure.png: N rows, the best, median and worst cases")
+    g = parser.add_argument_group("other inputs")
+    g.add_argument("--pred", help="folder of predicted masks, scored without a network against --target")
+    g.add_argument("--target", help="folder of true masks for --pred; files are paired by stem")
+    g.add_argument("--images", help="picture or folder of pictures to segment, with --prompt and --save-masks")
+    g.add_argument("--prompt", help='what to segment in --images: "polyp"')
+    g.add_argument("--overlay", action="store_true", help="with --images: also write NAME.overlay.png")
+    g = parser.add_argument_group("machine")
+    g.add_argument("--batch-size", type=int, default=32, help="images at a time (default 32)")
+    g.add_argument("--cache-dir", default=datasets.default_cache(), help="folder of the decoded pictures (default: %(default)s)")
+    runtime.add_arguments(g)
+    return parser.parse_args(argv)
+
+
+class Predictor:
+    """A checkpoint, ready to segment uint8 pictures of the model's size."""
+
+    def __init__(self, ckpt, weights, device, amp):
+        self.device, self.dtype = runtime.choose(device, amp)
+        self.model = runtime.place(load(ckpt, weights), self.device, self.dtype)
+        self.about = self.model.about
+        self.size = self.about["image_size"]
+        self.tokenizer = Tokenizer(self.model.info["folder"], self.model.base.config.text.max_position_embeddings)
+
+    @torch.inference_mode()
+    def logits(self, pixels, prompts):
+        """uint8 `[B, 3, S, S]` and B prompts -> float32 logits `[B, 1, S, S]`, on the device."""
+        with runtime.autocast(self.device, self.dtype):
+            return self.model(normalise(pixels.to(self.device)), *self.tokenizer(prompts)).float()
+
+
+def enlarge(logits, shape, how):
+    """Logits `[1, S, S]` -> bool mask of the original `shape` (h, w)."""
+    if how == "mask":
+        return F.interpolate((logits[None] > 0).float(), shape, mode="nearest-exact")[0, 0] > 0
+    return F.interpolate(logits[None], shape, mode="bilinear", align_corners=False)[0, 0] > 0
+
+
+def score(pairs):
+    """Per-record scores of (prediction, truth) pairs of bool masks, as dictionaries."""
+    predicted, truth = zip(*pairs)
+    columns = [m(predicted, truth).tolist() for m in (metrics.dsc, metrics.iou, metrics.hd95)]
+    return [
+        dict(dsc=d, iou=i, hd95=h, diagonal=math.hypot(*t.shape), target_empty=not t.any().item(), pred_empty=not p.any().item())
+        for d, i, h, p, t in zip(*columns, predicted, truth)
+    ]
+
+
+def summarise(scores):
+    keys = ("dsc", "iou", "hd95", "diagonal", "target_empty", "pred_empty")
+    return metrics.summarise(*([s[k] for s in scores] for k in keys))
+
+
+def evaluate(predictor, data, prompts, seed, args, masks_dir=None):
+    """Scores of all records of a split (dictionaries, with the prompt), and the predicted masks if `masks_dir` or a figure wants them."""
+    scores, kept, count = [], [], len(data)
+    parts = [range(start, min(start + args.batch_size, count)) for start in range(0, count, args.batch_size)]
+    with ThreadPoolExecutor(4) as pool, progress(count, "evaluating") as bar:
+
+        def read(part):  # original masks, while the network works on the part before
+            return pool.map(lambda i: torch.from_numpy(read_mask(data.records[i].mask)), part)
+
+        coming = read(parts[0])
+        for part, after in zip(parts, [*parts[1:], []]):
+            present, coming = coming, read(after)
+            texts = [datasets.prompt_of(data.records[i], i, prompts, seed) for i in part]
+            logits = predictor.logits(data.batch(list(part))[0], texts)
+            truth = [t.to(predictor.device) for t in present]
+            predicted = [enlarge(z, t.shape, args.upsample) for z, t in zip(logits, truth)]
+            for i, text, row, mask in zip(part, texts, score(list(zip(predicted, truth))), predicted):
+                scores.append(dict(image=data.records[i].name, mask=data.records[i].mask_name, prompt=text, **row))
+                if masks_dir:
+                    save_mask(mask, masks_dir, data.records[i].mask_name)
+                if args.figure:
+                    kept.append(np.packbits(mask.cpu().numpy()))
+            bar.update(len(part))
+    return scores, kept
+
+
+def save_mask(mask, folder, name):
+    """Write a bool mask as a 0/255 PNG under the name of the true mask (its ending becomes .png: JPEG would blur it)."""
+    path = Path(folder) / PurePosixPath(name).with_suffix(".png")
+    with replacing(path) as temporary:
+        Image.fromarray(mask.cpu().numpy().astype(np.uint8) * 255).save(temporary, format="PNG")
+
+
+def write_results(out, scores, summary, about):
+    """metrics.csv, a row a record, and metrics.json."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for s in scores:
+        writer.writerow([s["image"], s["mask"], s["prompt"], f"{s['dsc']:.6f}", f"{s['iou']:.6f}", f"{s['hd95']:.4f}"])
+    write_text(out / "metrics.csv", text.getvalue())
+    write_text(out / "metrics.json", json.dumps(dict(**summary, **about), indent=1))
+
+
+def report(summary):
+    """The summary in words, DSC and IoU in per cent."""
+
+    def line(name, s, factor, unit):
+        return f"{name:5} {factor * s['mean']:7.2f} +- {factor * s['std']:.2f} {unit}" if s["n"] else f"{name:5}     n/a"
+
+    d, i, h = summary["dsc"], summary["iou"], summary["hd95"]
+    total = h["n"] + h["n_undefined"]
+    lines = [line("DSC", d, 100, "%"), line("IoU", i, 100, "%")]
+    lines.append(line("HD95", h, 1, f"px at original size, over {h['n']}/{total} pairs where it is defined"))
+    if h["n_undefined"]:
+        lines.append(
+            f"      {h['mean_with_diagonal']:7.2f} px with the image's diagonal for the {h['n_undefined']} pairs with one empty mask"
+        )
+    empty = summary["empty_correct"]
+    if empty["n"]:
+        share = f"{empty['n']} empty ones: {100 * empty['mean']:.1f} % predicted exactly empty"
+        lines.append(
+            line(
+                "DSC", summary["dsc_nonempty"], 100, f"% over the {summary['dsc_nonempty']['n']} records whose truth is not empty; {share}"
+            )
+        )
+    return "\n".join(lines)
+
+
+def figure(data, scores, kept, rows, path):
+    """The best, median and worst cases by DSC, in equal parts."""
+    order = sorted(range(len(scores)), key=lambda i: -scores[i]["dsc"])
+    rows = min(rows, len(order))
+    third = [rows // 3 + (k < rows % 3) for k in (0, 2, 1)]  # best, median, worst
+    middle = max(third[0], (len(order) - third[1]) // 2)
+    chosen = [(i, "best") for i in order[: third[0]]] + [(i, "median") for i in order[middle : middle + third[1]]]
+    chosen += [(i, "worst") for i in order[len(order) - third[2] :]]
+    page = []
+    for i, kind in chosen:
+        image, truth = read_image(data.records[i].image), read_mask(data.records[i].mask)
+        predicted = np.unpackbits(kept[i], count=truth.size).reshape(truth.shape).astype(bool)
+        page.append((image, truth, predicted, scores[i]["prompt"], f"{kind}: DSC {100 * scores[i]['dsc']:.1f}   {scores[i]['image']}"))
+    with replacing(path) as temporary:
+        pictures.sheet(page, temporary)
+
+
+def score_folders(args):
+    """--pred and --target: two folders of masks, paired by stem."""
+
+    def files(folder):
+        root = Path(folder)
+        if not root.is_dir():
+            raise FileNotFoundError(f"There is no folder '{root}'.")
+        found = {}
+        for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS):
+            stem = path.relative_to(root).with_suffix("").as_posix()
+            if stem in found:
+                raise ValueError(f"'{found[stem]}' and '{path}' share a stem, so they cannot be told apart.")
+            found[stem] = path
+        return found
+
+    pred, target = files(args.pred), files(args.target)
+    lone = sorted(set(pred) ^ set(target))
+    if lone or not pred:
+        raise ValueError(
+            f"{len(lone)} masks have no partner in the other folder: {', '.join(lone[:5])}."
+            if pred or target
+            else "Both folders hold no masks."
+        )
+    scores = []
+    for stem in progress(target, "scoring", "mask"):
+        masks = [torch.from_numpy(read_mask(files_[stem])) for files_ in (pred, target)]
+        if masks[0].shape != masks[1].shape:
+            raise ValueError(
+                f"'{pred[stem]}' and '{target[stem]}' differ in size: {tuple(masks[0].shape)} and {tuple(masks[1].shape)} (height, width)."
+            )
+        scores.append(dict(image="", mask=target[stem].name, prompt="", **score([tuple(masks)])[0]))
+    summary = summarise(scores)
+    if args.out:
+        write_results(Path(args.out), scores, summary, dict(pred=args.pred, target=args.target))
+    print(report(summary))
+
+
+def predict(args, predictor):
+    """--images: masks for pictures without a ground truth."""
+    if not args.prompt or not args.save_masks:
+        raise ValueError('--images needs --prompt "what to segment" and --save-masks DIR.')
+    root = Path(args.images)
+    if not root.exists():
+        raise FileNotFoundError(f"There is no picture or folder '{root}'.")
+    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS)
+    names = [p.name if root.is_file() else p.relative_to(root).as_posix() for p in files]
+    targets = [str(PurePosixPath(n).with_suffix(".png")) for n in names]
+    if not files:
+        raise ValueError(f"'{root}' holds no pictures ({', '.join(EXTENSIONS)}).")
+    if len(set(targets)) < len(targets):
+        twice = next(t for t in targets if targets.count(t) > 1)
+        raise ValueError(f"Several pictures would be written to '{twice}'; rename them so that their stems differ.")
+    with ThreadPoolExecutor(4) as pool, progress(len(files), "segmenting") as bar:
+        for start in range(0, len(files), args.batch_size):
+            part = slice(start, start + args.batch_size)
+            images = list(pool.map(read_picture, files[part]))
+            small = torch.stack([torch.from_numpy(resize_image(i, predictor.size).transpose(2, 0, 1)) for i in images])
+            logits = predictor.logits(small, [args.prompt] * len(images))
+            for image, name, z in zip(images, targets[part], logits):
+                mask = enlarge(z, image.shape[:2], args.upsample)
+                save_mask(mask, args.save_masks, name)
+                if args.overlay:
+                    path = Path(args.save_masks) / PurePosixPath(name).with_suffix(".overlay.png")
+                    with replacing(path) as temporary:
+                        Image.fromarray(pictures.overlay(image, mask.cpu().numpy(), pictures.CYAN)).save(temporary, format="PNG")
+            bar.update(len(images))
+    print(f"Wrote {len(files)} masks to '{args.save_masks}'.")
+
+
+def read_picture(path):
+    try:
+        return read_image(path)
+    except OSError as error:
+        raise ValueError(f"'{path}' cannot be read as a picture ({error}).") from error
+
+
+def main(argv=None):
+    args = parse(argv)
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size {args.batch_size}: give 1 or more.")
+    if args.pred or args.target:
+        if not (args.pred and args.target):
+            raise ValueError("--pred and --target go together: the folder of predicted masks and that of true ones.")
+        return score_folders(args)
+    if not args.ckpt:
+        raise ValueError("Name what to evaluate: --ckpt RUN_DIR_OR_FILE, or two folders of masks with --pred and --target.")
+    predictor = Predictor(args.ckpt, args.weights, args.device, args.amp)
+    if args.images:
+        return predict(args, predictor)
+
+    about = predictor.about
+    dataset, prompts = args.dataset or about["dataset"], args.prompts or about["prompts"]
+    seed = about["recipe"]["seed"] if args.seed is None else args.seed
+    run = Path(args.ckpt) if Path(args.ckpt).is_dir() else Path(args.ckpt).parent
+    out = Path(args.out) if args.out else run / f"eval-{args.split}"
+    data = datasets.open_dataset(
+        dataset, [args.split], predictor.size, args.data_root or about["data_root"], args.cache_dir, about["split_seed"], prompts
+    )[args.split]  # fmt: skip
+    what = dict(
+        ckpt=str(args.ckpt),
+        dataset=dataset,
+        split=args.split,
+        upsample=args.upsample,
+        seed=seed,
+        weights=about["weights"],
+        method=about["method"],
+    )
+    if args.all_prompts:
+        return all_prompts(predictor, data, seed, args, out, what)
+    scores, kept = evaluate(predictor, data, prompts, seed, args, args.save_masks)
+    summary = summarise(scores)
+    write_results(out, scores, summary, dict(prompts=prompts, **what))
+    if args.figure:
+        figure(data, scores, kept, args.figure, out / "figure.png")
+    print(f"{dataset} {args.split}, {len(scores)} records, prompts: {prompts}\n{report(summary)}")
+    print(f"Wrote {out / 'metrics.csv'} and metrics.json" + (", figure.png" if args.figure else ""))
+
+
+def all_prompts(predictor, data, seed, args, out, what):
+    """--all-prompts: a row of the table, and metrics in a folder of its own, for each key."""
+    keys = list(dict.fromkeys(k for r in data.records for k in r.prompts))
+    if not keys:
+        raise ValueError(f"--all-prompts: the records of '{what['dataset']}' came without prompts.")
+    table = {}
+    for key in keys:
+        scores, _ = evaluate(predictor, data, key, seed, args)
+        table[key] = summarise(scores)
+        write_results(out / key, scores, table[key], dict(prompts=key, **what))
+    print(f"{'prompt':8}{'DSC %':>8}{'IoU %':>8}{'HD95 px':>9}   an example")
+    for key, s in table.items():
+        hd = "n/a" if s["hd95"]["mean"] is None else f"{s['hd95']['mean']:.2f}"
+        example = datasets.prompt_of(data.records[0], 0, key, seed)
+        print(f"{key:8}{100 * s['dsc']['mean']:8.2f}{100 * s['iou']['mean']:8.2f}{hd:>9}   {example[:70]}")
+    write_text(out / "prompts.json", json.dumps(dict(prompts=table, **what), indent=1))
+
+
+if __name__ == "__main__":
+    with speaking():
+        main()

@@ -1,0 +1,442 @@
+"""train.py and evaluate.py as a user runs them: whole small runs, resuming, results, mistakes."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import train
+import vlsm
+from vlsm.text import Tokenizer
+from vlsm.weights import MINI
+
+ROOT = Path(__file__).parents[1]
+
+
+def rows(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def without_dim(options):
+    at = options.index("--dim")
+    return options[:at] + options[at + 2 :]
+
+
+def same_tensors(a, b):
+    a, b = load_file(a), load_file(b)
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_a_run_from_training_to_pictures(cli, quick, tmp_path, folder):
+    run = tmp_path / "run"
+    code, out, err = cli("train", *quick, "--epochs", 3, "--augment")
+    assert code == 0, err
+    assert "parameters are trained" in out and "48 of 48 trained tensors finite and non-zero, 0 of" in out
+    assert out.count("epoch ") == 3 and "img/s" in out
+    for name in ("best.safetensors", "last.safetensors", "state.pt", "log.csv", "config.json", "curves.png"):
+        assert (run / name).is_file(), name
+    assert not list(run.glob(".*")), "no temporary file is left"
+    log = rows(run / "log.csv")
+    assert [r["epoch"] for r in log] == ["1", "2", "3"] and float(log[2]["train_loss"]) < float(log[0]["train_loss"])
+    assert Image.open(run / "curves.png").size == (1120, 380)
+    with safe_open(run / "best.safetensors", "pt") as file:
+        about = {k: json.loads(v) for k, v in file.metadata().items()}
+    assert about["method"] == "dense" and about["options"] == dict(branches="vl", dim=8) and about["image_size"] == 48
+    assert about["weights"] == "mini" and len(about["fingerprint"]) == 16 and about["recipe"]["seed"] == 42
+    best = max(log, key=lambda r: float(r["val_dsc"]))
+    assert about["best_val_dsc"] == pytest.approx(float(best["val_dsc"])) and about["epoch"] == int(best["epoch"])
+    tuned = sum(p.numel() for p in vlsm.load(run).tuned_parameters().values())
+    assert (run / "best.safetensors").stat().st_size < 4 * tuned + 12_000, "the checkpoint holds the tuner alone"
+
+    masks = tmp_path / "masks"
+    code, out, err = cli("evaluate", "--ckpt", run, "--save-masks", masks, "--figure", 4)
+    assert code == 0, err
+    assert "DSC" in out and "HD95" in out
+    result = json.loads((run / "eval-test" / "metrics.json").read_text())
+    table = rows(run / "eval-test" / "metrics.csv")
+    assert len(table) == 6 and list(table[0])[:3] == ["image", "mask", "prompt"]
+    assert result["dsc"]["mean"] == pytest.approx(np.mean([float(r["dsc"]) for r in table]), abs=1e-5)
+    assert set(result["hd95"]) >= {"mean", "std", "n"} and result["dsc"]["n"] == 6
+    saved = np.asarray(Image.open(masks / table[0]["mask"]))
+    assert saved.shape == (44, 60) and set(np.unique(saved)) <= {0, 255}
+    assert Image.open(run / "eval-test" / "figure.png").size[0] > 600
+
+    code, out, err = cli("evaluate", "--pred", masks, "--target", folder / "masks")
+    assert code == 2 and "have no partner" in err
+    for file in (folder / "masks").iterdir():
+        if not (masks / file.name).exists():
+            file.unlink()
+    code, out, err = cli("evaluate", "--pred", masks, "--target", folder / "masks", "--out", tmp_path / "scores")
+    again = json.loads((tmp_path / "scores" / "metrics.json").read_text())
+    for metric in ("dsc", "iou", "hd95"):
+        assert again[metric] == pytest.approx(result[metric], nan_ok=True), "scoring the saved masks gives the same figures"
+
+
+@pytest.fixture
+def trained(cli, quick, tmp_path):
+    code, _, err = cli("train", *quick, "--epochs", 2)
+    assert code == 0, err
+    return tmp_path / "run"
+
+
+def test_saved_run_gives_the_same_logits_in_a_new_model(trained):
+    torch.manual_seed(5)
+    pixels, ids = torch.randn(2, 3, 48, 48), Tokenizer(MINI)(["red disk"] * 2)[0]
+    logits = [vlsm.load(trained)(pixels, ids), vlsm.load(trained / "best.safetensors")(pixels, ids)]
+    assert torch.equal(*logits)
+    assert not torch.equal(logits[0], vlsm.build("clipseg", "mini", "none")(pixels, ids))
+
+
+def test_evaluation_is_reproducible_and_options_have_effects(cli, trained, tmp_path):
+    def result(*more):
+        out = tmp_path / "e"
+        code, printed, err = cli("evaluate", "--ckpt", trained, "--out", out, *more)
+        assert code == 0, err
+        return json.loads((out / "metrics.json").read_text()), rows(out / "metrics.csv"), printed
+
+    first, table, _ = result()
+    assert result()[1] == table
+    assert {r["prompt"] for r in result("--prompts", "class")[1]} == {"disk"}
+    assert {r["prompt"] for r in result("--prompts", "a bright thing")[1]} == {"a bright thing"}
+    assert [r["prompt"] for r in result("--seed", 7)[1]] != [r["prompt"] for r in table]
+    assert result("--upsample", "mask")[0]["dsc"] != first["dsc"]
+    assert result("--split", "train")[0]["dsc"]["n"] == 24
+    assert result("--batch-size", 2)[0]["dsc"] == pytest.approx(first["dsc"], abs=1e-6)
+    printed = cli("evaluate", "--ckpt", trained, "--out", tmp_path / "all", "--all-prompts")[1]
+    assert [line.split()[0] for line in printed.splitlines()] == ["prompt", "p0", "p1", "p2", "p3"]
+    assert (tmp_path / "all" / "p2" / "metrics.csv").is_file()
+
+
+def test_prediction_without_ground_truth(cli, trained, folder, tmp_path):
+    out = tmp_path / "out"
+    Image.open(folder / "images" / "d0.png").resize((33, 71)).convert("L").save(folder / "images" / "tall.jpg")
+    code, said, err = cli(
+        "evaluate", "--ckpt", trained, "--images", folder / "images", "--prompt", "red disk", "--save-masks", out, "--overlay"
+    )
+    assert code == 0 and "Wrote 37 masks" in said, err
+    assert Image.open(out / "tall.png").size == (33, 71) and Image.open(out / "tall.overlay.png").size == (33, 71)
+    one = tmp_path / "one"
+    assert cli("evaluate", "--ckpt", trained, "--images", folder / "images" / "d1.png", "--prompt", "red disk", "--save-masks", one)[0] == 0
+    assert (np.asarray(Image.open(one / "d1.png")) == np.asarray(Image.open(out / "d1.png"))).mean() > 0.999
+    Image.open(folder / "images" / "d0.png").save(folder / "images" / "d0.bmp")
+    code, _, err = cli("evaluate", "--ckpt", trained, "--images", folder / "images", "--prompt", "x", "--save-masks", out)
+    assert code == 2 and "Several pictures would be written to 'd0.png'" in err
+    code, _, err = cli("evaluate", "--ckpt", trained, "--images", folder / "images")
+    assert code == 2 and "--prompt" in err
+
+
+def test_four_epochs_are_two_and_two(cli, quick, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = [*quick[:-1]]
+    assert cli("train", *options, whole, "--epochs", 4, "--augment")[0] == 0
+    assert cli("train", *options, parts, "--epochs", 2, "--augment")[0] == 0
+    code, out, err = cli("train", "--out", parts, "--resume", "--epochs", 4)
+    assert code == 0 and "after epoch 2" in out, err
+    assert same_tensors(whole / "last.safetensors", parts / "last.safetensors")
+    assert same_tensors(whole / "best.safetensors", parts / "best.safetensors")
+    strip = lambda path: [{k: v for k, v in r.items() if k not in ("seconds", "images_per_second")} for r in rows(path)]  # noqa: E731
+    assert strip(whole / "log.csv") == strip(parts / "log.csv")
+
+
+def test_equal_seeds_give_equal_runs_and_others_do_not(cli, quick, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert cli("train", *quick[:-1], tmp_path / name, "--epochs", 1, "--seed", seed)[0] == 0
+    assert same_tensors(tmp_path / "a" / "last.safetensors", tmp_path / "b" / "last.safetensors")
+    assert not same_tensors(tmp_path / "a" / "last.safetensors", tmp_path / "c" / "last.safetensors")
+
+
+def start(*argv, **env):
+    return subprocess.Popen(
+        [sys.executable, "train.py", *map(str, argv)],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_epoch(process, epoch):
+    for line in process.stdout:
+        if line.startswith(f"epoch {epoch:3d}/"):
+            return
+    raise AssertionError("the run ended early")
+
+
+def test_killed_run_resumes_bit_for_bit(quick, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    options = [*quick[:-1]]
+    process = start(*options, killed, "--epochs", 5)
+    wait_for_epoch(process, 2)
+    time.sleep(0.2)  # into the third epoch
+    process.kill()
+    process.wait()
+    assert not (killed / "log.csv").read_text().count("\n") > 5
+    again = start("--out", killed, "--resume")
+    text = again.communicate()[0]
+    assert again.returncode == 0 and "Resuming" in text, text
+    straight = start(*options, whole, "--epochs", 5)
+    straight.communicate()
+    assert same_tensors(whole / "last.safetensors", killed / "last.safetensors")
+    assert same_tensors(whole / "best.safetensors", killed / "best.safetensors")
+
+
+def test_ctrl_c_says_how_to_resume(quick, tmp_path):
+    process = start(*quick, "--epochs", 50)
+    wait_for_epoch(process, 1)
+    process.send_signal(signal.SIGINT)
+    text = process.communicate()[0]
+    assert process.returncode == 130
+    assert f"is saved. Go on with: python train.py --out {tmp_path / 'run'} --resume" in text and "Traceback" not in text
+    assert load_file(tmp_path / "run" / "last.safetensors")
+
+
+def test_raising_epochs_of_a_finished_run_goes_on(cli, trained):
+    code, out, _ = cli("train", "--out", trained, "--resume", "--epochs", 3)
+    assert code == 0 and len(rows(trained / "log.csv")) == 3
+    code, out, _ = cli("train", "--out", trained, "--resume")
+    assert code == 0 and len(rows(trained / "log.csv")) == 3, "a finished run ends at once"
+
+
+def test_early_stop_and_plateau(cli, quick, tmp_path):
+    code, out, _ = cli("train", *quick, "--epochs", 30, "--min-epochs", 2, "--patience", 2, "--lr", 1e-9, "--lr-patience", 1)
+    assert code == 0 and "Stopping early: 2 epochs" in out
+    log = rows(tmp_path / "run" / "log.csv")
+    assert 3 <= len(log) < 10
+
+
+def test_none_writes_a_checkpoint_at_once(cli, quick, tmp_path):
+    options = without_dim(quick)
+    code, out, err = cli("train", *options, "--peft", "none")
+    assert code == 0 and "0 of 1," in out and "Nothing to train" in out, err
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["best.safetensors", "config.json"]
+    assert cli("evaluate", "--ckpt", tmp_path / "run")[0] == 0
+
+
+@pytest.mark.parametrize("method", ["decoder", "full", "shallow"])
+def test_other_methods_train_and_evaluate(cli, quick, tmp_path, method):
+    options = quick if method == "shallow" else without_dim(quick)
+    code, out, err = cli("train", *options, "--peft", method, "--epochs", 2)
+    assert code == 0 and "ZERO" not in out, err
+    assert cli("evaluate", "--ckpt", tmp_path / "run")[0] == 0
+    names = set(load_file(tmp_path / "run" / "best.safetensors"))
+    if method == "decoder":
+        assert all(n.startswith("decoder.") for n in names)
+    if method == "full":
+        assert "clip.vision_model.encoder.layers.0.mlp.fc1.weight" in names and "clip.logit_scale" not in names
+
+
+def test_dry_run_prints_the_counts_and_writes_nothing(cli, quick, tmp_path):
+    code, out, _ = cli("train", *quick, "--dry-run", "--branches", "vlc")
+    assert code == 0 and "parameters are trained (" in out and not (tmp_path / "run").exists()
+
+
+def test_bf16_on_the_cpu(cli, quick, tmp_path):
+    assert cli("train", *quick, "--epochs", 1, "--amp", "bf16")[0] == 0
+    assert all(t.dtype == torch.float32 for t in load_file(tmp_path / "run" / "last.safetensors").values())
+    assert cli("evaluate", "--ckpt", tmp_path / "run", "--amp", "bf16")[0] == 0
+
+
+def test_reference_switch_reaches_loss_and_model(cli, quick, tmp_path):
+    assert cli("train", *quick, "--epochs", 1)[0] == 0
+    assert cli("train", *quick[:-1], tmp_path / "ref", "--epochs", 1, "--reference")[0] == 0
+    config = json.loads((tmp_path / "ref" / "config.json").read_text())
+    assert config["recipe"]["ce"] == "reference" and vlsm.load(tmp_path / "ref").info["reference"]
+    ours, theirs = (float(rows(tmp_path / d / "log.csv")[0]["val_loss"]) for d in ("run", "ref"))
+    assert abs(ours - theirs) > 0.05
+
+
+def test_recipe_options_have_effects(cli, quick, tmp_path):
+    changes = [["--lr", 3e-3], ["--weight-decay", 0.5], ["--clip", 1e-3], ["--dice-weight", 0.1], ["--bce-weight", 9]]
+    changes += [["--prompts", "p1"], ["--augment"], ["--batch-size", 5]]
+    for n, option in enumerate(changes):
+        assert cli("train", *quick[:-1], tmp_path / str(n), "--epochs", 1, *option)[0] == 0
+    assert cli("train", *quick, "--epochs", 1)[0] == 0
+    for n in range(len(changes)):
+        assert not same_tensors(tmp_path / "run" / "last.safetensors", tmp_path / str(n) / "last.safetensors"), n
+
+
+def test_data_options_have_effects(cli, quick, folder, tmp_path):
+    assert cli("train", *quick, "--epochs", 1, "--cache-dir", tmp_path / "kept")[0] == 0
+    assert len(list((tmp_path / "kept").glob("*.npy"))) == 6
+    (folder / "images" / "d3.png").write_bytes(b"broken")
+    code, _, err = cli("train", *quick[:-1], tmp_path / "b", "--epochs", 1)
+    assert code == 2 and "1 of 24 records cannot be used" in err and "d3.png" in err and not (tmp_path / "b").exists()
+    code, out, err = cli("train", *quick[:-1], tmp_path / "b", "--epochs", 1, "--skip-bad")
+    assert code == 0 and "dropped 1 of 24 records" in out and "23 train" in out, err
+    shutil.rmtree(folder / "anns")
+    (folder / "images" / "d3.png").unlink()
+    (folder / "masks" / "d3.png").unlink()
+    sides = set()
+    for seed in (0, 1):
+        code, out, err = cli("train", *quick[:-1], tmp_path / f"s{seed}", "--epochs", 1, "--prompts", "disk", "--split-seed", seed)
+        assert code == 0, err
+        code, _, err = cli("evaluate", "--ckpt", tmp_path / f"s{seed}")
+        assert code == 0, err
+        sides.add(tuple(r["image"] for r in rows(tmp_path / f"s{seed}" / "eval-test" / "metrics.csv")))
+    assert len(sides) == 2, "evaluation uses the split of the training run"
+
+
+def test_plateau_lowers_the_learning_rate(cli, quick, tmp_path):
+    assert cli("train", *quick, "--epochs", 4, "--lr", 4e-8, "--lr-patience", 0, "--lr-factor", 0.5)[0] == 0
+    rates = [float(r["lr"]) for r in rows(tmp_path / "run" / "log.csv")]
+    assert rates[0] == 4e-8 and min(rates) < 4e-8 and all(a == b or b == pytest.approx(a / 2) for a, b in zip(rates, rates[1:]))
+
+
+def test_loss_that_is_not_finite_stops_with_a_sentence(cli, quick, tmp_path, monkeypatch):
+    real, calls = train.dice_bce_loss, []
+
+    def broken(*args, **kw):
+        calls.append(1)
+        return real(*args, **kw) * (float("nan") if len(calls) == 6 else 1)  # 3 steps and 1 validation batch an epoch
+
+    monkeypatch.setattr(train, "dice_bce_loss", broken)
+    code, _, err = cli("train", *quick, "--epochs", 4)
+    assert code == 2 and "The loss became nan in epoch 2, step 2, at learning rate 0.001" in err and "after epoch 1, is kept" in err
+    assert load_file(tmp_path / "run" / "best.safetensors")
+
+
+def test_folder_of_another_run_is_refused(cli, quick, trained, tmp_path):
+    code, _, err = cli("train", *quick, "--epochs", 1)
+    assert code == 2 and "--resume" in err and "--overwrite" in err
+    code, _, err = cli("train", *quick, "--resume", "--lr", 0.5)
+    assert code == 2 and "--lr 0.5 differs from the run" in err
+    assert cli("train", *quick, "--epochs", 1, "--overwrite")[0] == 0 and len(rows(trained / "log.csv")) == 1
+    other = tmp_path / "precious"
+    other.mkdir()
+    (other / "thesis.txt").write_text("x")
+    code, _, err = cli("train", *quick[:-1], other, "--overwrite")
+    assert code == 2 and "holds no run" in err and (other / "thesis.txt").exists()
+    code, _, err = cli("train", "--out", tmp_path / "nothing", "--resume")
+    assert code == 2 and "There is no run to resume" in err
+
+
+def test_disk_full_keeps_the_last_good_file(cli, quick, trained, monkeypatch):
+    before = load_file(trained / "last.safetensors")
+
+    def full(tensors, path, metadata=None):
+        Path(path).write_bytes(b"half a fi")
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("vlsm.checkpoint.save_file", full)
+    code, _, err = cli("train", "--out", trained, "--resume", "--epochs", 3)
+    assert code == 2 and "No space is left on the disk" in err and "--resume" in err
+    after = load_file(trained / "last.safetensors")
+    assert all(torch.equal(before[n], after[n]) for n in before) and not list(trained.glob(".*"))
+
+
+def rewrite(path, tensors=None, **metadata):
+    """The same checkpoint with some tensors or metadata exchanged."""
+    with safe_open(path, "pt") as file:
+        old = file.metadata()
+    save_file(tensors or load_file(path), path, {**old, **{k: json.dumps(v) for k, v in metadata.items()}})
+
+
+def test_broken_and_foreign_checkpoints(cli, trained, tmp_path):
+    best = trained / "best.safetensors"
+    whole = best.read_bytes()
+
+    def error(*more):
+        code, _, err = cli("evaluate", "--ckpt", best, *more)
+        assert code == 2 and "Traceback" not in err
+        return err
+
+    best.write_bytes(whole[: len(whole) // 2])
+    assert "cannot be read" in error() and "Is the file complete" in error()
+    best.write_bytes(whole)
+    rewrite(best, method="shallow", options=dict(branches="vl", dim=8))
+    assert "not those of --peft shallow" in error()
+    best.write_bytes(whole)
+    rewrite(best, fingerprint="0123456789abcdef")
+    assert "was tuned on the base 'mini' (fingerprint 0123456789abcdef)" in error() and "is another base" in error()
+    best.write_bytes((MINI / "model.safetensors").read_bytes())
+    assert "is no checkpoint of this program" in error()
+    best.unlink()
+    assert "There is no checkpoint" in error()
+
+
+def test_another_base_on_resume_is_refused(cli, trained, tmp_path):
+    tensors = load_file(MINI / "model.safetensors")
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in MINI.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    save_file({**tensors, "clip.logit_scale": tensors["clip.logit_scale"] + 1}, other / "model.safetensors")
+    code, _, err = cli("train", "--out", trained, "--resume", "--epochs", 3, "--weights", other)
+    assert code == 2 and "another base" in err
+    code, _, err = cli("evaluate", "--ckpt", trained, "--weights", other)
+    assert code == 2 and "another base" in err
+
+
+def test_state_that_would_execute_is_refused(cli, trained, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    torch.save(dict(tuned=Trap()), trained / "state.pt")
+    code, _, err = cli("train", "--out", trained, "--resume", "--epochs", 3)
+    assert code == 2 and "cannot be read" in err and not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--dataset", "kvasirr"], "neither known (demo, kvasir, clinicdb"),
+        (["--dataset", "kvasir"], "There is no folder 'data/kvasir_polyp'"),
+        (["--peft", "lora9"], "Choose one of: none, decoder, full, dense, shallow"),
+        (["--prompts", "p77"], "Known here: p0, p1, p2"),
+        (["--dim", "0"], "--dim 0 leaves an adapter without a hidden unit"),
+        (["--branches", "x"], "--branches 'x' is not known"),
+        (["--peft", "decoder", "--dim", "4"], "takes no options; it has no dim"),
+        (["--image-size", "50"], "no multiple of the model's patch size 8; try 48"),
+        (["--batch-size", "0"], "--batch-size 0"),
+        (["--weights", "./nowhere"], "There is no folder './nowhere'"),
+        (["--device", "cuda:99"], "is not to be had here"),
+        (["--amp", "fp16", "--device", "cpu"], "needs a GPU"),
+    ],
+)
+def test_mistakes_are_sentences(cli, tmp_path, argv, message):
+    weights = [] if "--weights" in argv else ["--weights", "mini"]
+    code, _, err = cli("train", *weights, "--out", tmp_path / "r", *argv)
+    assert code == 2 and message in err and err.startswith("error: ") and "Traceback" not in err
+
+
+def test_hub_that_cannot_be_reached_says_what_to_do(cli, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def unreachable(*args, **kw):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    code, _, err = cli("train", "--dataset", "kvasir", "--out", tmp_path / "r")
+    assert code == 2 and "hf download CIDAS/clipseg-rd64-refined --local-dir DIR" in err and "--weights mini runs offline" in err
+
+
+@pytest.mark.parametrize("shadow", [False, True])
+def test_a_package_named_datasets_does_no_harm(tmp_path, shadow):
+    """train.py's own datasets.py is meant, with and without the PyPI package of that name on the path."""
+    if shadow:
+        (tmp_path / "datasets").mkdir()
+        (tmp_path / "datasets" / "__init__.py").write_text("raise RuntimeError('the wrong datasets')")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "train.py", "--dry-run"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "parameters are trained" in done.stdout, done.stderr
+
+
+def test_help_fits_its_purpose():
+    for program in ("train.py", "evaluate.py", "datasets.py"):
+        done = subprocess.run([sys.executable, program, "--help"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and "default" in done.stdout or program == "datasets.py"

@@ -1,0 +1,381 @@
+"""Fine-tune a vision-language segmentation model: `python train.py --dataset kvasir --peft dense --dim 64`.
+
+The loop is written out below, in `train_epoch` and `main`: data -> model -> loss -> step -> validate -> checkpoint.
+"""
+
+import argparse
+import csv
+import io
+import json
+import math
+import platform
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import datasets
+from vlsm import VLSM, build, dice_bce_loss, pictures, runtime
+from vlsm.augment import augment
+from vlsm.checkpoint import load_state, replacing, save_state, save_tuned, write_text
+from vlsm.console import Interrupt, progress, speaking
+from vlsm.images import MEAN, STD, normalise
+from vlsm.metrics import dsc, iou
+from vlsm.text import Tokenizer
+from vlsm.tuners import METHODS
+from vlsm.weights import DEFAULT_WEIGHTS, read_json
+
+# The papers' learning rates; --dataset demo, which is small, ends after DEMO_EPOCHS.
+LEARNING_RATES = {"dense": 1e-3, "shallow": 3e-4, "decoder": 1e-3, "full": 1e-4, "none": 0.0}
+DEMO_EPOCHS = 40
+RECIPE = (
+    "epochs", "min_epochs", "patience", "batch_size", "lr", "weight_decay", "lr_factor", "lr_patience", "clip", "dice_weight", "bce_weight",
+    "ce", "augment", "amp", "seed",
+)  # fmt: skip
+COLUMNS = ("epoch", "train_loss", "train_dsc", "val_loss", "val_dsc", "val_iou", "lr", "seconds", "images_per_second")
+# Options that may differ when a run is resumed; all others would make it another run.
+FREE_ON_RESUME = {"epochs", "patience", "min_epochs", "device", "data_root", "cache_dir", "weights"}
+UNSAVED = {"out", "resume", "overwrite", "dry_run", "given"}
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description="Fine-tune a frozen CLIPSeg with few trained parameters.", allow_abbrev=False)
+    g = parser.add_argument_group("data")
+    g.add_argument("--dataset", default="demo", help="demo (default), " + ", ".join(datasets.DATASETS) + ", or a folder of your own")
+    g.add_argument("--data-root", default="data", help="folder that holds the data sets' folders (default: data)")
+    g.add_argument(
+        "--prompts", default="random", help='random (default: a key from p1.. each time), class, a key such as p6, or a text: "a polyp"'
+    )
+    g.add_argument("--image-size", type=int, help="side in pixels, a multiple of the patch (default: the base's own, 352 for CLIPSeg)")
+    g.add_argument(
+        "--augment", action="store_true", help="scale, shift, rotate, brighten a little (default: no augmentation, as published)"
+    )
+    g.add_argument("--skip-bad", action="store_true", help="train without the records that cannot be used, instead of stopping")
+    g.add_argument("--split-seed", type=int, default=0, help="of the 80/10/10 split of your own folder (default 0)")
+    g.add_argument("--cache-dir", default=datasets.default_cache(), help="folder of the decoded pictures (default: %(default)s)")
+    g = parser.add_argument_group("model and method")
+    g.add_argument("--model", default="clipseg", help="clipseg")
+    g.add_argument(
+        "--weights", help="hub id, local folder, or mini, the embedded one (default: mini for the demo, else " + DEFAULT_WEIGHTS + ")"
+    )
+    g.add_argument("--peft", default="dense", help="dense (default), " + ", ".join(m for m in METHODS if m != "dense"))
+    g.add_argument("--branches", help="adapters in: any of v (vision), l (language), c (conditional embedding); default vl")
+    g.add_argument("--dim", type=int, help="hidden width of an adapter (default: 64 dense, 512 shallow)")
+    g.add_argument(
+        "--reference", action="store_true", help="do as the published code does, where it departs from its paper (implies --ce reference)"
+    )
+    g = parser.add_argument_group("recipe (defaults: the paper's)")
+    g.add_argument("--epochs", type=int, help=f"at most so many (default 200; demo {DEMO_EPOCHS})")
+    g.add_argument("--min-epochs", type=int, default=10, help="at least so many (default 10)")
+    g.add_argument("--patience", type=int, default=20, help="stop after so many epochs without +1e-4 validation DSC (default 20)")
+    g.add_argument("--batch-size", type=int, default=32, help="images a step (default 32)")
+    g.add_argument(
+        "--lr", type=float, help="learning rate of AdamW (default: " + ", ".join(f"{m} {r:g}" for m, r in LEARNING_RATES.items() if r) + ")"
+    )
+    g.add_argument("--weight-decay", type=float, default=1e-3, help="of AdamW (default 1e-3)")
+    g.add_argument("--lr-factor", type=float, default=0.3, help="factor on the learning rate when validation loss stalls (default 0.3)")
+    g.add_argument("--lr-patience", type=int, default=5, help="epochs that it may stall (default 5)")
+    g.add_argument("--clip", type=float, default=0.5, help="largest gradient norm (default 0.5)")
+    g.add_argument("--dice-weight", type=float, default=1.5, help="of the Dice loss (default 1.5)")
+    g.add_argument("--bce-weight", type=float, default=1.0, help="of the cross entropy (default 1.0)")
+    g.add_argument(
+        "--ce", choices=["logits", "reference"], help="cross entropy on logits (default), or on a second sigmoid as in the published code"
+    )
+    g.add_argument("--seed", type=int, default=42, help="of everything random (default 42)")
+    g = parser.add_argument_group("run")
+    g.add_argument("--out", help="folder of the run (default: runs/<dataset>-<method>-...)")
+    g.add_argument("--resume", action="store_true", help="go on where the run in that folder was stopped, with its options")
+    g.add_argument("--overwrite", action="store_true", help="delete the run that is in that folder")
+    g.add_argument("--dry-run", action="store_true", help="print the numbers of parameters and stop")
+    runtime.add_arguments(g)
+    args = parser.parse_args(argv)
+    args.given = {a.dest for a in parser._actions if any(s in _flags(argv) for s in a.option_strings)}
+    return args
+
+
+def _flags(argv):
+    return {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+
+
+def complete(args):
+    """Fill in what depends on other options, or on the run that is resumed. Raises ValueError for what cannot be."""
+    if args.peft not in METHODS:
+        raise ValueError(f"--peft '{args.peft}' is not known. Choose one of: {', '.join(METHODS)}.")
+    for name in ("epochs", "batch_size", "image_size", "patience"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 1 or more.")
+    if not args.out:
+        parts = [Path(args.dataset).name, args.peft, args.branches or "", str(args.dim or ""), f"seed{args.seed}"]
+        args.out = str(Path("runs") / "-".join(p for p in parts if p))
+    if args.resume:
+        adopt(args)
+    args.weights = args.weights or ("mini" if args.dataset == "demo" else DEFAULT_WEIGHTS)
+    args.epochs = args.epochs or (DEMO_EPOCHS if args.dataset == "demo" else 200)
+    args.lr = LEARNING_RATES[args.peft] if args.lr is None else args.lr
+    args.ce = args.ce or ("reference" if args.reference else "logits")
+    return args
+
+
+def adopt(args):
+    """Take the options of the run in --out; refuse those on the command line that would make it another run."""
+    file = Path(args.out) / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no run to resume in '{args.out}' (no config.json). Name its folder with --out.")
+    for name, value in read_json(file)["options"].items():
+        if name not in args.given:
+            setattr(args, name, value)
+        elif name not in FREE_ON_RESUME and getattr(args, name) != value:
+            given = getattr(args, name)
+            raise ValueError(
+                f"--{name.replace('_', '-')} {given} differs from the run in '{args.out}', which has {value}. Use another --out."
+            )
+
+
+def check_folder(args):
+    """Refuse a folder that holds another run, or something else, before any work is done."""
+    out = Path(args.out)
+    if args.resume or not out.exists() or not any(out.iterdir()):
+        return
+    if not args.overwrite:
+        raise FileExistsError(
+            f"'{out}' exists and is not empty. Use --resume to go on with that run, --overwrite to delete it, or another --out."
+        )
+    if not (out / "config.json").is_file():
+        raise FileExistsError(
+            f"'{out}' holds no run of this program (no config.json), so --overwrite does not delete it. Use another --out."
+        )
+
+
+def make_folder(args, about):
+    """The run's folder with its config.json; with --overwrite, without what was there."""
+    out = Path(args.out)
+    if args.overwrite and out.exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    for left in out.glob(".*.tmp"):  # of a run that was killed while writing
+        left.unlink()
+    options = {k: v for k, v in vars(args).items() if k not in UNSAVED}
+    write_text(out / "config.json", json.dumps(dict(options=options, **about), indent=1))
+    return out
+
+
+def model_size(folder, asked, patch):
+    """Side of the pictures: as asked for, else the weights' own processor's, else the paper's 352."""
+    if asked is None:
+        file = folder / "preprocessor_config.json"
+        size = read_json(file).get("size", 352) if file.is_file() else 352
+        asked = size if isinstance(size, int) else size.get("height", size.get("shortest_edge", 352))
+    if asked % patch:
+        raise ValueError(
+            f"--image-size {asked} is no multiple of the model's patch size {patch}; try {round(asked / patch) * patch or patch}."
+        )
+    return asked
+
+
+@dataclass
+class Job:
+    """All that a step of training needs."""
+
+    args: argparse.Namespace
+    out: Path
+    model: VLSM
+    data: dict
+    device: torch.device
+    dtype: torch.dtype | None
+    checked: bool = False  # whether the first step's gradients were looked at
+    history: list = field(default_factory=list)  # a row of log.csv an epoch
+    best: float = -1.0  # best validation DSC
+    stalled: int = 0  # epochs since it last rose by 1e-4, and from where
+    mark: float = -1.0
+
+    def __post_init__(self):
+        args, folder = self.args, self.model.info["folder"]
+        self.tokenizer = Tokenizer(folder, self.model.base.config.text.max_position_embeddings)
+        runtime.place(self.model, self.device, self.dtype)
+        self.tuned = self.model.tuned_parameters()
+        self.optimizer = torch.optim.AdamW(self.tuned.values(), lr=args.lr, weight_decay=args.weight_decay)
+        self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer, "min", args.lr_factor, args.lr_patience)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def state(self):
+        """What resuming needs, besides config.json."""
+        parts = {name: getattr(self, name).state_dict() for name in ("optimizer", "scheduler", "scaler")}
+        numbers = {name: getattr(self, name) for name in ("history", "best", "stalled", "mark")}
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        base = self.model.info["fingerprint"]
+        return dict(tuned=self.model.tuned_state_dict(), base=base, rng=torch.get_rng_state(), cuda_rng=cuda, **parts, **numbers)
+
+    def resume(self, state):
+        if state["base"] != self.model.info["fingerprint"]:
+            raise ValueError(
+                f"The run in '{self.out}' was started on another base than '{self.args.weights}'. Pass its own with --weights."
+            )
+        self.model.load_tuned(state["tuned"])
+        for name in ("optimizer", "scheduler", "scaler"):
+            getattr(self, name).load_state_dict(state[name])
+        for name in ("history", "best", "stalled", "mark"):
+            setattr(self, name, state[name])
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+
+    def note(self, row):
+        """Add an epoch to the history, lower the learning rate where validation stalls; True if it is the best so far."""
+        self.history.append(row)
+        self.scheduler.step(row["val_loss"])
+        better, self.best = row["val_dsc"] > self.best, max(self.best, row["val_dsc"])
+        self.stalled, self.mark = (0, row["val_dsc"]) if row["val_dsc"] > self.mark + 1e-4 else (self.stalled + 1, self.mark)
+        return better
+
+    def saved(self):
+        done = f"epoch {len(self.history)} is saved" if self.history else "no epoch was finished yet"
+        return f"{done}. Go on with: python train.py --out {self.out} --resume"
+
+    def forward(self, split, indices, *seed, augment_seed=None):
+        """(logits, masks, loss) of some records; their prompts are drawn by `seed`."""
+        args, data = self.args, self.data[split]
+        pixels, masks = (t.to(self.device, non_blocking=True) for t in data.batch(indices))
+        if augment_seed is not None:
+            pixels, masks = augment(pixels, masks, torch.Generator().manual_seed(augment_seed))
+        tokens = self.tokenizer([datasets.prompt_of(data.records[i], i, args.prompts, *seed) for i in indices])
+        with runtime.autocast(self.device, self.dtype):
+            logits = self.model(normalise(pixels), *tokens)
+        return logits, masks, dice_bce_loss(logits, masks, args.dice_weight, args.bce_weight, ce=args.ce)
+
+
+def train_epoch(job, epoch, interrupt):
+    """One pass over the training split; (loss, DSC), means over its records. Raises ValueError if the loss is not finite."""
+    args, records, seed = job.args, len(job.data["train"]), job.args.seed * 1_000_003 + epoch
+    job.model.train()
+    order = torch.randperm(records, generator=torch.Generator().manual_seed(seed)).tolist()
+    loss_sum, dsc_sum, seen = 0.0, 0.0, 0
+    with progress(records, f"epoch {epoch}/{args.epochs}") as bar:
+        for start in range(0, records, args.batch_size):
+            indices = order[start : start + args.batch_size]
+            logits, masks, loss = job.forward(
+                "train", indices, args.seed, epoch, augment_seed=seed * 1_000_003 + start if args.augment else None
+            )
+            value = loss.item()
+            if not math.isfinite(value):
+                kept = f"The last good state, after epoch {epoch - 1}, is kept in '{job.out}'." if epoch > 1 else "No epoch was finished."
+                raise ValueError(
+                    f"The loss became {value} in epoch {epoch}, step {start // args.batch_size + 1}, at learning rate "
+                    f"{job.optimizer.param_groups[0]['lr']:.3g}. {kept} Try a smaller --lr, or --amp off."
+                )
+            job.optimizer.zero_grad(set_to_none=True)
+            job.scaler.scale(loss).backward()
+            job.scaler.unscale_(job.optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(job.tuned.values(), args.clip)
+            if not job.checked and (job.dtype != torch.float16 or norm.isfinite()):  # fp16 finds its loss scale by overflowing
+                tqdm.write(job.model.check_gradients())
+                job.checked = True
+            job.scaler.step(job.optimizer)
+            job.scaler.update()
+            n = len(indices)
+            loss_sum, seen = loss_sum + value * n, seen + n
+            dsc_sum += dsc(logits.detach()[:, 0] > 0, masks[:, 0] > 0).sum().item()
+            bar.set_postfix(loss=f"{loss_sum / seen:.3f}", DSC=f"{100 * dsc_sum / seen:.1f}", refresh=False)
+            bar.update(n)
+            interrupt.leave(f"Interrupted in epoch {epoch}; {job.saved()}")
+    return loss_sum / seen, dsc_sum / seen
+
+
+@torch.no_grad()
+def validate(job):
+    """(loss, DSC, IoU): means over the validation records, at the model's size."""
+    job.model.eval()
+    loss_sum, scores, count = 0.0, [], len(job.data["val"])
+    for start in range(0, count, job.args.batch_size):
+        indices = list(range(start, min(start + job.args.batch_size, count)))
+        logits, masks, loss = job.forward("val", indices, job.args.seed)
+        loss_sum += loss.item() * len(indices)
+        predicted, truth = logits[:, 0] > 0, masks[:, 0] > 0
+        scores.append(torch.stack([dsc(predicted, truth), iou(predicted, truth)], 1).cpu())
+    return loss_sum / count, *torch.cat(scores).mean(0).tolist()
+
+
+def describe_run(args, size):
+    """What config.json and the checkpoint's metadata say about a run."""
+    recipe = {k: getattr(args, k) for k in RECIPE}
+    versions = dict(python=platform.python_version(), torch=torch.__version__)
+    data = dict(dataset=args.dataset, data_root=args.data_root, split_seed=args.split_seed, prompts=args.prompts)
+    return dict(**data, image_size=size, mean=MEAN, std=STD, recipe=recipe, versions=versions)
+
+
+def save_epoch(job, about, better):
+    """Write every file of the run. state.pt comes last: until it is there, a resumed run repeats this epoch and writes the same."""
+    for name in ["last"] + ["best"] * better:
+        save_tuned(job.out / f"{name}.safetensors", job.model, **about, best_val_dsc=job.best, epoch=len(job.history))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(job.history)
+    write_text(job.out / "log.csv", text.getvalue())
+    with replacing(job.out / "curves.png") as temporary:
+        pictures.curves(job.history, temporary)
+    save_state(job.out / "state.pt", job.state())
+
+
+def main(argv=None):
+    args = complete(parse(argv))
+    device, dtype = runtime.choose(args.device, args.amp)
+    torch.manual_seed(args.seed)
+    options = {k: getattr(args, k) for k in ("branches", "dim") if getattr(args, k) is not None}
+    model = build(args.model, args.weights, args.peft, args.reference, **options)
+    size = model_size(model.info["folder"], args.image_size, model.base.config.vision.patch_size)
+    trained, total = model.count()
+    share = f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f} %)"
+    print(f"{args.model} ({args.weights}), --peft {args.peft}: {share}")
+    if args.dry_run:
+        return
+    check_folder(args)
+    about = describe_run(args, size)
+    if args.peft == "none":
+        out = make_folder(args, about)
+        save_tuned(out / "best.safetensors", model, **about, best_val_dsc=None)
+        print(f"Nothing to train. Wrote {out / 'best.safetensors'}; evaluate it with: python evaluate.py --ckpt {out}")
+        return
+
+    splits = datasets.available_splits(args.dataset, args.data_root, args.split_seed) or ["train", "val"]
+    data = datasets.open_dataset(args.dataset, splits, size, args.data_root, args.cache_dir, args.split_seed, args.prompts, args.skip_bad)
+    if not {"train", "val"} <= set(data):
+        raise ValueError(
+            f"'{args.dataset}' has records for {' and '.join(data)} only; training needs train and val. If it is a folder of a few "
+            "files that are split by their names, another --split-seed or train/ and val/ folders help."
+        )
+    print(f"{args.dataset}: " + ", ".join(f"{len(d)} {s}" for s, d in data.items()) + f" records at {size} x {size}")
+    out = make_folder(args, about)
+    job = Job(args, out, model, data, device, dtype)
+    if args.resume and (out / "state.pt").is_file():
+        job.resume(load_state(out / "state.pt"))
+        print(f"Resuming '{out}' after epoch {len(job.history)} (best validation DSC {100 * job.best:.2f})")
+
+    with Interrupt() as interrupt:
+        for epoch in range(len(job.history) + 1, args.epochs + 1):
+            if epoch > args.min_epochs and job.stalled >= args.patience:
+                print(f"Stopping early: {job.stalled} epochs without a better validation DSC.")
+                break
+            began, lr = time.perf_counter(), job.optimizer.param_groups[0]["lr"]
+            loss, train_dsc = train_epoch(job, epoch, interrupt)
+            seconds = time.perf_counter() - began
+            speed = len(data["train"]) / seconds
+            val_loss, val_dsc, val_iou = validate(job)
+            row = (epoch, loss, train_dsc, val_loss, val_dsc, val_iou, lr, round(seconds, 2), round(speed, 1))
+            better = job.note(dict(zip(COLUMNS, row)))
+            save_epoch(job, about, better)
+            print(
+                f"epoch {epoch:3d}/{args.epochs}  loss {loss:.4f}  DSC {100 * train_dsc:.2f}  val loss {val_loss:.4f}  "
+                f"val DSC {100 * val_dsc:.2f}  IoU {100 * val_iou:.2f}  lr {lr:.1e}  {speed:.0f} img/s{'  *' if better else ''}",
+                flush=True,
+            )
+            interrupt.leave(f"Interrupted after epoch {epoch}; {job.saved()}")
+    print(f"Best validation DSC {100 * job.best:.2f}. Evaluate it with: python evaluate.py --ckpt {out}")
+
+
+if __name__ == "__main__":
+    with speaking():
+        main()
