@@ -183,6 +183,7 @@ class Job:
     args: argparse.Namespace
     out: Path
     model: VLSM
+    tokenizer: Tokenizer
     data: dict
     device: torch.device
     dtype: torch.dtype | None
@@ -193,8 +194,7 @@ class Job:
     mark: float = -1.0
 
     def __post_init__(self):
-        args, folder = self.args, self.model.info["folder"]
-        self.tokenizer = Tokenizer(folder, self.model.base.config.text.max_position_embeddings)
+        args = self.args
         runtime.place(self.model, self.device, self.dtype)
         self.tuned = self.model.tuned_parameters()
         self.optimizer = torch.optim.AdamW(self.tuned.values(), lr=args.lr, weight_decay=args.weight_decay)
@@ -340,6 +340,7 @@ def main(argv=None):
         print(f"Nothing to train. Wrote {out / 'best.safetensors'}; evaluate it with: python evaluate.py --ckpt {out}")
         return
 
+    tokenizer = Tokenizer(model.info["folder"], model.base.config.text.max_position_embeddings)
     splits = datasets.available_splits(args.dataset, args.data_root, args.split_seed) or ["train", "val"]
     data = datasets.open_dataset(args.dataset, splits, size, args.data_root, args.cache_dir, args.split_seed, args.prompts, args.skip_bad)
     if not {"train", "val"} <= set(data):
@@ -349,7 +350,7 @@ def main(argv=None):
         )
     print(f"{args.dataset}: " + ", ".join(f"{len(d)} {s}" for s, d in data.items()) + f" records at {size} x {size}")
     out = make_folder(args, about)
-    job = Job(args, out, model, data, device, dtype)
+    job = Job(args, out, model, tokenizer, data, device, dtype)
     if args.resume and (out / "state.pt").is_file():
         job.resume(load_state(out / "state.pt"))
         print(f"Resuming '{out}' after epoch {len(job.history)} (best validation DSC {100 * job.best:.2f})")

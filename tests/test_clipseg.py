@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import vlsm
+from vlsm.clipseg import CLIPSegConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -245,3 +246,60 @@ def test_weights_that_do_not_fit_are_named(tmp_path, change, message):
     (tmp_path / "config.json").write_text((GOLDEN / "clipseg-tiny" / "config.json").read_text())
     with pytest.raises(ValueError, match=message):
         vlsm.build("clipseg", tmp_path)
+
+
+def test_config_files_of_all_ages():
+    raw = dict(text_config=None, text_config_dict=dict(eos_token_id=2), vision_config=dict(patch_size=32))
+    old = CLIPSegConfig.from_dict(dict(raw, vision_config_dict=dict(patch_size=16)))
+    assert old.text.eos_token_id == 2 and old.vision.patch_size == 16
+    assert old.vision.hidden_size == 768 and old.text.hidden_size == 512 and old.extract_layers == (3, 6, 9)
+
+
+@pytest.mark.parametrize(
+    "raw, message",
+    [
+        (dict(extract_layers=[3, 12]), "must be indices of the 12 vision layers"),
+        (dict(text_config=dict(hidden_act="mish")), "text_config.hidden_act is 'mish'; known are quick_gelu"),
+        (dict(vision_config=dict(hidden_size=100)), "hidden_size 100 is no multiple of 12 heads"),
+    ],
+)
+def test_configurations_that_cannot_work(raw, message):
+    with pytest.raises(ValueError, match=message):
+        CLIPSegConfig.from_dict(raw)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "should hold a JSON object"),
+        ('{"model_type": "clip"}', "describes a 'clip' model"),
+        (None, "holds no config.json"),
+    ],
+)
+def test_folders_that_hold_no_clipseg(tmp_path, config, message):
+    if config:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        vlsm.build("clipseg", tmp_path)
+
+
+def test_weights_that_cannot_be_read(tmp_path):
+    (tmp_path / "config.json").write_text((GOLDEN / "clipseg-tiny" / "config.json").read_text())
+    with pytest.raises(FileNotFoundError, match="neither model.safetensors nor pytorch_model.bin"):
+        vlsm.build("clipseg", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((GOLDEN / "clipseg-tiny" / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(ValueError, match="cannot be read .* Is the file complete"):
+        vlsm.build("clipseg", tmp_path)
+
+
+def test_a_pickle_that_would_execute_is_refused(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    (tmp_path / "config.json").write_text((GOLDEN / "clipseg-tiny" / "config.json").read_text())
+    torch.save({"decoder.film_add.bias": Trap()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="cannot be read"):
+        vlsm.build("clipseg", tmp_path)
+    assert not (tmp_path / "executed").exists()

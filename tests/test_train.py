@@ -414,6 +414,11 @@ def test_mistakes_are_sentences(cli, tmp_path, argv, message):
     assert code == 2 and message in err and err.startswith("error: ") and "Traceback" not in err
 
 
+def test_weights_without_a_tokenizer(cli, quick, tmp_path):
+    code, _, err = cli("train", *quick, "--weights", ROOT / "tests" / "golden" / "clipseg-tiny", "--image-size", 64)
+    assert code == 2 and "holds no tokenizer (vocab.json and merges.txt" in err and not (tmp_path / "run").exists()
+
+
 def test_hub_that_cannot_be_reached_says_what_to_do(cli, tmp_path, monkeypatch):
     import huggingface_hub
 
