@@ -370,7 +370,7 @@ def main(argv=None):
             save_epoch(job, about, better)
             print(
                 f"epoch {epoch:3d}/{args.epochs}  loss {loss:.4f}  DSC {100 * train_dsc:.2f}  val loss {val_loss:.4f}  "
-                f"val DSC {100 * val_dsc:.2f}  IoU {100 * val_iou:.2f}  lr {lr:.1e}  {speed:.0f} img/s{'  *' if better else ''}",
+                f"val DSC {100 * val_dsc:.2f}  IoU {100 * val_iou:.2f}  lr {lr:.1e}  {speed:.3g} img/s{'  *' if better else ''}",
                 flush=True,
             )
             interrupt.leave(f"Interrupted after epoch {epoch}; {job.saved()}")

@@ -179,16 +179,17 @@ def wait_for_epoch(process, epoch):
 def test_killed_run_resumes_bit_for_bit(quick, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     options = [*quick[:-1]]
-    process = start(*options, killed, "--epochs", 5)
+    process = start(*options, killed, "--epochs", 12)
     wait_for_epoch(process, 2)
-    time.sleep(0.2)  # into the third epoch
+    time.sleep(0.1)  # into a later epoch
     process.kill()
     process.wait()
-    assert not (killed / "log.csv").read_text().count("\n") > 5
+    done = len(rows(killed / "log.csv"))
+    assert 2 <= done < 12
     again = start("--out", killed, "--resume")
     text = again.communicate()[0]
     assert again.returncode == 0 and "Resuming" in text, text
-    straight = start(*options, whole, "--epochs", 5)
+    straight = start(*options, whole, "--epochs", 12)
     straight.communicate()
     assert same_tensors(whole / "last.safetensors", killed / "last.safetensors")
     assert same_tensors(whole / "best.safetensors", killed / "best.safetensors")
