@@ -216,6 +216,15 @@ def test_a_mask_that_hides_a_token_before_the_end_is_honoured(pair):
     torch.testing.assert_close(ours(pixels, ids, mask).reshape(want.shape), want, atol=1e-4, rtol=0)
 
 
+def test_padding_on_the_left_is_masked(pair):
+    theirs, ours = pair(0)
+    pixels, ids, mask = random_inputs(theirs.config, 5)
+    ids, mask = torch.cat([torch.full((3, 3), 57), ids], 1), torch.cat([torch.zeros(3, 3, dtype=torch.long), mask], 1)
+    with torch.no_grad():
+        want = theirs(pixel_values=pixels, input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(ours(pixels, ids, mask).reshape(want.shape), want, atol=1e-4, rtol=0)
+
+
 def test_blocks_above_the_last_extracted_never_run(pair):
     theirs, ours = pair(4)
     last = max(ours.base.config.extract_layers)
