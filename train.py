@@ -235,6 +235,14 @@ class Job:
         done = f"epoch {len(self.history)} is saved" if self.history else "no epoch was finished yet"
         return f"{done}. Go on with: python train.py --out {self.out} --resume"
 
+    def refuse_nonfinite(self, loss, what):
+        """Raise ValueError where a loss is nan or infinite, before anything of that epoch is written."""
+        if not math.isfinite(loss):
+            done = len(self.history)
+            kept = f"The last good state, after epoch {done}, is kept in '{self.out}'." if done else "No epoch was finished."
+            lr = self.optimizer.param_groups[0]["lr"]
+            raise ValueError(f"The {what}, at learning rate {lr:.3g}. {kept} Try a smaller --lr, or --amp off.")
+
     def forward(self, split, indices, *seed, augment_seed=None):
         """(logits, masks, loss) of some records; their prompts are drawn by `seed`."""
         args, data = self.args, self.data[split]
@@ -260,12 +268,7 @@ def train_epoch(job, epoch, interrupt):
                 "train", indices, args.seed, epoch, augment_seed=seed * 1_000_003 + start if args.augment else None
             )
             value = loss.item()
-            if not math.isfinite(value):
-                kept = f"The last good state, after epoch {epoch - 1}, is kept in '{job.out}'." if epoch > 1 else "No epoch was finished."
-                raise ValueError(
-                    f"The loss became {value} in epoch {epoch}, step {start // args.batch_size + 1}, at learning rate "
-                    f"{job.optimizer.param_groups[0]['lr']:.3g}. {kept} Try a smaller --lr, or --amp off."
-                )
+            job.refuse_nonfinite(value, f"loss became {value} in epoch {epoch}, step {start // args.batch_size + 1}")
             job.optimizer.zero_grad(set_to_none=True)
             job.scaler.scale(loss).backward()
             job.scaler.unscale_(job.optimizer)
@@ -365,6 +368,7 @@ def main(argv=None):
             seconds = time.perf_counter() - began
             speed = len(data["train"]) / seconds
             val_loss, val_dsc, val_iou = validate(job)
+            job.refuse_nonfinite(val_loss, f"validation loss became {val_loss} after epoch {epoch}")
             row = (epoch, loss, train_dsc, val_loss, val_dsc, val_iou, lr, round(seconds, 2), round(speed, 1))
             better = job.note(dict(zip(COLUMNS, row)))
             save_epoch(job, about, better)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 import vlsm
+from vlsm import pictures
 from vlsm.text import Tokenizer
 from vlsm.weights import MINI
 
@@ -297,17 +298,28 @@ def test_plateau_lowers_the_learning_rate(cli, quick, tmp_path):
     assert rates[0] == 4e-8 and min(rates) < 4e-8 and all(a == b or b == pytest.approx(a / 2) for a, b in zip(rates, rates[1:]))
 
 
-def test_loss_that_is_not_finite_stops_with_a_sentence(cli, quick, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "call, message", [(6, "The loss became nan in epoch 2, step 2"), (8, "The validation loss became nan after epoch 2")]
+)
+def test_loss_that_is_not_finite_stops_with_a_sentence(cli, quick, tmp_path, monkeypatch, call, message):
     real, calls = train.dice_bce_loss, []
 
     def broken(*args, **kw):
         calls.append(1)
-        return real(*args, **kw) * (float("nan") if len(calls) == 6 else 1)  # 3 steps and 1 validation batch an epoch
+        return real(*args, **kw) * (float("nan") if len(calls) == call else 1)  # 3 steps and 1 validation batch an epoch
 
     monkeypatch.setattr(train, "dice_bce_loss", broken)
     code, _, err = cli("train", *quick, "--epochs", 4)
-    assert code == 2 and "The loss became nan in epoch 2, step 2, at learning rate 0.001" in err and "after epoch 1, is kept" in err
-    assert load_file(tmp_path / "run" / "best.safetensors")
+    assert code == 2 and f"{message}, at learning rate 0.001" in err and "after epoch 1, is kept" in err
+    assert load_file(tmp_path / "run" / "best.safetensors") and len(rows(tmp_path / "run" / "log.csv")) == 1
+
+
+@pytest.mark.parametrize("values", [[0.0], [0.0, 0.0], [0.3, 0.3, 0.3], [1e-7, 247.0], [5.0, -2.0]])
+def test_curves_of_any_values_are_drawn(tmp_path, values):
+    keys = ("train_loss", "val_loss", "train_dsc", "val_dsc")
+    pictures.curves([dict(epoch=e, **dict.fromkeys(keys, v)) for e, v in enumerate(values, 1)], tmp_path / "c.png")
+    pixels = np.asarray(Image.open(tmp_path / "c.png"))
+    assert (pixels[40:340, 55:545] == pictures.ORANGE).all(2).any() and (pixels[40:340, 615:1105] == pictures.ORANGE).all(2).any()
 
 
 def test_folder_of_another_run_is_refused(cli, quick, trained, tmp_path):

@@ -62,8 +62,9 @@ def sheet(rows, path, cell=220):
 
 
 def ticks(low, high, count=5):
-    """Round numbers that cover low..high."""
-    span = max(high - low, 1e-9)
+    """Round numbers that cover low..high, which may be one and the same."""
+    span = max(high - low, 1e-3 * max(abs(low), abs(high), 1))
+    high = low + span
     step = 10 ** np.floor(np.log10(span / count))
     step *= min((1, 2, 5, 10), key=lambda m: abs(span / (step * m) - count))
     return [float(v) for v in np.arange(np.floor(low / step) * step, high + step, step)]
