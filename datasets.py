@@ -61,27 +61,32 @@ def records(dataset, split, data_root="data", split_seed=0):
     """
     if dataset == "demo":
         return demo.records(split)
+    root, source = _locate(dataset, data_root)
+    return _annotated(root, split, source) if source else _own_folder(root, split, split_seed)
+
+
+def available_splits(dataset, data_root="data", split_seed=0):
+    """The splits that the data set has records for, in the order train, val, test. Raises as `records` does."""
+    if dataset == "demo":
+        return list(SPLITS)
+    root, source = _locate(dataset, data_root)
+    if source:
+        return [s for s in SPLITS if (root / "anns" / f"{s}.json").is_file()]
+    return [s for s in SPLITS if _own_folder(root, s, split_seed)]
+
+
+def _locate(dataset, data_root):
+    """(folder, its `Source`, or None for a folder without annotation files)."""
     if dataset in DATASETS:
         source = DATASETS[dataset]
         root = Path(data_root).expanduser() / source.folder
         if not root.is_dir():
             raise FileNotFoundError(_where_to_get(dataset, source, root))
-        return _annotated(root, split, source)
+        return root, source
     root = Path(dataset).expanduser()
     if not root.is_dir():
         raise ValueError(f"Data set '{dataset}' is neither known ({', '.join(['demo', *DATASETS])}) nor the path of a folder.")
-    if (root / "anns").is_dir():
-        return _annotated(root, split, Source(root.name, ""))
-    return _own_folder(root, split, split_seed)
-
-
-def available_splits(dataset, data_root="data", split_seed=0):
-    """The splits that the data set has files for, in the order train, val, test."""
-    if dataset in DATASETS or (Path(dataset).expanduser() / "anns").is_dir():
-        root = Path(data_root).expanduser() / DATASETS[dataset].folder if dataset in DATASETS else Path(dataset).expanduser()
-        if root.is_dir():
-            return [s for s in SPLITS if (root / "anns" / f"{s}.json").is_file()]
-    return [s for s in SPLITS if dataset == "demo" or records(dataset, s, data_root, split_seed)]
+    return root, Source(root.name, "") if (root / "anns").is_dir() else None
 
 
 def prompt_of(record, index, mode, *seed):
@@ -100,7 +105,10 @@ def open_dataset(dataset, splits, size, data_root="data", cache_dir=None, split_
         try:
             found = records(dataset, split, data_root, split_seed)
             if not found:
-                raise ValueError(f"The {split} split of '{dataset}' is empty ({_too_few(dataset)}).")
+                raise ValueError(
+                    f"The {split} split of '{dataset}' is empty. If its files are split by a hash of their names, a handful of them can "
+                    "leave a part empty: try another --split-seed, or train/, val/ and test/ folders."
+                )
             for i, record in enumerate(found):
                 prompt_of(record, i, prompts, 0)  # a key that is not there is found here, not in the middle of an epoch
             try:
@@ -120,14 +128,6 @@ def open_dataset(dataset, splits, size, data_root="data", cache_dir=None, split_
         )
         raise ValueError("\n".join(troubles) + hint)
     return ready
-
-
-def _too_few(dataset):
-    return (
-        "its files are split 80/10/10 by a hash of their names; a handful of files can leave a part empty"
-        if Path(dataset).is_dir()
-        else "no records"
-    )
 
 
 def _where_to_get(name, source, root):

@@ -1,16 +1,35 @@
 """Fixtures: a small data set on disk, and the command line run in this process."""
 
+import csv
 import importlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from vlsm.console import speaking
 
-GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+
+
+def rows(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def without_dim(options):
+    at = options.index("--dim")
+    return options[:at] + options[at + 2 :]
+
+
+def same_tensors(a, b):
+    a, b = load_file(a), load_file(b)
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
 @pytest.fixture(autouse=True)
@@ -73,3 +92,10 @@ def cli(capsys):
 def quick(folder, tmp_path):
     """Arguments of a small run on the folder, with the mini base at half its size."""
     return ["--dataset", folder, "--weights", "mini", "--image-size", 48, "--batch-size", 8, "--dim", 8, "--out", tmp_path / "run"]
+
+
+@pytest.fixture
+def trained(cli, quick, tmp_path):
+    code, _, err = cli("train", *quick, "--epochs", 2)
+    assert code == 0, err
+    return tmp_path / "run"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import vlsm
-from tests.test_train import ROOT
+from tests.conftest import ROOT
 from vlsm import pretrain, scenes
 from vlsm.text import Tokenizer
 from vlsm.weights import MINI

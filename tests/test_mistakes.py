@@ -1,0 +1,150 @@
+"""What a user can get wrong, and what a disk can: each is a sentence, exit code 2, and nothing lost."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import train
+from tests.conftest import ROOT, rows
+from vlsm.weights import MINI
+
+
+@pytest.mark.parametrize(
+    "call, message", [(6, "The loss became nan in epoch 2, step 2"), (8, "The validation loss became nan after epoch 2")]
+)
+def test_loss_that_is_not_finite_stops_with_a_sentence(cli, quick, tmp_path, monkeypatch, call, message):
+    real, calls = train.dice_bce_loss, []
+
+    def broken(*args, **kw):
+        calls.append(1)
+        return real(*args, **kw) * (float("nan") if len(calls) == call else 1)  # 3 steps and 1 validation batch an epoch
+
+    monkeypatch.setattr(train, "dice_bce_loss", broken)
+    code, _, err = cli("train", *quick, "--epochs", 4)
+    assert code == 2 and f"{message}, at learning rate 0.001" in err and "after epoch 1, is kept" in err
+    assert load_file(tmp_path / "run" / "best.safetensors") and len(rows(tmp_path / "run" / "log.csv")) == 1
+
+
+def test_folder_of_another_run_is_refused(cli, quick, trained, tmp_path):
+    code, _, err = cli("train", *quick, "--epochs", 1)
+    assert code == 2 and "--resume" in err and "--overwrite" in err
+    code, _, err = cli("train", *quick, "--resume", "--lr", 0.5)
+    assert code == 2 and "--lr 0.5 differs from the run" in err
+    assert cli("train", *quick, "--epochs", 1, "--overwrite")[0] == 0 and len(rows(trained / "log.csv")) == 1
+    other = tmp_path / "precious"
+    other.mkdir()
+    (other / "thesis.txt").write_text("x")
+    code, _, err = cli("train", *quick[:-1], other, "--overwrite")
+    assert code == 2 and "holds no run" in err and (other / "thesis.txt").exists()
+    code, _, err = cli("train", "--out", tmp_path / "nothing", "--resume")
+    assert code == 2 and "There is no run to resume" in err
+
+
+def test_disk_full_keeps_the_last_good_file(cli, quick, trained, monkeypatch):
+    before = load_file(trained / "last.safetensors")
+
+    def full(tensors, path, metadata=None):
+        Path(path).write_bytes(b"half a fi")
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("vlsm.checkpoint.save_file", full)
+    code, _, err = cli("train", "--out", trained, "--resume", "--epochs", 3)
+    assert code == 2 and "No space is left on the disk" in err and "--resume" in err
+    after = load_file(trained / "last.safetensors")
+    assert all(torch.equal(before[n], after[n]) for n in before) and not list(trained.glob(".*"))
+
+
+def rewrite(path, tensors=None, **metadata):
+    """The same checkpoint with some tensors or metadata exchanged."""
+    with safe_open(path, "pt") as file:
+        old = file.metadata()
+    save_file(tensors or load_file(path), path, {**old, **{k: json.dumps(v) for k, v in metadata.items()}})
+
+
+def test_broken_and_foreign_checkpoints(cli, trained, tmp_path):
+    best = trained / "best.safetensors"
+    whole = best.read_bytes()
+
+    def error(*more):
+        code, _, err = cli("evaluate", "--ckpt", best, *more)
+        assert code == 2 and "Traceback" not in err
+        return err
+
+    best.write_bytes(whole[: len(whole) // 2])
+    assert "cannot be read" in error() and "Is the file complete" in error()
+    best.write_bytes(whole)
+    rewrite(best, method="shallow", options=dict(branches="vl", dim=8))
+    assert "not those of --peft shallow" in error()
+    best.write_bytes(whole)
+    rewrite(best, fingerprint="0123456789abcdef")
+    assert "was tuned on the base 'mini' (fingerprint 0123456789abcdef)" in error() and "is another base" in error()
+    best.write_bytes((MINI / "model.safetensors").read_bytes())
+    assert "is no checkpoint of this program" in error()
+    best.unlink()
+    assert "There is no checkpoint" in error()
+
+
+def test_another_base_on_resume_is_refused(cli, trained, tmp_path):
+    tensors = load_file(MINI / "model.safetensors")
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in MINI.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    save_file({**tensors, "clip.logit_scale": tensors["clip.logit_scale"] + 1}, other / "model.safetensors")
+    code, _, err = cli("train", "--out", trained, "--resume", "--epochs", 3, "--weights", other)
+    assert code == 2 and "another base" in err
+    code, _, err = cli("evaluate", "--ckpt", trained, "--weights", other)
+    assert code == 2 and "another base" in err
+
+
+def test_state_that_would_execute_is_refused(cli, trained, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    torch.save(dict(tuned=Trap()), trained / "state.pt")
+    code, _, err = cli("train", "--out", trained, "--resume", "--epochs", 3)
+    assert code == 2 and "cannot be read" in err and not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--dataset", "kvasirr"], "neither known (demo, kvasir, clinicdb"),
+        (["--dataset", "kvasir"], "There is no folder 'data/kvasir_polyp'"),
+        (["--peft", "lora9"], "Choose one of: none, decoder, full, dense, shallow"),
+        (["--prompts", "p77"], "Known here: p0, p1, p2"),
+        (["--dim", "0"], "--dim 0 leaves an adapter without a hidden unit"),
+        (["--branches", "x"], "--branches 'x' is not known"),
+        (["--peft", "decoder", "--dim", "4"], "takes no options; it has no dim"),
+        (["--image-size", "50"], "no multiple of the model's patch size 8; try 48"),
+        (["--batch-size", "0"], "--batch-size 0"),
+        (["--weights", "./nowhere"], "There is no folder './nowhere'"),
+        (["--device", "cuda:99"], "is not to be had here"),
+        (["--amp", "fp16", "--device", "cpu"], "needs a GPU"),
+    ],
+)
+def test_mistakes_are_sentences(cli, tmp_path, argv, message):
+    weights = [] if "--weights" in argv else ["--weights", "mini"]
+    code, _, err = cli("train", *weights, "--out", tmp_path / "r", *argv)
+    assert code == 2 and message in err and err.startswith("error: ") and "Traceback" not in err
+
+
+def test_weights_without_a_tokenizer(cli, quick, tmp_path):
+    code, _, err = cli("train", *quick, "--weights", ROOT / "tests" / "golden" / "clipseg-tiny", "--image-size", 64)
+    assert code == 2 and "holds no tokenizer (vocab.json and merges.txt" in err and not (tmp_path / "run").exists()
+
+
+def test_hub_that_cannot_be_reached_says_what_to_do(cli, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def unreachable(*args, **kw):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    code, _, err = cli("train", "--dataset", "kvasir", "--out", tmp_path / "r")
+    assert code == 2 and "hf download CIDAS/clipseg-rd64-refined --local-dir DIR" in err and "--weights mini runs offline" in err
