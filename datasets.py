@@ -17,8 +17,9 @@ from PIL import Image
 from vlsm import demo
 from vlsm.cache import DataError, Record, open_split
 from vlsm.console import speaking
-from vlsm.images import EXTENSIONS
+from vlsm.images import picture_files
 from vlsm.prompts import choose, class_word
+from vlsm.weights import read_json
 
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
@@ -146,11 +147,10 @@ class _Folder:
     def __init__(self, root):
         self.root = root
         self.by_name, self.by_stem = {}, {}
-        for path in sorted(root.rglob("*")) if root.is_dir() else []:
-            if path.suffix.lower() in EXTENSIONS:
-                name = path.relative_to(root).as_posix()
-                self.by_name[name] = path
-                self.by_stem.setdefault(_stem(name), []).append(path)
+        for path in picture_files(root) if root.is_dir() else []:
+            name = path.relative_to(root).as_posix()
+            self.by_name[name] = path
+            self.by_stem.setdefault(_stem(name), []).append(path)
 
     def find(self, name):
         if name in self.by_name:
@@ -176,12 +176,7 @@ def _annotated(root, split, source):
             f"There is no '{path}'. Expected {root}/images, {root}/masks and {root}/anns/{{train,val,test}}.json; "
             f"in anns/ there is {', '.join(there) or 'nothing'}."
         )
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"'{path}' is not valid JSON ({error}). Was it cut off?") from error
-    if not isinstance(entries, list):
-        raise ValueError(f"'{path}' should hold a list of records, and holds a {type(entries).__name__}.")
+    entries = read_json(path, list, "a list of records")
     below = (source.subfolders or {}).get(split, "")
     images, masks = _Folder(root / "images" / below), _Folder(root / "masks" / below)
     found = []

@@ -21,7 +21,7 @@ import datasets
 from vlsm import load, metrics, pictures, runtime
 from vlsm.checkpoint import replacing, write_text
 from vlsm.console import progress, speaking
-from vlsm.images import EXTENSIONS, normalise, read_image, read_mask, resize_image
+from vlsm.images import EXTENSIONS, normalise, picture_files, read_image, read_mask, resize_image
 from vlsm.text import Tokenizer
 
 COLUMNS = ("image", "mask", "prompt", "dsc", "iou", "hd95")
@@ -194,7 +194,7 @@ def score_folders(args):
         if not root.is_dir():
             raise FileNotFoundError(f"There is no folder '{root}'.")
         found = {}
-        for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS):
+        for path in picture_files(root):
             stem = path.relative_to(root).with_suffix("").as_posix()
             if stem in found:
                 raise ValueError(f"'{found[stem]}' and '{path}' share a stem, so they cannot be told apart.")
@@ -230,7 +230,7 @@ def predict(args, predictor):
     root = Path(args.images)
     if not root.exists():
         raise FileNotFoundError(f"There is no picture or folder '{root}'.")
-    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS)
+    files = [root] if root.is_file() else picture_files(root)
     names = [p.name if root.is_file() else p.relative_to(root).as_posix() for p in files]
     targets = [str(PurePosixPath(n).with_suffix(".png")) for n in names]
     if not files:

@@ -108,6 +108,8 @@ def complete(args):
     for name in ("epochs", "batch_size", "image_size", "patience"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 1 or more.")
+    if args.resume and args.overwrite:
+        raise ValueError("--resume goes on with a run and --overwrite deletes it; give one of them.")
     if not args.out:
         parts = [Path(args.dataset).name, args.peft, args.branches or "", str(args.dim or ""), f"seed{args.seed}"]
         args.out = str(Path("runs") / "-".join(p for p in parts if p))
@@ -352,11 +354,12 @@ def main(argv=None):
             "files that are split by their names, another --split-seed or train/ and val/ folders help."
         )
     print(f"{args.dataset}: " + ", ".join(f"{len(d)} {s}" for s, d in data.items()) + f" records at {size} x {size}")
-    out = make_folder(args, about)
+    out = Path(args.out)
     job = Job(args, out, model, tokenizer, data, device, dtype)
     if args.resume and (out / "state.pt").is_file():
         job.resume(load_state(out / "state.pt"))
         print(f"Resuming '{out}' after epoch {len(job.history)} (best validation DSC {100 * job.best:.2f})")
+    make_folder(args, about)  # after the state was accepted: a wrong --weights must not enter config.json
 
     with Interrupt() as interrupt:
         for epoch in range(len(job.history) + 1, args.epochs + 1):

@@ -40,6 +40,8 @@ def test_folder_of_another_run_is_refused(cli, quick, trained, tmp_path):
     (other / "thesis.txt").write_text("x")
     code, _, err = cli("train", *quick[:-1], other, "--overwrite")
     assert code == 2 and "holds no run" in err and (other / "thesis.txt").exists()
+    code, _, err = cli("train", "--out", trained, "--resume", "--overwrite")
+    assert code == 2 and "give one of them" in err and (trained / "state.pt").is_file()
     code, _, err = cli("train", "--out", tmp_path / "nothing", "--resume")
     assert code == 2 and "There is no run to resume" in err
 
@@ -97,6 +99,7 @@ def test_another_base_on_resume_is_refused(cli, trained, tmp_path):
     save_file({**tensors, "clip.logit_scale": tensors["clip.logit_scale"] + 1}, other / "model.safetensors")
     code, _, err = cli("train", "--out", trained, "--resume", "--epochs", 3, "--weights", other)
     assert code == 2 and "another base" in err
+    assert json.loads((trained / "config.json").read_text())["options"]["weights"] == "mini"
     code, _, err = cli("evaluate", "--ckpt", trained, "--weights", other)
     assert code == 2 and "another base" in err
 

@@ -8,6 +8,11 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 
 
+def picture_files(root):
+    """The picture files below a folder, sorted by path."""
+    return sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS)
+
+
 def read_image(source):
     """A picture as uint8 RGB `[H, W, 3]`; `source` is a path, or such an array, which is returned as it is.
 

@@ -10,6 +10,7 @@ import numpy as np
 SMALL, MEDIUM = 0.08, 0.30  # below these shares of the image's area: small, medium; large above
 SPECK = 0.001  # components below this share of the image are not counted
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+LOCATIONS = tuple(f"{row} {column}".strip() or "center" for row in ("top", "", "bottom") for column in ("left", "", "right"))
 COLOURS = {
     "red": (190, 50, 45), "pink": (225, 140, 135), "white": (235, 225, 215), "yellow": (215, 180, 80), "orange": (215, 125, 55),
     "brown": (120, 75, 50), "purple": (120, 60, 120), "black": (30, 25, 25), "gray": (130, 125, 125),
@@ -84,13 +85,17 @@ def _flood(seed, allowed, axis, step):
     return allowed & (last == runs)
 
 
+def location(cy, cx):
+    """The name of the cell of a 3 x 3 grid in which the point (in shares of height and width) lies."""
+    return LOCATIONS[3 * min(2, int(3 * cy)) + min(2, int(3 * cx))]
+
+
 def locations(masks, shape):
     """Where the components lie, by the centre of each one's bounding box on a 3 x 3 grid, joined by commas."""
     names = []
     for m in masks:
         ys, xs = np.nonzero(m)
-        row, column = (min(2, int(3 * (v.min() + v.max() + 1) / 2 / n)) for v, n in ((ys, shape[0]), (xs, shape[1])))
-        names.append(f"{('top', '', 'bottom')[row]} {('left', '', 'right')[column]}".strip() or "center")
+        names.append(location(*((v.min() + v.max() + 1) / 2 / n for v, n in zip((ys, xs), shape))))
     return ", ".join(names)
 
 

@@ -7,6 +7,7 @@ is the union of the objects that have them all, and is empty where none does. Sc
 import numpy as np
 
 from . import paint
+from .prompts import LOCATIONS, location
 
 SIDE = 96
 COLOURS = {
@@ -18,16 +19,9 @@ SHAPES = ("circle", "square", "triangle", "oval", "ring", "cross", "star", "irre
 NOUNS = {"oval": ("oval", "ellipse"), "irregular": ("irregular shape", "blob"), "circle": ("circle", "disk")}
 SIZES = {"small": (0.07, 0.105), "medium": (0.13, 0.18), "large": (0.21, 0.29)}  # radius, in sides of the picture
 TEXTURES = ("plain", "striped", "dotted", "checkered")
-ROWS, COLUMNS = ("top", "", "bottom"), ("left", "", "right")
-LOCATIONS = tuple(f"{r} {c}".strip() or "center" for r in ROWS for c in COLUMNS)
 NUMBERS = ("zero", "one", "two", "three", "four")
 GENERIC = ("object", "thing", "shape")
 ATTRIBUTES = ("size", "colour", "texture", "shape", "location")
-
-
-def location(cy, cx):
-    """The name of the cell of a 3 x 3 grid in which the point (in shares of height and width) lies."""
-    return LOCATIONS[3 * min(2, int(3 * cy)) + min(2, int(3 * cx))]
 
 
 def field(rng, shape, dy, dx, r):

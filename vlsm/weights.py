@@ -44,14 +44,14 @@ def resolve(weights):
     return folder
 
 
-def read_json(path):
-    """The JSON object in a file; ValueError in words if it is not one."""
+def read_json(path, kind=dict, words="a JSON object"):
+    """The JSON value of a type (`words` names it) in a file; ValueError in words if it is none."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"'{path}' is not valid JSON ({error}). Was it cut off, or saved as another format?") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"'{path}' should hold a JSON object, and holds a {type(value).__name__}.")
+    if not isinstance(value, kind):
+        raise ValueError(f"'{path}' should hold {words}, and holds a {type(value).__name__}.")
     return value
 
 
