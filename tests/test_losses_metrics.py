@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import vlsm
+from kernels import boundary
 from tests.conftest import GOLDEN
 from vlsm import metrics
 
@@ -106,7 +107,7 @@ def test_hd95_against_brute_force(seed):
 @pytest.mark.parametrize("case", ["row", "column", "dot and all", "chunks"])
 def test_hd95_of_odd_masks(case, monkeypatch):
     if case == "chunks":
-        monkeypatch.setattr(metrics, "CHUNK", 64)
+        monkeypatch.setattr(boundary, "CHUNK", 64)
     pred, target = torch.zeros(2, 17, 13, dtype=torch.bool)
     if case == "row":
         pred, target = pred[:1], target[:1]

@@ -121,7 +121,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer layer of an encoder; the tuner makes both residual additions."""
+    """Pre-norm transformer layer of an encoder; `adders` make the residual additions behind attention and MLP."""
 
     def __init__(self, c):
         super().__init__()
@@ -130,9 +130,10 @@ class Block(nn.Module):
         self.mlp = MLP(c.hidden_size, c.intermediate_size, c.hidden_act)
         self.layer_norm2 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
 
-    def forward(self, x, tuner, branch, layer, mask=None, causal=False):
-        x = tuner.add(branch, layer, "attn", self.self_attn(self.layer_norm1(x), mask, causal), x)
-        return tuner.add(branch, layer, "mlp", self.mlp(self.layer_norm2(x)), x)
+    def forward(self, x, adders, mask=None, causal=False):
+        attn, mlp = adders
+        x = attn(self.self_attn(self.layer_norm1(x), mask, causal), x)
+        return mlp(self.mlp(self.layer_norm2(x)), x)
 
 
 class Encoder(nn.Module):
@@ -258,79 +259,94 @@ class CLIPSeg(nn.Module):
         self.decoder = Decoder(config)
 
     def encode_image(self, pixel_values, tuner):
-        """Activations that the decoder reads: a list of `[B, 1+N, D]`, in the order of `extract_layers`.
+        """Activations at the extract layers: a list of `[B, 1+N, D]`, in their order.
 
-        Stops after the deepest extracted layer: nothing above it reaches the logits.
+        Stops after the deepest one: nothing above it reaches the logits.
         """
         vision, wanted = self.clip.vision_model, self.config.extract_layers
         x = vision.pre_layrnorm(vision.embeddings(pixel_values))
         states = []
         for i, block in enumerate(vision.encoder.layers[: max(wanted) + 1]):
-            x = block(x, tuner, "vision", i)
+            x = block(x, tuner.adders("vision", i))
             states.append(x)
-        return [tuner.activation(k, states[i]) for k, i in enumerate(wanted)]
+        return [states[i] for i in wanted]
 
     def end_of_text(self, input_ids):
         """Index `[B]` of the pooled token: the first end token, or (legacy `eos_token_id` 2) the highest id."""
         eos = self.config.text.eos_token_id
-        if eos == 2:
-            return input_ids.argmax(1)
-        found = input_ids == eos
-        if not torch.compiler.is_compiling() and not found.any(1).all():
-            row = int((~found.any(1)).nonzero()[0])
+        return input_ids.argmax(1) if eos == 2 else (input_ids == eos).int().argmax(1)
+
+    def distinct(self, input_ids, attention_mask):
+        """Prompts without repetition and needless padding: (input_ids `[U, T]`, attention_mask or None, row `[B]` of each prompt).
+
+        The attention is causal, so what follows the end-of-text token cannot reach it: those columns are cut off, and a padding mask
+        stays only where it hides a token before the end. Raises ValueError for a prompt without an end. On a GPU's tensors this
+        synchronises; keep `input_ids` on the CPU.
+        """
+        eos = self.config.text.eos_token_id
+        missing = (input_ids != eos).all(1)
+        if eos != 2 and missing.any():
             raise ValueError(
-                f"Prompt {row} of the batch holds no end-of-text token (id {eos}), so there is nothing to pool. "
+                f"Prompt {int(missing.nonzero()[0])} of the batch holds no end-of-text token (id {eos}), so there is nothing to pool. "
                 "Was it cut by hand, or made with another model's tokenizer?"
             )
-        return found.int().argmax(1)
-
-    def encode_text(self, input_ids, attention_mask, tuner):
-        """Conditional embedding `[B, P]` of each prompt, after the tuner's hook.
-
-        The attention is causal, so what follows the end-of-text token cannot reach it: those columns are cut off, and the padding
-        mask matters only where it hides a token before the end.
-        """
-        text = self.clip.text_model
-        limit = self.config.text.max_position_embeddings
+        pairs = input_ids if attention_mask is None else torch.stack([input_ids, attention_mask.to(input_ids)], -1)
+        pairs, row = torch.unique(pairs, dim=0, return_inverse=True)
+        input_ids, attention_mask = (pairs, None) if attention_mask is None else pairs.unbind(-1)
         end = self.end_of_text(input_ids)
         T = int(end.max()) + 1
+        input_ids = input_ids[:, :T]
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, :T]
+            if attention_mask[torch.arange(T, device=end.device) <= end[:, None]].all():
+                attention_mask = None
+        return input_ids, attention_mask, row
+
+    def encode_text(self, input_ids, attention_mask, tuner):
+        """(conditional embedding `[B, P]`, the pooled token's state `[B, D]` after each extract layer) of prompts `[B, T]`."""
+        text, (B, T), limit = self.clip.text_model, input_ids.shape, self.config.text.max_position_embeddings
         if T > limit:
             raise ValueError(f"A prompt has {T} tokens; the text encoder takes at most {limit}.")
-        input_ids = input_ids[:, :T]
+        input_ids = input_ids.to(text.embeddings.token_embedding.weight.device)
+        end, rows = self.end_of_text(input_ids), torch.arange(B, device=input_ids.device)
         mask = None
-        if attention_mask is not None and not attention_mask[:, :T][torch.arange(T, device=end.device) <= end[:, None]].all():
-            mask = attention_mask[:, None, None, :T].bool() & torch.ones(T, T, dtype=torch.bool, device=end.device).tril()
-        device = text.embeddings.token_embedding.weight.device
-        input_ids, end = input_ids.to(device), end.to(device)
-        rows = torch.arange(len(end), device=device)
-
+        if attention_mask is not None:
+            causal = torch.ones(T, T, dtype=torch.bool, device=input_ids.device).tril()
+            mask = attention_mask[:, None, None].to(input_ids.device).bool() & causal
         x = text.embeddings.token_embedding(input_ids) + text.embeddings.position_embedding.weight[:T]  # [B, T, D]
-        states = []  # of the pooled token, after each layer
+        states = []
         for i, block in enumerate(text.encoder.layers):
-            x = block(x, tuner, "text", i, None if mask is None else mask.to(device), causal=mask is None)
+            x = block(x, tuner.adders("text", i), mask, causal=mask is None)
             states.append(x[rows, end])  # [B, D]
-        cond = self.clip.text_projection(text.final_layer_norm(states[-1]))  # [B, P]
-        return tuner.condition(cond, [states[i] for i in self.config.extract_layers if i < len(states)])
+        cond = self.clip.text_projection(text.final_layer_norm(states[-1]))
+        return cond, [states[i] for i in self.config.extract_layers if i < len(states)]
+
+    def decode(self, activations, cond, states, grid, tuner):
+        """Logits `[B, 1, H, W]` of what the encoders return, and the patches' grid (rows, columns)."""
+        activations = [tuner.activation(k, x) for k, x in enumerate(activations)]
+        return self.decoder(activations, tuner.condition(cond, states), grid)
+
+    def grid(self, H, W):
+        """(rows, columns) of patches. Raises ValueError for sizes that do not divide into them."""
+        patch = self.config.vision.patch_size
+        if H % patch or W % patch:
+            raise ValueError(f"Images of {H} x {W} pixels do not divide into patches of {patch}; resize them to multiples of {patch}.")
+        return H // patch, W // patch
 
     def forward(self, pixel_values, input_ids, attention_mask=None, tuner=None):
         """`[B, 3, H, W]`, `[B, T]`, `[B, T]` -> logits `[B, 1, H, W]` (foreground where > 0). H, W: multiples of the patch size.
 
-        Equal prompts are encoded once. Keep `input_ids` on the CPU to spare a GPU the synchronisation that this costs.
+        Equal prompts are encoded once (under `torch.compile` of the whole, which cannot look at values, all prompts are, as padded).
         """
         tuner = tuner or Tuner()
-        patch = self.config.vision.patch_size
-        H, W = pixel_values.shape[-2:]
-        if H % patch or W % patch:
-            raise ValueError(f"Images of {H} x {W} pixels do not divide into patches of {patch}; resize them to multiples of {patch}.")
+        grid = self.grid(*pixel_values.shape[-2:])
         if len(input_ids) != len(pixel_values):
             raise ValueError(f"{len(pixel_values)} images came with {len(input_ids)} prompts; each image needs one.")
-        back = None
+        row = None
         if not torch.compiler.is_compiling():
-            pairs = input_ids if attention_mask is None else torch.stack([input_ids, attention_mask.to(input_ids)], -1)
-            unique, back = torch.unique(pairs, dim=0, return_inverse=True)
-            input_ids, attention_mask = (unique, None) if attention_mask is None else unique.unbind(-1)
-        cond = self.encode_text(input_ids, attention_mask, tuner)
-        if back is not None:
-            cond = cond[back.to(cond.device)]
-        activations = self.encode_image(pixel_values, tuner)
-        return self.decoder(activations, cond, (H // patch, W // patch))
+            input_ids, attention_mask, row = self.distinct(input_ids, attention_mask)
+        cond, states = self.encode_text(input_ids, attention_mask, tuner)
+        if row is not None:
+            row = row.to(cond.device)
+            cond, states = cond[row], [s[row] for s in states]
+        return self.decode(self.encode_image(pixel_values, tuner), cond, states, grid, tuner)

@@ -7,11 +7,9 @@ Masks are bool (or 0/1 of any type): threshold first. `[N, H, W]`, or lists of `
 | one is empty | 0        | undefined: nan, and counted in `summarise`, never averaged or dropped silently |
 """
 
-import math
-
 import torch
 
-CHUNK = 1 << 22  # elements of the largest temporary in the distance search (int32: 16 MiB)
+from kernels import surface_distances
 
 
 def _batches(pred, target):
@@ -64,58 +62,24 @@ def hd95(pred, target):
     to the other boundary's nearest, exact. Percentile: linear interpolation, its rank in integers. This is MONAI's definition;
     medpy pools both directions and differs by pixels.
     """
-    values = [_hd95(p, t) for ps, ts in _batches(pred, target) for p, t in zip(ps, ts)]
-    return torch.stack(values) if values else torch.zeros(0, dtype=torch.float64)
-
-
-def boundary(mask):
-    """Pixels of a bool mask `[..., H, W]` with at least one of four neighbours outside the mask; beyond the edge is outside."""
-    inner = mask.clone()
-    inner[..., 1:, :] &= mask[..., :-1, :]
-    inner[..., :-1, :] &= mask[..., 1:, :]
-    inner[..., :, 1:] &= mask[..., :, :-1]
-    inner[..., :, :-1] &= mask[..., :, 1:]
-    inner[..., [0, -1], :] = False
-    inner[..., :, [0, -1]] = False
-    return mask & ~inner
+    values = [_hd95(p, t) for p, t in _batches(pred, target)]
+    return torch.cat(values) if values else torch.zeros(0, dtype=torch.float64)
 
 
 def _hd95(pred, target):
-    if not pred.any() or not target.any():
-        undefined = bool(pred.any()) != bool(target.any())
-        return torch.tensor(math.nan if undefined else 0.0, dtype=torch.float64, device=pred.device)
-    a, b = boundary(pred), boundary(target)
-    rows, cols = (a | b).any(1).nonzero(), (a | b).any(0).nonzero()  # both boundaries' box: the rest changes nothing
-    box = (slice(int(rows[0]), int(rows[-1]) + 1), slice(int(cols[0]), int(cols[-1]) + 1))
-    a, b = a[box], b[box]
-    return torch.maximum(_percentile95(_squared_distances(a, b)), _percentile95(_squared_distances(b, a)))
-
-
-def _squared_distances(points, to):
-    """Squared distance of each true pixel of `points` to the nearest one of `to` (both `[H, W]`), int32 `[n]`, exact.
-
-    First the distance g to the nearest pixel of `to` in the same column, for every pixel at once; then, for the points alone,
-    the minimum over columns of (dx)^2 + g^2: n * W steps, where all pairs of points would be n * m.
-    """
-    H, W = to.shape
-    far = H + W  # beyond any distance in the image
-    row = torch.arange(H, device=to.device, dtype=torch.int32)[:, None]
-    above = torch.where(to, row, -far).cummax(0).values  # the last row of `to` at or above
-    below = torch.where(to, row, 2 * far).flip(0).cummin(0).values.flip(0)
-    g2 = torch.minimum(row - above, below - row).clamp(max=far).square()  # [H, W]
-    column = torch.arange(W, device=to.device, dtype=torch.int32)
-    dx2 = (column[:, None] - column).square()  # [W, W]
-    y, x = points.nonzero().unbind(1)
-    step = max(1, CHUNK // W)
-    return torch.cat([(g2[y[i : i + step]] + dx2[x[i : i + step]]).amin(1) for i in range(0, len(y), step)])
-
-
-def _percentile95(squared):
-    """95th percentile, linear, of the roots of integer squares: rank 0.95 (n-1), taken in integers so that it is exact."""
-    ordered = squared.sort().values
-    k, rest = divmod(19 * (len(ordered) - 1), 20)
-    low, high = (ordered[i].double().sqrt() for i in (k, min(k + 1, len(ordered) - 1)))
-    return low + rest / 20 * (high - low)
+    """HD95 of masks `[B, H, W]`. Percentile: linear, of the roots of integer squares, its rank 0.95 (n-1) taken in integers: exact."""
+    squared, counts = surface_distances(pred, target)
+    counts = counts.flatten()  # [2B]
+    # one sort for all lists: each keeps its place, as the higher digits
+    of = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(squared))
+    ordered = torch.cat([(of << 32 | squared).sort().values & 0xFFFFFFFF, squared.new_zeros(1).long()])
+    rank, rest = 19 * (counts - 1).clamp(min=0) // 20, 19 * (counts - 1).clamp(min=0) % 20
+    first = counts.cumsum(0) - counts
+    low, high = (ordered[first + k].double().sqrt() for k in (rank, torch.minimum(rank + 1, (counts - 1).clamp(min=0))))
+    percentile = (low + rest.double() / 20 * (high - low)).view(2, -1)
+    empty = (counts == 0).view(2, -1)
+    value = percentile.amax(0).masked_fill(empty.any(0), float("nan"))
+    return value.masked_fill(empty.all(0), 0.0)
 
 
 def summarise(dsc_values, iou_values, hd95_values, diagonals, target_empty, pred_empty):

@@ -19,11 +19,12 @@ from tokenizers.models import BPE
 from torch import nn
 from tqdm import tqdm
 
+from kernels import dice_bce
+
 from . import scenes
 from .checkpoint import load_state, replacing, save_state, write_text
 from .clipseg import CLIPSeg, CLIPSegConfig
 from .images import MEAN, STD, normalise
-from .losses import dice_bce_loss
 from .metrics import dsc
 from .text import END, START, Tokenizer, clip_bpe
 from .tuners import Tuner
@@ -117,13 +118,13 @@ def alignment_loss(base, tokens, cond, masks):
 def step_loss(base, tokenizer, batch):
     pictures, phrases, masks = batch
     tuner = Tuner()
-    cond = base.encode_text(*tokenizer(phrases), tuner)  # [3B, P]
+    cond, _ = base.encode_text(tokenizer(phrases)[0], None, tuner)  # [3B, P]; padding follows the end, where it hides nothing
     activations = base.encode_image(normalise(pictures.permute(0, 3, 1, 2).to(cond.device)), tuner)
     side = pictures.shape[1] // base.config.vision.patch_size
     logits = base.decoder([a.repeat_interleave(3, 0) for a in activations], cond, (side, side))
     masks = masks.to(cond.device)
     # smooth=1 pixel gives empty masks a Dice gradient too
-    return dice_bce_loss(logits, masks, 1.0, 1.0, smooth=1.0) + alignment_loss(base, activations[-1], cond, masks)
+    return dice_bce(logits, masks, 1.0, 1.0, smooth=1.0) + alignment_loss(base, activations[-1], cond, masks)
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ Source of the adapters: Dhakal et al., "VLSM-Adapter" (MICCAI 2024), Eq. 1 and S
 import torch
 from torch import nn
 
+from kernels import adapter
+
 COND_DIM = 256  # width of the adapter on the conditional embedding, whatever `dim` is (as published)
 
 
@@ -25,9 +27,9 @@ class Tuner(nn.Module):
         """Names of the base's parameters that this method trains."""
         return []
 
-    def add(self, branch, layer, site, h, residual):
-        """The residual addition behind attention (`site` "attn") or MLP ("mlp") of a layer: both `[B, N, D]`."""
-        return residual + h
+    def adders(self, branch, layer):
+        """What makes the residual additions behind attention and MLP of a layer: two functions of (h, residual), each `[B, N, D]`."""
+        return torch.add, torch.add
 
     def activation(self, k, x):
         """The k-th activation `[B, 1+N, D]` on its way to the decoder (k counts the extract layers in their order)."""
@@ -50,8 +52,9 @@ class Adapter(nn.Module):
         self.down = nn.Linear(d, dim)
         self.up = nn.Linear(dim, d)
 
-    def forward(self, x):
-        return x + self.up(self.down(x).relu()).relu()
+    def forward(self, x, residual=None):
+        """Eq. 1 of x `[..., d]`, plus `residual` where there is one."""
+        return adapter(x, residual, self.down.weight, self.down.bias, self.up.weight, self.up.bias)
 
 
 class Adapters(Tuner):
@@ -92,9 +95,11 @@ class DenseAdapters(Adapters):
         d = encoder.hidden_size
         return {str(i): nn.ModuleDict({"attn": Adapter(d, dim), "mlp": Adapter(d, dim)}) for i in range(n)}
 
-    def add(self, branch, layer, site, h, residual):
+    def adders(self, branch, layer):
         places = self.vision if branch == "vision" else self.text
-        return residual + (places[str(layer)][site](h) if str(layer) in places else h)
+        if str(layer) not in places:
+            return super().adders(branch, layer)
+        return places[str(layer)]["attn"], places[str(layer)]["mlp"]
 
 
 class ShallowAdapters(Adapters):
