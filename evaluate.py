@@ -64,9 +64,9 @@ def parse(argv=None):
 class Predictor:
     """A checkpoint, ready to segment uint8 pictures of the model's size."""
 
-    def __init__(self, ckpt, weights, device, amp):
-        self.device, self.dtype = runtime.choose(device, amp)
-        self.model = runtime.place(load(ckpt, weights), self.device, self.dtype)
+    def __init__(self, args):
+        self.device, self.dtype = runtime.choose(args.device, args.amp)
+        self.model = runtime.place(load(args.ckpt, args.weights), self.device, self.dtype, args.kernels, args.compile)
         self.about = self.model.about
         self.size = self.about["image_size"]
         self.tokenizer = Tokenizer(self.model.info["folder"], self.model.base.config.text.max_position_embeddings)
@@ -272,7 +272,7 @@ def main(argv=None):
         return score_folders(args)
     if not args.ckpt:
         raise ValueError("Name what to evaluate: --ckpt RUN_DIR_OR_FILE, or two folders of masks with --pred and --target.")
-    predictor = Predictor(args.ckpt, args.weights, args.device, args.amp)
+    predictor = Predictor(args)
     if args.images:
         return predict(args, predictor)
 

@@ -21,9 +21,11 @@ from tqdm import tqdm
 import datasets
 from vlsm import VLSM, build, dice_bce_loss, pictures, runtime
 from vlsm.augment import augment
+from vlsm.cache import feed
 from vlsm.checkpoint import load_state, replacing, save_state, save_tuned, write_text
 from vlsm.console import Interrupt, progress, speaking
-from vlsm.images import MEAN, STD, normalise
+from vlsm.frozen import Frozen
+from vlsm.images import MEAN, STD
 from vlsm.metrics import dsc, iou
 from vlsm.text import Tokenizer
 from vlsm.tuners import METHODS
@@ -38,7 +40,9 @@ RECIPE = (
 )  # fmt: skip
 COLUMNS = ("epoch", "train_loss", "train_dsc", "val_loss", "val_dsc", "val_iou", "lr", "seconds", "images_per_second")
 # Options that may differ when a run is resumed; all others would make it another run.
-FREE_ON_RESUME = {"epochs", "patience", "min_epochs", "device", "data_root", "cache_dir", "weights"}
+FREE_ON_RESUME = {
+    "epochs", "patience", "min_epochs", "device", "data_root", "cache_dir", "weights", "kernels", "compile", "cache_gb", "data_device",
+}  # fmt: skip
 UNSAVED = {"out", "resume", "overwrite", "dry_run", "given"}
 
 
@@ -92,6 +96,15 @@ def parse(argv=None):
     g.add_argument("--overwrite", action="store_true", help="delete the run that is in that folder")
     g.add_argument("--dry-run", action="store_true", help="print the numbers of parameters and stop")
     runtime.add_arguments(g)
+    g.add_argument(
+        "--cache-gb",
+        type=float,
+        help="GB for what a frozen image encoder returns, computed once: GPU, then RAM, then disk (default: half of what is free there; "
+        "0: computed at each step)",
+    )
+    g.add_argument(
+        "--data-device", default="auto", choices=["auto", "cpu", "cuda"], help="where the pictures lie (auto: on the GPU if there is room)"
+    )
     args = parser.parse_args(argv)
     args.given = {a.dest for a in parser._actions if any(s in _flags(argv) for s in a.option_strings)}
     return args
@@ -197,9 +210,11 @@ class Job:
 
     def __post_init__(self):
         args = self.args
-        runtime.place(self.model, self.device, self.dtype)
+        runtime.place(self.model, self.device, self.dtype, args.kernels, args.compile)
+        self.frozen = Frozen(self.model, self.tokenizer, self.device, self.dtype, args.cache_gb, args.cache_dir)
         self.tuned = self.model.tuned_parameters()
-        self.optimizer = torch.optim.AdamW(self.tuned.values(), lr=args.lr, weight_decay=args.weight_decay)
+        fused = self.device.type == "cuda"  # one kernel for all tensors
+        self.optimizer = torch.optim.AdamW(self.tuned.values(), lr=args.lr, weight_decay=args.weight_decay, fused=fused)
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer, "min", args.lr_factor, args.lr_patience)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
@@ -245,16 +260,33 @@ class Job:
             lr = self.optimizer.param_groups[0]["lr"]
             raise ValueError(f"The {what}, at learning rate {lr:.3g}. {kept} Try a smaller --lr, or --amp off.")
 
-    def forward(self, split, indices, *seed, augment_seed=None):
-        """(logits, masks, loss) of some records; their prompts are drawn by `seed`."""
+    def prepare(self):
+        """Before the first epoch: pictures to the GPU if there is room, and what frozen encoders make of them."""
+        args = self.args
+        if not args.augment:
+            for split, data in self.data.items():
+                kept = self.frozen.fill(split, data, args.batch_size)
+                if kept:
+                    print(kept)
+        if args.data_device == "cuda" and self.device.type != "cuda":
+            raise ValueError(f"--data-device cuda needs --device cuda, and this run is on {self.device}.")
+        if self.device.type == "cuda" and args.data_device != "cpu":
+            size = sum(d.images.nbytes + d.masks.nbytes for d in self.data.values())
+            if args.data_device == "cuda" or size < torch.cuda.mem_get_info(self.device)[0] / 4:
+                for data in self.data.values():
+                    data.move(self.device)
+
+    def batches(self, split, order):
+        """(indices, pixels or None, masks) of the records in some order, on the device."""
+        data, size = self.data[split], self.args.batch_size
+        return feed(data, [order[i : i + size] for i in range(0, len(order), size)], self.device, self.frozen.needs_pixels(split, data))
+
+    def forward(self, split, indices, pixels, masks, *seed):
+        """(logits, loss) of some records; their prompts are drawn by `seed`."""
         args, data = self.args, self.data[split]
-        pixels, masks = (t.to(self.device, non_blocking=True) for t in data.batch(indices))
-        if augment_seed is not None:
-            pixels, masks = augment(pixels, masks, torch.Generator().manual_seed(augment_seed))
-        tokens = self.tokenizer([datasets.prompt_of(data.records[i], i, args.prompts, *seed) for i in indices])
-        with runtime.autocast(self.device, self.dtype):
-            logits = self.model(normalise(pixels), *tokens)
-        return logits, masks, dice_bce_loss(logits, masks, args.dice_weight, args.bce_weight, ce=args.ce)
+        prompts = [datasets.prompt_of(data.records[i], i, args.prompts, *seed) for i in indices]
+        logits = self.frozen.logits(split, data, indices, prompts, pixels)
+        return logits, dice_bce_loss(logits, masks, args.dice_weight, args.bce_weight, ce=args.ce)
 
 
 def train_epoch(job, epoch, interrupt):
@@ -262,30 +294,38 @@ def train_epoch(job, epoch, interrupt):
     args, records, seed = job.args, len(job.data["train"]), job.args.seed * 1_000_003 + epoch
     job.model.train()
     order = torch.randperm(records, generator=torch.Generator().manual_seed(seed)).tolist()
-    loss_sum, dsc_sum, seen = 0.0, 0.0, 0
+    loss_sum, dsc_sum, seen, before = 0.0, 0.0, 0, None
+
+    def settle(step, n, numbers):
+        nonlocal loss_sum, dsc_sum, seen
+        loss, dice = numbers.read()
+        job.refuse_nonfinite(loss, f"loss became {loss} in epoch {epoch}, step {step}")
+        loss_sum, dsc_sum, seen = loss_sum + loss * n, dsc_sum + dice, seen + n
+        bar.set_postfix(loss=f"{loss_sum / seen:.3f}", DSC=f"{100 * dsc_sum / seen:.1f}", refresh=False)
+        bar.update(n)
+
     with progress(records, f"epoch {epoch}/{args.epochs}") as bar:
-        for start in range(0, records, args.batch_size):
-            indices = order[start : start + args.batch_size]
-            logits, masks, loss = job.forward(
-                "train", indices, args.seed, epoch, augment_seed=seed * 1_000_003 + start if args.augment else None
-            )
-            value = loss.item()
-            job.refuse_nonfinite(value, f"loss became {value} in epoch {epoch}, step {start // args.batch_size + 1}")
+        for step, (indices, pixels, masks) in enumerate(job.batches("train", order), 1):
+            if args.augment:
+                generator = torch.Generator().manual_seed(seed * 1_000_003 + (step - 1) * args.batch_size)
+                pixels, masks = augment(pixels, masks, generator)
+            logits, loss = job.forward("train", indices, pixels, masks, args.seed, epoch)
             job.optimizer.zero_grad(set_to_none=True)
             job.scaler.scale(loss).backward()
             job.scaler.unscale_(job.optimizer)
             norm = torch.nn.utils.clip_grad_norm_(job.tuned.values(), args.clip)
-            if not job.checked and (job.dtype != torch.float16 or norm.isfinite()):  # fp16 finds its loss scale by overflowing
+            if not job.checked and loss.isfinite() and (job.dtype != torch.float16 or norm.isfinite()):  # fp16 seeks its scale first
                 tqdm.write(job.model.check_gradients())
                 job.checked = True
             job.scaler.step(job.optimizer)
             job.scaler.update()
-            n = len(indices)
-            loss_sum, seen = loss_sum + value * n, seen + n
-            dsc_sum += dsc(logits.detach()[:, 0] > 0, masks[:, 0] > 0).sum().item()
-            bar.set_postfix(loss=f"{loss_sum / seen:.3f}", DSC=f"{100 * dsc_sum / seen:.1f}", refresh=False)
-            bar.update(n)
+            scores = dsc(logits.detach()[:, 0] > 0, masks[:, 0] > 0).sum()
+            numbers = runtime.Later(torch.stack([loss.detach().double(), scores]))
+            if before:  # the step before: waiting for this one's numbers would leave a GPU without work
+                settle(*before)
+            before = step, len(indices), numbers
             interrupt.leave(f"Interrupted in epoch {epoch}; {job.saved()}")
+        settle(*before)
     return loss_sum / seen, dsc_sum / seen
 
 
@@ -294,13 +334,12 @@ def validate(job):
     """(loss, DSC, IoU): means over the validation records, at the model's size."""
     job.model.eval()
     loss_sum, scores, count = 0.0, [], len(job.data["val"])
-    for start in range(0, count, job.args.batch_size):
-        indices = list(range(start, min(start + job.args.batch_size, count)))
-        logits, masks, loss = job.forward("val", indices, job.args.seed)
-        loss_sum += loss.item() * len(indices)
+    for indices, pixels, masks in job.batches("val", list(range(count))):
+        logits, loss = job.forward("val", indices, pixels, masks, job.args.seed)
+        loss_sum += loss.double() * len(indices)
         predicted, truth = logits[:, 0] > 0, masks[:, 0] > 0
-        scores.append(torch.stack([dsc(predicted, truth), iou(predicted, truth)], 1).cpu())
-    return loss_sum / count, *torch.cat(scores).mean(0).tolist()
+        scores.append(torch.stack([dsc(predicted, truth), iou(predicted, truth)], 1))
+    return loss_sum.item() / count, *torch.cat(scores).mean(0).tolist()
 
 
 def describe_run(args, size):
@@ -359,6 +398,7 @@ def main(argv=None):
     if args.resume and (out / "state.pt").is_file():
         job.resume(load_state(out / "state.pt"))
         print(f"Resuming '{out}' after epoch {len(job.history)} (best validation DSC {100 * job.best:.2f})")
+    job.prepare()
     make_folder(args, about)  # after the state was accepted: a wrong --weights must not enter config.json
 
     with Interrupt() as interrupt:

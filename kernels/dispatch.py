@@ -5,6 +5,7 @@ environment, before this package is imported, the kernels run on CPU tensors in 
 """
 
 import os
+import sys
 from types import SimpleNamespace
 
 try:
@@ -22,19 +23,36 @@ MODES = ("auto", "triton", "torch")
 _chosen = "auto"
 
 
+@triton.jit
+def _probe_kernel(x):
+    tl.store(x, 1.0)
+
+
 def use(mode):
     """Choose for all ops: "auto" (Triton on a GPU), "triton" (refuse to run without), "torch" (the references everywhere).
 
-    Raises ValueError where Triton is asked for and cannot run.
+    On a GPU a trivial kernel is built first: Triton needs a C compiler and Python's headers. Where it fails, "auto" says so on stderr
+    and becomes "torch". Returns whether Triton will run. Raises ValueError where Triton is asked for and cannot run.
     """
     global _chosen
     if mode not in MODES:
         raise ValueError(f"--kernels '{mode}' is not known; choose one of: {', '.join(MODES)}.")
-    if mode == "triton" and not AVAILABLE:
-        raise ValueError("--kernels triton: the package triton is not installed (pip install triton; Linux only). Use --kernels auto.")
-    if mode == "triton" and not (torch.cuda.is_available() or INTERPRETED):
-        raise ValueError("--kernels triton needs a GPU, and there is none here. Use --kernels auto.")
-    _chosen = mode
+    gpu, problem = torch.cuda.is_available(), None
+    if not AVAILABLE:
+        problem = "the package triton is not installed (pip install triton; Linux only)"
+    elif gpu and mode != "torch":
+        try:
+            _probe_kernel[1,](torch.empty(1, device="cuda"))
+        except Exception as error:  # a missing compiler, missing headers, an unknown GPU
+            problem = f"Triton cannot build a kernel here ({str(error).strip().splitlines()[0]})"
+    elif not INTERPRETED:
+        problem = "there is no GPU"
+    if mode == "triton" and problem:
+        raise ValueError(f"--kernels triton: {problem}. Use --kernels auto.")
+    if gpu and mode == "auto" and problem:
+        print(f"{problem}; the slower plain torch code runs instead.", file=sys.stderr)
+    _chosen = "torch" if problem and gpu else mode
+    return _chosen != "torch" and not problem
 
 
 def runs_triton(x):

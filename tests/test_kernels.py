@@ -225,19 +225,33 @@ def test_distances_refuse_what_they_cannot_do():
         surface_distances(torch.ones(1, 32767) > 0, torch.ones(1, 32767) > 0)
 
 
-def test_choosing_kernels(monkeypatch):
+def test_choosing_kernels(monkeypatch, capsys):
+    monkeypatch.setattr(dispatch, "_chosen", "auto")  # and back, at the end
     with pytest.raises(ValueError, match="not known"):
         use("cuda")
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="needs a GPU"):
-            use("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--kernels triton: there is no GPU"):
+        use("triton")
+    assert not use("auto") and not use("torch") and capsys.readouterr().err == ""
     monkeypatch.setattr(dispatch, "INTERPRETED", True)
-    assert dispatch.runs_triton(torch.zeros(1)) == dispatch.AVAILABLE
-    use("torch")
     assert not dispatch.runs_triton(torch.zeros(1))
-    use("auto")
+    assert use("auto") and dispatch.runs_triton(torch.zeros(1))
+
+
+def test_a_gpu_where_triton_cannot_build(monkeypatch, capsys):
+    """Said once, and plain torch takes over."""
+
+    def fail(*_, **__):
+        raise RuntimeError("Failed to find C compiler.\nMore.")
+
+    monkeypatch.setattr(dispatch, "_chosen", "auto")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", fail)
+    assert not use("auto") and not dispatch.runs_triton(torch.zeros(1))
+    assert capsys.readouterr().err.startswith("Triton cannot build a kernel here (Failed to find C compiler.); the slower")
+    with pytest.raises(ValueError, match="C compiler"):
+        use("triton")
     monkeypatch.setattr(dispatch, "AVAILABLE", False)
-    assert not dispatch.runs_triton(torch.zeros(1))
     with pytest.raises(ValueError, match="pip install triton"):
         use("triton")
 

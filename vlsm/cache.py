@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,13 +55,41 @@ class Decoded:
 
     def __init__(self, records, images, masks, image_of):
         self.records, self.images, self.masks, self.image_of = records, images, masks, np.asarray(image_of)
+        self.resident = None
 
     def __len__(self):
         return len(self.records)
 
-    def batch(self, indices):
-        """(pixels uint8 `[B, 3, S, S]`, masks uint8 `[B, 1, S, S]`) of some records."""
-        return torch.from_numpy(self.images[self.image_of[indices]]), torch.from_numpy(self.masks[indices][:, None])
+    def move(self, device):
+        """Copy all pixels to a device, from where `batch` then takes them."""
+        self.resident = [torch.from_numpy(np.array(a)).to(device) for a in (self.images, self.masks)]
+
+    def batch(self, indices, with_pixels=True):
+        """(pixels uint8 `[B, 3, S, S]`, or None; masks uint8 `[B, 1, S, S]`) of some records, where they lie."""
+        rows = self.image_of[indices]
+        if self.resident:
+            images, masks = self.resident
+            rows, indices = (torch.as_tensor(i).to(images.device, non_blocking=True) for i in (rows, indices))
+            return images[rows] if with_pixels else None, masks[indices][:, None]
+        return torch.from_numpy(self.images[rows]) if with_pixels else None, torch.from_numpy(self.masks[indices][:, None])
+
+
+def feed(data, parts, device, with_pixels=True):
+    """(indices, pixels, masks) of each part of a split, as `Decoded.batch`, on the device; the next is read while one is in use."""
+
+    def read(part):
+        batch = data.batch(part, with_pixels)
+        if device.type == "cuda" and not data.resident:  # pinned memory travels while the GPU computes
+            batch = [t if t is None else t.pin_memory() for t in batch]
+        return batch
+
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(read, parts[0])
+        for k, part in enumerate(parts):
+            batch = coming.result()
+            if k + 1 < len(parts):
+                coming = reader.submit(read, parts[k + 1])
+            yield part, *(t if t is None else t.to(device, non_blocking=True) for t in batch)
 
 
 def image_index(records):

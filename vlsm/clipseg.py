@@ -321,6 +321,15 @@ class CLIPSeg(nn.Module):
         cond = self.clip.text_projection(text.final_layer_norm(states[-1]))
         return cond, [states[i] for i in self.config.extract_layers if i < len(states)]
 
+    def encode_prompts(self, input_ids, attention_mask, tuner):
+        """As `encode_text`, but equal prompts are encoded once. (`torch.compile` of the whole cannot look at values: it encodes all.)"""
+        if torch.compiler.is_compiling():
+            return self.encode_text(input_ids, attention_mask, tuner)
+        input_ids, attention_mask, row = self.distinct(input_ids, attention_mask)
+        cond, states = self.encode_text(input_ids, attention_mask, tuner)
+        row = row.to(cond.device)
+        return cond[row], [s[row] for s in states]
+
     def decode(self, activations, cond, states, grid, tuner):
         """Logits `[B, 1, H, W]` of what the encoders return, and the patches' grid (rows, columns)."""
         activations = [tuner.activation(k, x) for k, x in enumerate(activations)]
@@ -334,19 +343,10 @@ class CLIPSeg(nn.Module):
         return H // patch, W // patch
 
     def forward(self, pixel_values, input_ids, attention_mask=None, tuner=None):
-        """`[B, 3, H, W]`, `[B, T]`, `[B, T]` -> logits `[B, 1, H, W]` (foreground where > 0). H, W: multiples of the patch size.
-
-        Equal prompts are encoded once (under `torch.compile` of the whole, which cannot look at values, all prompts are, as padded).
-        """
+        """`[B, 3, H, W]`, `[B, T]`, `[B, T]` -> logits `[B, 1, H, W]` (foreground where > 0). H, W: multiples of the patch size."""
         tuner = tuner or Tuner()
         grid = self.grid(*pixel_values.shape[-2:])
         if len(input_ids) != len(pixel_values):
             raise ValueError(f"{len(pixel_values)} images came with {len(input_ids)} prompts; each image needs one.")
-        row = None
-        if not torch.compiler.is_compiling():
-            input_ids, attention_mask, row = self.distinct(input_ids, attention_mask)
-        cond, states = self.encode_text(input_ids, attention_mask, tuner)
-        if row is not None:
-            row = row.to(cond.device)
-            cond, states = cond[row], [s[row] for s in states]
-        return self.decode(self.encode_image(pixel_values, tuner), cond, states, grid, tuner)
+        text = self.encode_prompts(input_ids, attention_mask, tuner)
+        return self.decode(self.encode_image(pixel_values, tuner), *text, grid, tuner)

@@ -72,6 +72,18 @@ class VLSM(nn.Module):
         dead = f"; ZERO, so not learning yet: {', '.join(zero[:4])}{', ...' if len(zero) > 4 else ''}" if zero else ""
         return f"gradients at the first step: {line}{dead}"
 
+    def compile_blocks(self):
+        """Have `torch.compile` build the transformer layers: once for each kind of layer, whatever their number; in place.
+
+        Sizes are left open, so that another batch or prompt length compiles nothing anew.
+        """
+        # a layer's variants: encoder, adapters or none, gradient on its input or none, training or not
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+        base = self.base
+        for block in [*base.clip.vision_model.encoder.layers, *base.clip.text_model.encoder.layers, *base.decoder.layers]:
+            block.compile(dynamic=True)
+        return self
+
     def hold_frozen_weights_in(self, dtype):
         """Keep the frozen matrices in the compute dtype; norms, embeddings of positions and everything trained stay float32."""
         for module in self.base.modules():

@@ -1,0 +1,198 @@
+"""What is computed once must be what would have been computed each time."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import vlsm
+from tests.conftest import rows, same_tensors, without_dim
+from vlsm import frozen, runtime
+from vlsm.cache import Record, feed, open_split
+from vlsm.frozen import Frozen, Store
+from vlsm.images import normalise
+from vlsm.text import Tokenizer
+
+CPU = torch.device("cpu")
+
+
+def wrap(method, tmp_path, cache_gb=None, **options):
+    torch.manual_seed(0)
+    model = vlsm.build("clipseg", "mini", method, **options)
+    return Frozen(model, Tokenizer(model.info["folder"]), CPU, None, cache_gb, tmp_path)
+
+
+def split(count=11, side=32):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (count, side, side, 3)).astype(np.uint8)
+    records = [Record(f"{i}", f"{i}", image, image[..., 0] > 127) for i, image in enumerate(pixels)]
+    return open_split([*records, records[3]], side, None, "noise", workers=1)
+
+
+@pytest.mark.parametrize(
+    "method, options, images, prompts",
+    [
+        ("shallow", {}, True, True),
+        ("shallow", dict(branches="v"), True, True),
+        ("decoder", {}, True, True),
+        ("dense", {}, False, False),
+        ("dense", dict(branches="v"), False, True),
+        ("dense", dict(branches="l"), True, False),
+        ("dense", dict(branches="c"), True, True),
+        ("full", {}, False, False),
+        ("full", dict(reference=True), True, True),
+    ],
+)
+def test_what_is_frozen_is_found_out(tmp_path, method, options, images, prompts):
+    f = wrap(method, tmp_path, **options)
+    assert (f.images, f.prompts) == (images, prompts)
+
+
+@pytest.mark.parametrize("held", [dict(RAM=11), dict(RAM=4, disk=3), dict(RAM=0, disk=11), dict(RAM=0, disk=0)])
+@pytest.mark.parametrize("method", ["shallow", "dense"])
+def test_logits_and_gradients_are_those_of_the_model(tmp_path, monkeypatch, method, held):
+    f, data = wrap(method, tmp_path, branches="lc" if method == "dense" else "vlc"), split()
+    side = data.images.shape[-1]
+    image = 3 * ((side // 8) ** 2 + 1) * 128 * 4  # bytes of one image's activations
+    monkeypatch.setattr(frozen, "SHARE", 1)
+    monkeypatch.setattr(frozen, "room", lambda *_: {p: n * image // (2 if p == "disk" else 1) + 7 for p, n in held.items()})
+    said = f.fill("train", data, 4)
+    total = sum(held.values())
+    assert f"kept for {total} of 11" in said and ("half precision" in said) == ("disk" in held and held["disk"] > 0)
+    assert f.needs_pixels("train", data) == (total < 11)
+    indices, prompts = [5, 11, 0, 3, 9], ["red disk", "a polyp", "red disk", "", "x"]
+    pixels = data.batch(indices)[0]
+    want = f.model(normalise(pixels), *f.tokenizer(prompts))
+    wanted = torch.autograd.grad(want.square().mean(), f.model.tuned_parameters().values())
+    for given in (pixels, None)[: 1 + (total == 11)]:
+        got = f.logits("train", data, indices, prompts, given)
+        tolerance = 2e-2 if held.get("disk") else 1e-5
+        torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
+        for a, b in zip(torch.autograd.grad(got.square().mean(), f.model.tuned_parameters().values()), wanted):
+            assert (a - b).norm() <= 10 * tolerance * b.norm()
+    assert not list(tmp_path.glob("activations-*")), "the file must have no name while it is in use"
+
+
+def test_a_budget_holds_for_all_splits_together(tmp_path):
+    data = split()
+    image = 3 * 17 * 128 * 4
+    f = wrap("shallow", tmp_path, cache_gb=15 * image / frozen.GB)
+    f.fill("train", data, 4)
+    f.fill("val", data, 4)
+    assert f.stores["train"].held == 11 and f.stores["val"].held == 4
+    assert wrap("shallow", tmp_path, cache_gb=0).fill("train", data, 4) is None
+    assert wrap("dense", tmp_path).fill("train", data, 4) is None
+
+
+def test_images_and_prompts_are_encoded_once(tmp_path, monkeypatch):
+    f, data = wrap("shallow", tmp_path), split()
+    seen = []
+    for name in ("encode_image", "encode_text"):
+        encode = getattr(f.model.base, name)
+        monkeypatch.setattr(f.model.base, name, lambda x, *rest, encode=encode, name=name: seen.append((name, len(x))) or encode(x, *rest))
+    f.fill("train", data, 4)
+    assert seen == [("encode_image", 4), ("encode_image", 4), ("encode_image", 3)]
+    for _ in range(3):
+        f.logits("train", data, [1, 2, 3], ["a", "b", "a"], None)
+    assert seen[3:] == [("encode_text", 1)] * 2
+
+
+def test_store_of_half_precision(tmp_path):
+    """Under bf16 all places keep bf16: what the decoder would make of it anyway."""
+    store = Store(6, 2, (5, 4), torch.bfloat16, CPU, dict(RAM=2 * 2 * 40, disk=3 * 2 * 40 + 1), tmp_path)
+    values = torch.randn(2, 6, 5, 4)
+    store.put(0, values[:, :3])
+    store.put(3, values[:, 3:])
+    assert store.held == 5 and store.bytes() == dict(RAM=160, disk=240)
+    assert torch.equal(store.get(torch.tensor([4, 0, 3, 4])), values[:, [4, 0, 3, 4]].bfloat16())
+
+
+def test_free_memory_is_a_number_of_bytes(tmp_path):
+    places = frozen.room(CPU, tmp_path / "not" / "there")
+    assert list(places) == ["RAM", "disk"] and places["disk"] > 0 and places["RAM"] >= 0
+
+
+@pytest.mark.parametrize("peft", [["shallow"], ["decoder"], ["dense", "--branches", "v"], ["dense", "--branches", "l"]])
+def test_training_with_and_without_the_cache_agrees(cli, quick, tmp_path, peft):
+    options = without_dim(quick) if peft[0] == "decoder" else quick
+    weights = []
+    for gb in ("0", "1"):
+        out = tmp_path / f"cache{gb}"
+        code, said, err = cli("train", *options, "--peft", *peft, "--epochs", 2, "--cache-gb", gb, "--out", out)
+        assert code == 0, err
+        assert ("output is kept for 24 of 24" in said) == (gb == "1" and peft[-1] != "v")
+        weights.append((load_file(out / "last.safetensors"), [float(r["val_loss"]) for r in rows(out / "log.csv")]))
+    for name, tensor in weights[0][0].items():
+        torch.testing.assert_close(weights[1][0][name], tensor, atol=1e-5, rtol=1e-5, msg=name)
+    assert weights[0][1] == pytest.approx(weights[1][1], abs=1e-5)
+
+
+def test_a_cached_run_resumes_bit_for_bit(cli, quick, tmp_path):
+    options = [*quick, "--peft", "shallow", "--lr", "1e-3"]
+    assert cli("train", *options, "--epochs", 3, "--out", tmp_path / "straight")[0] == 0
+    assert cli("train", *options, "--epochs", 1, "--out", tmp_path / "parts")[0] == 0
+    code, _, err = cli("train", "--out", tmp_path / "parts", "--resume", "--epochs", 3)
+    assert code == 0, err
+    assert same_tensors(tmp_path / "straight" / "last.safetensors", tmp_path / "parts" / "last.safetensors")
+
+
+def test_augmented_pictures_are_not_cached(cli, quick):
+    code, said, err = cli("train", *quick, "--peft", "shallow", "--epochs", 1, "--augment")
+    assert code == 0 and "kept" not in said, err
+
+
+def test_feed_reads_ahead_and_in_order():
+    data = split()
+    parts = [[4, 1, 9], [0, 11], [7]]
+    for with_pixels in (True, False):
+        for (part, pixels, masks), want in zip(feed(data, parts, CPU, with_pixels), parts):
+            assert part == want and torch.equal(masks, data.batch(part)[1])
+            assert torch.equal(pixels, data.batch(part)[0]) if with_pixels else pixels is None
+
+
+def test_moved_pixels_are_the_same():
+    data, moved = split(), split()
+    moved.move(CPU)
+    for a, b in zip(data.batch([3, 11, 0]), moved.batch([3, 11, 0])):
+        assert torch.equal(a, b)
+    assert moved.batch([1], with_pixels=False)[0] is None
+
+
+def test_normalise_into_given_memory():
+    pixels = torch.randint(0, 256, (3, 3, 6, 5), dtype=torch.uint8)
+    out = torch.empty(3, 3, 6, 5)
+    assert normalise(pixels, out) is out and torch.equal(out, normalise(pixels))
+
+
+def test_later_numbers():
+    assert runtime.Later(torch.tensor([1.5, 2.5])).read() == [1.5, 2.5]
+
+
+def test_what_cannot_be_on_a_cpu(cli, quick, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for option, sentence in (("--data-device", "needs --device cuda"), ("--kernels", "there is no GPU")):
+        code, _, err = cli("train", *quick, option, "cuda" if option == "--data-device" else "triton")
+        assert code == 2 and sentence in err and "Traceback" not in err
+    monkeypatch.setattr(shutil, "which", lambda *_: None)
+    code, _, err = cli("train", *quick, "--compile", "on")
+    assert code == 2 and "C++ compiler" in err
+
+
+def test_compiled_training_agrees(cli, quick, tmp_path, monkeypatch):
+    """The same run, its layers compiled: few graphs for all of them, and the same numbers. (No C++ is built, which takes minutes.)"""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile_module(self, backend="aot_eager", **how))
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for mode in ("off", "on"):
+        code, _, err = cli("train", *quick, "--epochs", 2, "--compile", mode, "--out", tmp_path / mode)
+        assert code == 0, err
+    found = torch._dynamo.utils.counters
+    assert 0 < found["stats"]["unique_graphs"] <= 14 and not found["graph_break"], found
+    off, on = (load_file(tmp_path / mode / "last.safetensors") for mode in ("off", "on"))
+    assert list(off) == list(on)
+    for name, tensor in off.items():
+        torch.testing.assert_close(on[name], tensor, atol=1e-4, rtol=1e-3, msg=name)
