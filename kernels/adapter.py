@@ -206,17 +206,22 @@ def _forward(
     up_weight: torch.Tensor,
     up_bias: torch.Tensor,
     keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out `[N, d]`, a `[N, r]` or, unless `keep`, an empty tensor) of contiguous `h` and `residual` `[N, d]`."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out `[N, d]`, a `[N, r]`, relu(a W2' + b2) `[N, d]`) of contiguous `h` and `residual` `[N, d]`.
+
+    The last two are for the backward pass, and empty unless `keep`; the kernels do without the last, as on a GPU it is cheaper to
+    compute again than to write and read.
+    """
     w1, w2 = down_weight.to(h.dtype), up_weight.to(h.dtype)
     (n, d), r = h.shape, len(w1)
+    dtype = h.dtype if residual is None else torch.promote_types(h.dtype, residual.dtype)
     if not _fused(h, r):
         a = torch.addmm(down_bias.to(h.dtype), h, w1.t()).relu_()
-        out = torch.addmm(up_bias.to(h.dtype), a, w2.t()).relu_().add_(h)
+        y = torch.addmm(up_bias.to(h.dtype), a, w2.t()).relu_()
+        out = h + y
         if residual is not None:
-            out = residual + out
-        return out, a if keep else h.new_empty(0)
-    dtype = h.dtype if residual is None else torch.promote_types(h.dtype, residual.dtype)
+            out = out.add_(residual) if dtype == out.dtype else residual + out
+        return (out, a, y) if keep else (out, h.new_empty(0), h.new_empty(0))
     out, a = torch.empty_like(h, dtype=dtype), h.new_empty((n, r) if keep else 0)
     sizes = blocks("forward", r, h.element_size())
     _launch(
@@ -224,7 +229,7 @@ def _forward(
         h, h if residual is None else residual, w1, down_bias, w2, up_bias, out, a, n,
         D=d, R=r, HAS_RESIDUAL=residual is not None, KEEP=keep, **sizes,
     )  # fmt: skip
-    return out, a
+    return out, a, h.new_empty(0)
 
 
 @triton_op("vlsm::adapter_backward", mutates_args=())
@@ -232,6 +237,7 @@ def _backward(
     g: torch.Tensor,
     h: torch.Tensor,
     a: torch.Tensor,
+    y: torch.Tensor,
     down_weight: torch.Tensor,
     up_weight: torch.Tensor,
     up_bias: torch.Tensor,
@@ -242,10 +248,10 @@ def _backward(
     w1, w2 = down_weight.to(h.dtype), up_weight.to(h.dtype)
     (n, d), r = h.shape, len(w1)
     if not _fused(h, r):
-        z2 = torch.addmm(up_bias.to(h.dtype), a, w2.t())
-        dz2 = torch.ops.aten.threshold_backward(g.to(h.dtype), z2, 0)
-        dz1 = torch.ops.aten.threshold_backward(dz2 @ w2, a, 0)
-        dh = torch.addmm(g.to(h.dtype), dz1, w1) if with_h else h.new_empty(0)
+        g, threshold = g.to(h.dtype), torch.ops.aten.threshold_backward  # of a ReLU: the gradient where its output is positive
+        dz2 = threshold(g, y, 0)
+        dz1 = threshold(dz2 @ w2, a, 0)
+        dh = torch.addmm(g, dz1, w1) if with_h else h.new_empty(0)
         if not with_weights:
             return dh, down_weight.new_empty(0)
         parts = [dz1.t() @ h, dz1.sum(0), dz2.t() @ a, dz2.sum(0)]
@@ -270,18 +276,18 @@ def _backward(
 
 def _setup(ctx, inputs, output):
     h, _, down_weight, _, up_weight, up_bias, _ = inputs
-    ctx.save_for_backward(h, output[1], down_weight, up_weight, up_bias)
+    ctx.save_for_backward(h, *output[1:], down_weight, up_weight, up_bias)
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, g, _):
+def _gradients(ctx, g, *_):
     if g is None:  # nothing depends on the result
         return (None,) * 7
-    h, a, down_weight, up_weight, up_bias = ctx.saved_tensors
+    h, a, y, down_weight, up_weight, up_bias = ctx.saved_tensors
     with_h, with_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[2:6])
     dh, weights = None, [None] * 4
     if with_h or with_weights:
-        dh, flat = _backward(g.contiguous(), h, a, down_weight, up_weight, up_bias, with_h, with_weights)
+        dh, flat = _backward(g.contiguous(), h, a, y, down_weight, up_weight, up_bias, with_h, with_weights)
     if with_weights:
         (r, d), n = down_weight.shape, down_weight.numel()
         dw1, db1, dw2, db2 = flat.split([n, r, n, d])

@@ -116,6 +116,11 @@ def _exact(logits, target, ce):
     return z, y, p, p if ce == "reference" else z
 
 
+def _blocks(logits):
+    """The samples one by one, which keeps the work on each in a CPU's cache; a tensor that is being traced stays whole."""
+    return [slice(i, i + 1) for i in range(len(logits))] if type(logits) is torch.Tensor else [slice(None)]
+
+
 @triton_op("vlsm::dice_bce", mutates_args=())
 def _forward(
     logits: torch.Tensor, target: torch.Tensor, dice_weight: float, bce_weight: float, smooth: float, ce: str
@@ -123,12 +128,15 @@ def _forward(
     """(loss, (A, B) of each sample `[B, 2]`) of contiguous `[B, pixels]` tensors."""
     samples, pixels = logits.shape
     if not runs_triton(logits):
-        z, y, p, x = _exact(logits, target, ce)
-        both, bottom = (p * y).sum(1), p.sum(1) + y.sum(1) + smooth
-        top = 2 * both + smooth
-        # softplus(x) - x y, which is the stable form of Eq. 2's cross entropy
-        bce = F.binary_cross_entropy_with_logits(x, y)
-        loss = dice_weight * (1 - top / bottom).mean() + bce_weight * bce
+        sums = []
+        for i in _blocks(logits):
+            z, y, p, x = _exact(logits[i], target[i], ce)
+            # softplus(x) - x y, which is the stable form of Eq. 2's cross entropy
+            bce = F.binary_cross_entropy_with_logits(x, y, reduction="sum")
+            sums.append((torch.linalg.vecdot(p, y), p.sum(1), y.sum(1), bce))
+        both, p, y, bce = (torch.cat(s) if s[0].dim() else torch.stack(s) for s in zip(*sums))
+        top, bottom = 2 * both + smooth, p + y + smooth
+        loss = dice_weight * (1 - top / bottom).mean() + bce_weight * bce.sum() / (samples * pixels)
         return loss, torch.stack([-2 / bottom, top / bottom.square()], 1) * (dice_weight / samples)
     tiles = triton.cdiv(pixels, TILE)
     sums = torch.empty(samples, tiles, 4, dtype=torch.float32, device=logits.device)
@@ -147,13 +155,15 @@ def _backward(g: torch.Tensor, logits: torch.Tensor, target: torch.Tensor, terms
     """Gradient by the logits `[B, pixels]`, in their dtype; `g` is the loss's own gradient, a scalar on the same device."""
     samples, pixels = logits.shape
     scale = bce_weight / (samples * pixels)
-    if not runs_triton(logits):
-        _, y, p, x = _exact(logits, target, ce)
-        slope = p * (1 - p)
-        bce = (torch.sigmoid(x) - y) * slope if ce == "reference" else p - y
-        out = (terms[:, :1] * y + terms[:, 1:]).mul_(slope).add_(bce, alpha=scale)
-        return out.mul_(g).to(logits.dtype)
     dz = torch.empty_like(logits)
+    if not runs_triton(logits):
+        for i in _blocks(logits):
+            _, y, p, x = _exact(logits[i], target[i], ce)
+            slope = p - p * p
+            bce = (torch.sigmoid(x) - y) * slope if ce == "reference" else p - y
+            slope *= torch.addcmul(terms[i, 1:], terms[i, :1], y)
+            dz[i] = slope.add_(bce, alpha=scale).mul_(g)
+        return dz
     wrap_triton(gradient_kernel)[triton.cdiv(pixels, TILE), samples](
         g, logits, target, terms, dz, pixels, scale, TWICE=ce == "reference", BLOCK=TILE, num_warps=8
     )  # fmt: skip

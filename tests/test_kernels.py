@@ -86,7 +86,7 @@ def test_adapter_computes_only_the_gradients_that_are_needed(wanted, monkeypatch
 def test_adapter_keeps_nothing_without_gradients():
     tensors = operands()
     with torch.no_grad():
-        assert ADAPTER._forward(*tensors, False)[1].numel() == 0
+        assert [t.numel() for t in ADAPTER._forward(*tensors, False)] == [120, 0, 0]
 
 
 def test_adapter_under_autocast():
@@ -136,7 +136,7 @@ def test_ops_are_registered_rightly():
     h, _, w1, _, w2, b2 = (t.detach() for t in tensors)
     torch.library.opcheck(ADAPTER._forward, (*tensors, True))
     torch.library.opcheck(ADAPTER._forward, (tensors[0], None, *tensors[2:], True))
-    torch.library.opcheck(ADAPTER._backward, (torch.randn(12, 10), h, torch.rand(12, 6), w1, w2, b2, True, True))
+    torch.library.opcheck(ADAPTER._backward, (torch.randn(12, 10), h, torch.rand(12, 6), torch.rand(12, 10), w1, w2, b2, True, True))
     z, y = torch.randn(2, 20, requires_grad=True), torch.rand(2, 20)
     torch.library.opcheck(LOSS._forward, (z, y, 1.5, 1.0, 1e-5, "logits"))
     torch.library.opcheck(LOSS._backward, (torch.ones(()), z.detach(), y, torch.randn(2, 2), 1.0, "reference"))

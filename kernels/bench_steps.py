@@ -1,0 +1,260 @@
+"""Whole training steps and epochs against the way the papers' own code takes them; rows of bench.py.
+
+That way: transformers' CLIPSeg modules in eager mode with eager attention, all 12 blocks of both encoders, prompts padded to 77 tokens,
+an adapter as two Linears and two ReLUs, autocast (fp16 on a GPU, none in float32) over float32 weights, Dice and cross entropy in eager
+ops; pictures decoded and resized by PIL in DataLoader workers at each epoch. Both sides hold the same weights; their losses must agree.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from . import dice_bce
+from .dice_bce import reference as loss_reference
+
+
+class ReferenceAdapter(nn.Module):
+    """x + relu(up(relu(down(x)))), with another adapter's weights."""
+
+    def __init__(self, ours):
+        super().__init__()
+        self.down, self.up = nn.Linear(*ours.down.weight.shape[::-1]), nn.Linear(*ours.up.weight.shape[::-1])
+        self.load_state_dict(ours.state_dict())
+
+    def forward(self, x):
+        return x + self.up(self.down(x).relu()).relu()
+
+
+class Reference(nn.Module):
+    """CLIPSeg of transformers with the adapters of one of our tuners (dense vl or shallow vl), run as the papers' code runs it."""
+
+    def __init__(self, network, tuner, method):
+        super().__init__()
+        self.network, self.method = network.requires_grad_(False), method
+        if method == "dense":
+            places = [getattr(tuner, b)[i][s] for b in ("vision", "text") for i in getattr(tuner, b) for s in ("attn", "mlp")]
+            self.n = len(tuner.vision)
+        else:
+            places = [getattr(tuner, b)[k] for b in ("vision", "text") for k in getattr(tuner, b)]
+        self.adapters = nn.ModuleList(ReferenceAdapter(p) for p in places)
+
+    def encode(self, model, x, mask, adapters):
+        states = []
+        for i, layer in enumerate(model.encoder.layers):
+            a, b = adapters[2 * i : 2 * i + 2] if self.method == "dense" and i < self.n else (nn.Identity(),) * 2
+            x = x + a(layer.self_attn(hidden_states=layer.layer_norm1(x), attention_mask=mask)[0])
+            x = x + b(layer.mlp(layer.layer_norm2(x)))
+            states.append(x)
+        return states
+
+    def forward(self, pixel_values, input_ids):
+        clip, wanted = self.network.clip, self.network.config.extract_layers
+        vision, text = (getattr(m, name, m) for m, name in ((clip.vision_model, "vision_model"), (clip.text_model, "text_model")))
+        half = len(self.adapters) // 2
+        x = vision.pre_layrnorm(vision.embeddings(pixel_values, interpolate_pos_encoding=True))
+        states = self.encode(vision, x, None, self.adapters[:half])
+        vision.post_layernorm(states[-1][:, 0])
+        activations = [states[i] for i in wanted]
+        T = input_ids.shape[1]
+        causal = torch.full((T, T), torch.finfo(torch.float32).min, device=input_ids.device).triu(1)[None, None]
+        states = self.encode(text, text.embeddings(input_ids=input_ids), causal, self.adapters[half:])
+        row, end = torch.arange(len(input_ids), device=input_ids.device), input_ids.argmax(1)
+        cond = clip.text_projection(text.final_layer_norm(states[-1])[row, end])
+        if self.method == "shallow":
+            activations = [a(x) for a, x in zip(self.adapters[:half], activations)]
+            cond = cond + sum(a(states[i][row, end]) for a, i in zip(self.adapters[half:], wanted))
+        return self.network.decoder(tuple(activations), cond).logits[:, None]
+
+
+def real_size(folder):
+    """A CLIPSeg of the published sizes with random weights, written by transformers: (its network, the folder)."""
+    from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
+
+    torch.manual_seed(0)
+    config = CLIPSegConfig(vision_config=dict(patch_size=16), use_complex_transposed_convolution=True, attn_implementation="eager")
+    network = CLIPSegForImageSegmentation(config).eval()
+    network.save_pretrained(folder)
+    return network
+
+
+def prompts_of(batch, limit=77):
+    """Ids of prompts of 5 to 14 tokens, as MedVLSM's are long, padded to `limit` with the end token."""
+    g = torch.Generator().manual_seed(1)
+    ids = torch.full((batch, limit), 49407)
+    ids[:, 0] = 49406
+    for row, n in enumerate(torch.randint(5, 15, (batch,), generator=g).tolist()):
+        ids[row, 1 : n - 1] = torch.randint(1000, 40000, (n - 2,), generator=g)
+    return ids
+
+
+def stepper(parameters, loss_of, device, scaler=None):
+    """One training step, as a function: gradients, clipping, AdamW."""
+    parameters = list(parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=1e-3, fused=device.type == "cuda" and scaler is None)
+
+    def step(*inputs):
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_of(*inputs)
+        if scaler is None:
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 0.5)
+            optimizer.step()
+        else:
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(parameters, 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+        return loss
+
+    return step
+
+
+class Pair:
+    """Our model and the reference, with the same weights, for one method."""
+
+    def __init__(self, bench, folder, method):
+        import vlsm
+        from vlsm import runtime
+
+        network = real_size(folder)
+        self.device, amp = bench.device, None if bench.dtype == torch.float32 else bench.dtype
+        self.model = vlsm.build("clipseg", folder, method)
+        theirs = Reference(network, self.model.tuner, method).to(self.device)
+        self.amp, self.theirs = amp, theirs
+        runtime.place(self.model, self.device, amp)
+        their_amp = torch.float16 if bench.cuda and amp else amp
+        scaler = torch.amp.GradScaler("cuda") if their_amp == torch.float16 else None
+
+        def their_loss(pixels, ids, target):
+            with runtime.autocast(self.device, their_amp):
+                logits = theirs(pixels, ids.to(self.device))
+            return loss_reference(logits, target)
+
+        def our_loss(pixels, ids, target):
+            with runtime.autocast(self.device, amp):
+                logits = self.model(pixels, ids)
+            return dice_bce(logits, target)
+
+        self.their_step = stepper(theirs.adapters.parameters(), their_loss, self.device, scaler)
+        self.our_step = stepper(self.model.tuned_parameters().values(), our_loss, self.device)
+
+    def agree(self, ours, theirs):
+        """Raise AssertionError unless two losses are the same, as far as the precision goes."""
+        difference = abs(ours.item() - theirs.item())
+        assert difference < (1e-4 if self.amp is None else 3e-2), f"the losses differ: {ours.item()} and {theirs.item()}"
+        return difference
+
+
+def bench_step(bench):
+    for method in ("dense", "shallow"):
+        _step(bench, method)
+
+
+def _step(bench, method):
+    B = bench.args.batch_size
+    with tempfile.TemporaryDirectory() as folder:
+        pair = Pair(bench, folder, method)
+    pixels, ids = torch.randn(B, 3, 352, 352, device=bench.device), prompts_of(B)
+    target = (torch.rand(B, 1, 352, 352, device=bench.device) < 0.2).to(torch.uint8)
+    inputs = (pixels, ids, target)
+    difference = pair.agree(pair.our_step(*inputs), pair.their_step(*inputs))
+    peaks = {}
+    for name, step in (("ours", pair.our_step), ("reference", pair.their_step)) if bench.cuda else ():
+        torch.cuda.reset_peak_memory_stats()
+        step(*inputs)
+        peaks[f"peak_GiB_{name}"] = torch.cuda.max_memory_allocated() / 2**30
+    found = dict(ours=lambda: pair.our_step(*inputs), reference=lambda: pair.their_step(*inputs))
+    times = bench.time(found, bench.args.step_runs, warm=1)
+    more = dict(images_per_second=B / times["ours"], loss_difference=difference, **peaks)
+    bench.row(f"step {method} vl, batch {B}, 352 x 352", times, **more)
+
+
+class Pictures(Dataset):
+    """Decode, resize and normalise a record by PIL, at each epoch anew."""
+
+    def __init__(self, records, size):
+        self.records, self.size = records, size
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, i):
+        from PIL import Image
+
+        image = Image.open(self.records[i].image).convert("RGB").resize((self.size,) * 2, Image.BILINEAR)
+        mask = Image.open(self.records[i].mask).convert("L").resize((self.size,) * 2, Image.NEAREST)
+        mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+        pixels = ((np.asarray(image) / 255 - mean) / std).astype(np.float32).transpose(2, 0, 1)
+        return torch.from_numpy(pixels), torch.from_numpy((np.asarray(mask) > 127)[None].astype(np.float32))
+
+
+def some_records(bench, folder):
+    """The first `--images` training records of the data set; the demo is written to a folder, so that there is something to decode."""
+    import datasets
+
+    args = bench.args
+    if args.dataset == "demo":
+        datasets.export("demo", Path(folder) / "demo")
+        return datasets.records(str(Path(folder) / "demo"), "train")[: args.images]
+    return datasets.records(args.dataset, "train", args.data_root)[: args.images]
+
+
+def bench_cache(bench):
+    """From the decode-once cache to normalised batches of 32."""
+    from vlsm.cache import open_split
+    from vlsm.images import normalise
+
+    with tempfile.TemporaryDirectory() as folder:
+        data = open_split(some_records(bench, folder), 352, Path(folder) / "cache", "bench")
+        if bench.cuda:
+            data.move(bench.device)
+        buffer = torch.empty(32, 3, 352, 352, device=bench.device)
+        rows = torch.randint(len(data), (32,)).tolist()
+        t = bench.time(dict(ours=lambda: normalise(data.batch(rows)[0], buffer)))
+        bench.row("cache to normalised batch of 32", t, images_per_second=32 / t["ours"])
+
+
+def bench_epoch(bench):
+    """Epochs from disk after the first, which decodes: a reference epoch decodes again, ours reads the cache."""
+    for method in ("dense", "shallow"):
+        with tempfile.TemporaryDirectory() as folder:
+            _epoch(bench, method, Path(folder))
+
+
+def _epoch(bench, method, folder):
+    from vlsm.cache import feed, open_split
+    from vlsm.frozen import Frozen
+
+    B, device = bench.args.batch_size, bench.device
+    pair, records, ids = Pair(bench, folder, method), some_records(bench, folder), prompts_of(B, 14)
+    data = open_split(records, 352, folder / "cache", "bench")
+    frozen = Frozen(pair.model, lambda prompts: (torch.stack([ids[int(p or 0)] for p in prompts]), None), device, pair.amp, None, folder)
+    frozen.fill("bench", data, B)
+    parts = [list(range(i, min(i + B, len(data)))) for i in range(0, len(data), B)]
+
+    def our_loss(part, pixels, masks):
+        return dice_bce(frozen.logits("bench", data, part, [str(k) for k in range(len(part))], pixels), masks)
+
+    step = stepper(pair.model.tuned_parameters().values(), our_loss, device)
+    loader = DataLoader(Pictures(records, 352), B, num_workers=min(4, os.cpu_count()), persistent_workers=True, pin_memory=bench.cuda)
+
+    def ours():
+        for batch in feed(data, parts, device, frozen.needs_pixels("bench", data)):
+            step(*batch)
+
+    def theirs():
+        for pixels, masks in loader:
+            pair.their_step(pixels.to(device), prompts_of(len(pixels)), masks.to(device))
+
+    times = bench.time(dict(ours=ours, reference=theirs), bench.args.epoch_runs, warm=1)
+    rates = {f"images_per_second_{side}": len(data) / t for side, t in times.items()}
+    bench.row(f"epoch {method} vl of {len(data)} pictures, after the first", times, **rates)
+
+
+ROWS = dict(cache=bench_cache, step=bench_step, epoch=bench_epoch)
