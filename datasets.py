@@ -18,7 +18,7 @@ from vlsm import demo
 from vlsm.cache import DataError, Record, open_split
 from vlsm.console import speaking
 from vlsm.images import picture_files
-from vlsm.prompts import choose, class_word
+from vlsm.prompts import class_word, prompt_of
 from vlsm.weights import read_json
 
 SPLITS = ("train", "val", "test")
@@ -88,11 +88,6 @@ def _locate(dataset, data_root):
     if not root.is_dir():
         raise ValueError(f"Data set '{dataset}' is neither known ({', '.join(['demo', *DATASETS])}) nor the path of a folder.")
     return root, Source(root.name, "") if (root / "anns").is_dir() else None
-
-
-def prompt_of(record, index, mode, *seed):
-    """The prompt of a record, drawn by (seed, index): equal seeds give equal prompts, whatever was drawn before."""
-    return choose(record.prompts, mode, np.random.default_rng([*seed, index]), record.class_word)
 
 
 def open_dataset(dataset, splits, size, data_root="data", cache_dir=None, split_seed=0, prompts="random", skip_bad=False, say=print):

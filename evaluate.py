@@ -22,6 +22,7 @@ from vlsm import load, metrics, pictures, runtime
 from vlsm.checkpoint import replacing, write_text
 from vlsm.console import progress, speaking
 from vlsm.images import EXTENSIONS, normalise, picture_files, read_image, read_mask, resize_image
+from vlsm.prompts import prompt_of
 from vlsm.text import Tokenizer
 
 COLUMNS = ("image", "mask", "prompt", "dsc", "iou", "hd95")
@@ -112,7 +113,7 @@ def evaluate(predictor, data, prompts, seed, args, masks_dir=None):
         coming = read(parts[0])
         for part, after in zip(parts, [*parts[1:], []]):
             present, coming = coming, read(after)
-            texts = [datasets.prompt_of(data.records[i], i, prompts, seed) for i in part]
+            texts = [prompt_of(data.records[i], i, prompts, seed) for i in part]
             logits = predictor.logits(data.batch(list(part))[0], texts)
             truth = [t.to(predictor.device) for t in present]
             predicted = [enlarge(z, t.shape, args.upsample) for z, t in zip(logits, truth)]
@@ -317,7 +318,7 @@ def all_prompts(predictor, data, seed, args, out, what):
     print(f"{'prompt':8}{'DSC %':>8}{'IoU %':>8}{'HD95 px':>9}   an example")
     for key, s in table.items():
         hd = "n/a" if s["hd95"]["mean"] is None else f"{s['hd95']['mean']:.2f}"
-        example = datasets.prompt_of(data.records[0], 0, key, seed)
+        example = prompt_of(data.records[0], 0, key, seed)
         print(f"{key:8}{100 * s['dsc']['mean']:8.2f}{100 * s['iou']['mean']:8.2f}{hd:>9}   {example[:70]}")
     write_text(out / "prompts.json", json.dumps(dict(prompts=table, **what), indent=1))
 

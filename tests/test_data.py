@@ -15,6 +15,7 @@ from vlsm import demo
 from vlsm.augment import affine_matrices, augment
 from vlsm.cache import DataError, open_split
 from vlsm.images import normalise, read_image, read_mask, resize_image, resize_mask
+from vlsm.prompts import prompt_of
 
 
 def open_all(path, splits=("train", "val", "test"), **kw):
@@ -192,7 +193,7 @@ def test_unknown_prompt_key_and_missing_prompts(folder, tmp_path):
 
 def test_evaluation_prompts_are_reproducible_and_differ_between_records(folder):
     found = datasets.records(str(folder), "train")
-    draw = lambda *seed: [datasets.prompt_of(r, i, "random", *seed) for i, r in enumerate(found)]  # noqa: E731
+    draw = lambda *seed: [prompt_of(r, i, "random", *seed) for i, r in enumerate(found)]  # noqa: E731
     assert draw(1) == draw(1) != draw(2)
     assert len(set(draw(1))) > 2 and draw(1, 5) != draw(1)
 

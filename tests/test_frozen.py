@@ -53,7 +53,7 @@ def test_what_is_frozen_is_found_out(tmp_path, method, options, images, prompts)
 @pytest.mark.parametrize("held", [dict(RAM=11), dict(RAM=4, disk=3), dict(RAM=0, disk=11), dict(RAM=0, disk=0)])
 @pytest.mark.parametrize("method", ["shallow", "dense"])
 def test_logits_and_gradients_are_those_of_the_model(tmp_path, monkeypatch, method, held):
-    f, data = wrap(method, tmp_path, branches="lc" if method == "dense" else "vlc"), split()
+    f, data = wrap(method, tmp_path, 1, branches="lc" if method == "dense" else "vlc"), split()
     side = data.images.shape[-1]
     image = 3 * ((side // 8) ** 2 + 1) * 128 * 4  # bytes of one image's activations
     monkeypatch.setattr(frozen, "SHARE", 1)
@@ -73,6 +73,11 @@ def test_logits_and_gradients_are_those_of_the_model(tmp_path, monkeypatch, meth
         for a, b in zip(torch.autograd.grad(got.square().mean(), f.model.tuned_parameters().values()), wanted):
             assert (a - b).norm() <= 10 * tolerance * b.norm()
     assert not list(tmp_path.glob("activations-*")), "the file must have no name while it is in use"
+
+
+def test_float32_is_not_rounded_unless_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(frozen, "room", lambda *_: dict(RAM=0, disk=1 << 30))
+    assert "0 of 11 images (no room)" in wrap("shallow", tmp_path).fill("train", split(), 4)
 
 
 def test_a_budget_holds_for_all_splits_together(tmp_path):

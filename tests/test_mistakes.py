@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import train
 from tests.conftest import ROOT, rows
+from vlsm import job
 from vlsm.weights import MINI
 
 
@@ -17,13 +17,13 @@ from vlsm.weights import MINI
     "call, message", [(6, "The loss became nan in epoch 2, step 2"), (8, "The validation loss became nan after epoch 2")]
 )
 def test_loss_that_is_not_finite_stops_with_a_sentence(cli, quick, tmp_path, monkeypatch, call, message):
-    real, calls = train.dice_bce_loss, []
+    real, calls = job.dice_bce, []
 
     def broken(*args, **kw):
         calls.append(1)
         return real(*args, **kw) * (float("nan") if len(calls) == call else 1)  # 3 steps and 1 validation batch an epoch
 
-    monkeypatch.setattr(train, "dice_bce_loss", broken)
+    monkeypatch.setattr(job, "dice_bce", broken)
     code, _, err = cli("train", *quick, "--epochs", 4)
     assert code == 2 and f"{message}, at learning rate 0.001" in err and "after epoch 1, is kept" in err
     assert load_file(tmp_path / "run" / "best.safetensors") and len(rows(tmp_path / "run" / "log.csv")) == 1

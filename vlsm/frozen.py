@@ -100,13 +100,14 @@ def _on_disk(size, dtype, folder):
 class Frozen:
     """A model's forward pass on the records of a split, without computing twice what training cannot change.
 
-    cache_gb: GB that images' activations may take in all (None: half of what is free in each place; 0: none are kept). `images` and
-    `prompts` say whether the encoder's output is frozen.
+    cache_gb: GB that images' activations may take in all; 0: none are kept; None: half of what is free in each place, but in float32
+    none on disk. `images` and `prompts` say whether the encoder's output is frozen.
     """
 
     def __init__(self, model, tokenizer, device, dtype, cache_gb=None, folder="."):
         self.model, self.tokenizer, self.device, self.dtype = model, tokenizer, device, dtype
         self.cache_gb, self.folder, self.stores, self.texts = cache_gb, folder, {}, {}
+        self.memory = torch.empty(0, device=device)
         config = model.base.config
         # sizes of one would be compiled apart
         with torch.enable_grad(), runtime.autocast(device, dtype), torch.compiler.set_stance("force_eager"):
@@ -127,6 +128,8 @@ class Frozen:
         count, size, config = len(data.images), data.images.shape[-1], self.model.base.config
         shape = ((size // config.vision.patch_size) ** 2 + 1, config.vision.hidden_size)
         places = {place: SHARE * free for place, free in room(self.device, self.folder).items()}
+        if self.cache_gb is None and self.dtype is None:
+            places.pop("disk", None)  # would round what float32 computes, which nobody asked for
         left = math.inf if self.cache_gb is None else self.cache_gb * GB - sum(sum(s.bytes().values()) for s in self.stores.values())
         for place in places:
             places[place] = min(places[place], max(left, 0))
@@ -147,6 +150,12 @@ class Frozen:
 
     def needs_pixels(self, name, data):
         return name not in self.stores or self.stores[name].held < len(data.images)
+
+    def _normalise(self, pixels):
+        """In memory that the next batch overwrites: the backward pass of this one is over by then."""
+        if self.memory.numel() < pixels.numel():
+            self.memory = torch.empty(pixels.numel(), device=self.device)
+        return normalise(pixels, self.memory[: pixels.numel()].view(pixels.shape))
 
     def _activations(self, name, data, indices, pixels):
         base, tuner = self.model.base, self.model.tuner
@@ -177,5 +186,5 @@ class Frozen:
         """Logits `[B, 1, S, S]` of some records; `pixels`: uint8 or float 0..255 `[B, 3, S, S]`, None where `needs_pixels` says so."""
         size = data.masks.shape[-1]
         with runtime.autocast(self.device, self.dtype):
-            activations = self._activations(name, data, indices, None if pixels is None else normalise(pixels))
+            activations = self._activations(name, data, indices, None if pixels is None else self._normalise(pixels))
             return self.model.base.decode(activations, *self._text(prompts), self.model.base.grid(size, size), self.model.tuner)

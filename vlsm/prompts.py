@@ -43,6 +43,11 @@ def choose(prompts, mode, rng, class_word=None):
     return value if isinstance(value, str) else value[rng.integers(len(value))]
 
 
+def prompt_of(record, index, mode, *seed):
+    """The prompt of a record, drawn by (seed, index): equal seeds give equal prompts, whatever was drawn before."""
+    return choose(record.prompts, mode, np.random.default_rng([*seed, index]), record.class_word)
+
+
 def class_word(prompts):
     """What p1 names, without where it is seen: "Myocardium of the heart." -> "Myocardium". None without p1."""
     value = prompts.get("p1")
