@@ -72,8 +72,8 @@ def other_launches():
     yield Launch("nearest", "", signature, dict(BLOCK=128), dict(num_warps=1))
 
 
-def compile_launch(launch, capability):
-    """Compile for one GPU: registers, bytes spilled and shared, instructions, and those that multiply matrices."""
+def compile_launch(launch, capability, count):
+    """Compile for one GPU: registers, bytes spilled and shared, matrix products and, with `count`, all instructions."""
     from importlib import import_module
 
     from triton.backends.compiler import GPUTarget
@@ -88,7 +88,9 @@ def compile_launch(launch, capability):
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = subprocess.run([tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True)
-        code = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+        code = ""
+        if count:
+            code = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.search(rf"\b{w}:(\d+)", usage.stdout + usage.stderr)[1]) for w in ("REG", "STACK", "LOCAL"))
     instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z0-9.]+)", code, re.M)
     return dict(
@@ -97,11 +99,11 @@ def compile_launch(launch, capability):
     )  # fmt: skip
 
 
-def compile_all(launches, capabilities=CAPABILITIES):
+def compile_all(launches, capabilities=CAPABILITIES, count=False):
     """(launch, capability, what `compile_launch` found) of each, compiled by two processes in a cache of their own."""
     with tempfile.TemporaryDirectory() as folder:
         with ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=_use_cache, initargs=(folder,)) as pool:
-            waiting = [(launch, c, pool.submit(compile_launch, launch, c)) for launch in launches for c in capabilities]
+            waiting = [(launch, c, pool.submit(compile_launch, launch, c, count)) for launch in launches for c in capabilities]
             yield from ((launch, c, future.result()) for launch, c, future in waiting)
 
 
@@ -116,7 +118,7 @@ def main(argv=None):
     launches = [launch for dtype in args.dtype for launch in adapter_launches(dtype)] + list(other_launches())
     print("| kernel | launch | sm | warps | registers | spilled | shared KiB | instructions | matrix |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for launch, capability, f in compile_all(launches):
+    for launch, capability, f in compile_all(launches, count=True):
         row = (launch.kernel, launch.label, capability, launch.options.get("num_warps", 4), f["registers"], f["spilled"])
         print("|", " | ".join(map(str, (*row, f"{f['shared'] / 1024:.0f}", f["instructions"], f["matrix"]))), "|", flush=True)
 

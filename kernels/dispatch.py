@@ -8,6 +8,9 @@ import os
 import sys
 from types import SimpleNamespace
 
+# Fused multiply-adds, as compilers make by default and the kernels count on; Triton 3.10 would stop, and 3.9 warns of it.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
 try:
     import triton
     import triton.language as tl

@@ -10,31 +10,32 @@ from kernels.ahead import adapter_launches, compile_all, other_launches  # noqa:
 SHARED = 99 * 1024  # what a program may use on every GPU of compute capability 8 or 9
 
 
-def results(launches, count):
-    found = list(compile_all(launches))
+def results(launches, count, capabilities=(80, 90)):
+    found = list(compile_all(launches, capabilities))
     assert len(found) == count
     for launch, capability, f in found:
         assert f["spilled"] == 0 and f["registers"] <= 255, (launch, capability, f)
     return found
 
 
-@pytest.mark.parametrize("dtype, precision", [("bf16", "ieee"), ("fp16", "ieee"), ("fp32", "ieee"), ("fp32", "tf32")])
-def test_adapter_kernels(dtype, precision):
-    for launch, _, f in results(adapter_launches(dtype, precision), 36):
+# fp16 differs from bf16 by a letter in the machine code: once is enough
+@pytest.mark.parametrize("dtype, precision, gpus", [("bf16", "ieee", 2), ("fp16", "ieee", 1), ("fp32", "ieee", 2), ("fp32", "tf32", 1)])
+def test_adapter_kernels(dtype, precision, gpus):
+    for launch, _, f in results(adapter_launches(dtype, precision), 18 * gpus, (80, 90)[-gpus:]):
         limit = SHARED_MEMORY.get((4 if dtype == "fp32" else 2, launch.constants["BLOCK_R"]), SHARED)
         assert f["shared"] <= limit, (launch, f)
         assert (f["matrix"] > 0) == (dtype != "fp32" or precision == "tf32"), (launch, f)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_adapter_kernels_of_odd_sizes(dtype):
+@pytest.mark.parametrize("dtype, gpus", [("bf16", 2), ("fp32", 1)])
+def test_adapter_kernels_of_odd_sizes(dtype, gpus):
     """A width and a bottleneck that fill no block: every load is checked."""
     launches = list(adapter_launches(dtype))
     for launch in launches:
         launch.constants.update(D=80, R=launch.constants["BLOCK_R"] - 3)
-    results(launches, 36)
+    results(launches, 18 * gpus, (80, 90)[:gpus])
 
 
 def test_loss_and_distance_kernels():
     for launch, _, f in results(other_launches(), 56):
-        assert f["shared"] <= SHARED and f["instructions"] > 50, (launch, f)
+        assert f["shared"] <= SHARED, (launch, f)

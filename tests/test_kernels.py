@@ -181,6 +181,55 @@ def test_ops_compile_into_one_graph(backend):
     same_when_compiled(step, tensors, backend)
 
 
+class NoGPU:
+    """What Triton's driver would say of an H100; it launches nothing."""
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.mark.skipif(not dispatch.AVAILABLE, reason="Triton is to be had on Linux alone")
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_the_kernels_themselves_trace_into_one_graph(dynamic, monkeypatch):
+    """`torch.compile` of the GPU's branch, without a GPU: forward and backward graphs hold the launches and give the right tensors."""
+    import triton
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs = []
+
+    def record(graph, _):
+        """A compiler whose code returns zeros of the right sizes."""
+        graphs.append(graph)
+        size = lambda n: n.node.hint if isinstance(n, torch.SymInt) else n  # noqa: E731
+
+        def result(node):
+            value = node.meta["val"] if hasattr(node, "meta") else node
+            return torch.zeros([size(n) for n in value.shape], dtype=value.dtype) if torch.is_tensor(value) else size(value)
+
+        outputs = graph.graph.find_nodes(op="output")[0].args[0]
+        return make_boxed_func(lambda *_: [result(node) for node in outputs])
+
+    torch._dynamo.reset()
+    for module in (ADAPTER, LOSS):
+        monkeypatch.setattr(module, "runs_triton", lambda x: True)
+    h, residual, *weights = operands(97, 768, 64, torch.float32)
+    h = h.detach().bfloat16().requires_grad_()
+    target = torch.rand(97, 768) < 0.5
+
+    def step(*tensors):
+        return dice_bce(adapter(*tensors), target)
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", NoGPU())
+    loss = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=aot_autograd(fw_compiler=record))(h, residual, *weights)
+    loss.backward()
+    launches = [[n.kwargs["kwargs"] for n in g.graph.nodes if "triton_kernel_wrapper" in str(n.target)] for g in graphs]
+    assert [len(found) for found in launches] == [3, 3]  # adapter, sums, finish; gradient, rows, weights
+    assert loss.shape == () and h.grad.dtype == torch.bfloat16 and all(w.grad.dtype == torch.float32 for w in weights)
+
+
 def test_distributed_data_parallel(tmp_path):
     """One process of a group: gradients through the ops are reduced as any other."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
