@@ -118,6 +118,8 @@ def complete(args):
     for name in ("epochs", "batch_size", "image_size", "patience"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 1 or more.")
+    if args.cache_gb is not None and not args.cache_gb >= 0:
+        raise ValueError(f"--cache-gb {args.cache_gb}: give 0 (nothing is kept) or more.")
     if args.resume and args.overwrite:
         raise ValueError("--resume goes on with a run and --overwrite deletes it; give one of them.")
     if not args.out:

@@ -180,6 +180,8 @@ def test_what_cannot_be_on_a_cpu(cli, quick, monkeypatch):
     for option, sentence in (("--data-device", "needs --device cuda"), ("--kernels", "there is no GPU")):
         code, _, err = cli("train", *quick, option, "cuda" if option == "--data-device" else "triton")
         assert code == 2 and sentence in err and "Traceback" not in err
+    code, _, err = cli("train", *quick, "--cache-gb", "-1")
+    assert code == 2 and "--cache-gb -1.0: give 0" in err
     monkeypatch.setattr(shutil, "which", lambda *_: None)
     code, _, err = cli("train", *quick, "--compile", "on")
     assert code == 2 and "C++ compiler" in err

@@ -14,7 +14,12 @@ from vlsm.weights import MINI
 
 
 @pytest.mark.parametrize(
-    "call, message", [(6, "The loss became nan in epoch 2, step 2"), (8, "The validation loss became nan after epoch 2")]
+    "call, message",
+    [
+        (6, "The loss became nan in epoch 2, step 2"),
+        (7, "The loss became nan in epoch 2, step 3"),
+        (8, "The validation loss became nan after epoch 2"),
+    ],
 )
 def test_loss_that_is_not_finite_stops_with_a_sentence(cli, quick, tmp_path, monkeypatch, call, message):
     real, calls = job.dice_bce, []
