@@ -87,15 +87,15 @@ class Job:
             raise ValueError(f"The {what}, at learning rate {lr:.3g}. {kept} Try a smaller --lr, or --amp off.")
 
     def prepare(self):
-        """Before the first epoch: pictures to the GPU if there is room, and what frozen encoders make of them."""
+        """Before the first epoch: what frozen encoders make of the pictures, and the pictures to the GPU if there is room."""
         args = self.args
+        if args.data_device == "cuda" and self.device.type != "cuda":
+            raise ValueError(f"--data-device cuda needs --device cuda, and this run is on {self.device}.")
         if not args.augment:
             for split, data in self.data.items():
                 kept = self.frozen.fill(split, data, args.batch_size)
                 if kept:
                     print(kept)
-        if args.data_device == "cuda" and self.device.type != "cuda":
-            raise ValueError(f"--data-device cuda needs --device cuda, and this run is on {self.device}.")
         if self.device.type == "cuda" and args.data_device != "cpu":
             size = sum(d.images.nbytes + d.masks.nbytes for d in self.data.values())
             if args.data_device == "cuda" or size < torch.cuda.mem_get_info(self.device)[0] / 4:

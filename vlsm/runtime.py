@@ -37,6 +37,8 @@ def choose(device, amp):
     try:
         device = torch.device(device)
         torch.empty(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # Triton launches on the current one
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device} is not to be had here ({str(error).splitlines()[0]}). Try --device cpu.") from error
     if amp == "auto":
