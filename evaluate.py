@@ -19,6 +19,7 @@ from PIL import Image
 
 import datasets
 from vlsm import load, metrics, pictures, runtime
+from vlsm.cache import ahead, parts_of
 from vlsm.checkpoint import replacing, write_text
 from vlsm.console import progress, speaking
 from vlsm.images import EXTENSIONS, normalise, picture_files, read_image, read_mask, resize_image
@@ -104,15 +105,12 @@ def summarise(scores):
 def evaluate(predictor, data, prompts, seed, args, masks_dir=None):
     """Scores of all records of a split (dictionaries, with the prompt), and the predicted masks if `masks_dir` or a figure wants them."""
     scores, kept, count = [], [], len(data)
-    parts = [range(start, min(start + args.batch_size, count)) for start in range(0, count, args.batch_size)]
     with ThreadPoolExecutor(4) as pool, progress(count, "evaluating") as bar:
 
         def read(part):  # original masks, while the network works on the part before
-            return pool.map(lambda i: torch.from_numpy(read_mask(data.records[i].mask)), part)
+            return list(pool.map(lambda i: torch.from_numpy(read_mask(data.records[i].mask)), part))
 
-        coming = read(parts[0])
-        for part, after in zip(parts, [*parts[1:], []]):
-            present, coming = coming, read(after)
+        for part, present in ahead(read, parts_of(range(count), args.batch_size)):
             texts = [prompt_of(data.records[i], i, prompts, seed) for i in part]
             logits = predictor.logits(data.batch(list(part))[0], texts)
             truth = [t.to(predictor.device) for t in present]

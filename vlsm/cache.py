@@ -74,6 +74,22 @@ class Decoded:
         return torch.from_numpy(self.images[rows]) if with_pixels else None, torch.from_numpy(self.masks[indices][:, None])
 
 
+def parts_of(order, size):
+    """A list or range in parts of `size`, the last one maybe shorter."""
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def ahead(read, parts):
+    """(part, read(part)) of each part; a thread reads the next one while one is in use."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(read, parts[0])
+        for part, after in zip(parts, [*parts[1:], None]):
+            present = coming.result()
+            if after is not None:
+                coming = reader.submit(read, after)
+            yield part, present
+
+
 def feed(data, parts, device, with_pixels=True):
     """(indices, pixels, masks) of each part of a split, as `Decoded.batch`, on the device; the next is read while one is in use."""
 
@@ -83,13 +99,8 @@ def feed(data, parts, device, with_pixels=True):
             batch = [t if t is None else t.pin_memory() for t in batch]
         return batch
 
-    with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(read, parts[0])
-        for k, part in enumerate(parts):
-            batch = coming.result()
-            if k + 1 < len(parts):
-                coming = reader.submit(read, parts[k + 1])
-            yield part, *(t if t is None else t.to(device, non_blocking=True) for t in batch)
+    for part, batch in ahead(read, parts):
+        yield part, *(t if t is None else t.to(device, non_blocking=True) for t in batch)
 
 
 def image_index(records):

@@ -178,8 +178,8 @@ class Frozen:
         for prompt in set(prompts) - set(self.texts):  # one by one, that its bits do not depend on its neighbours
             with torch.no_grad():
                 cond, states = base.encode_prompts(*self.tokenizer([prompt]), tuner)
-            self.texts[prompt] = torch.cat([cond, *states], 1)[0], [cond.shape[1], *(s.shape[1] for s in states)]
-        cond, *states = torch.stack([self.texts[p][0] for p in prompts]).split(self.texts[prompts[0]][1], 1)
+            self.texts[prompt] = (cond, *states)
+        cond, *states = (torch.cat(rows) for rows in zip(*(self.texts[p] for p in prompts)))
         return cond, states
 
     def logits(self, name, data, indices, prompts, pixels):

@@ -10,7 +10,7 @@ import torch
 from kernels import dice_bce
 
 from . import runtime
-from .cache import feed
+from .cache import feed, parts_of
 from .frozen import Frozen
 from .model import VLSM
 from .prompts import prompt_of
@@ -104,8 +104,8 @@ class Job:
 
     def batches(self, split, order):
         """(indices, pixels or None, masks) of the records in some order, on the device."""
-        data, size = self.data[split], self.args.batch_size
-        return feed(data, [order[i : i + size] for i in range(0, len(order), size)], self.device, self.frozen.needs_pixels(split, data))
+        data = self.data[split]
+        return feed(data, parts_of(order, self.args.batch_size), self.device, self.frozen.needs_pixels(split, data))
 
     def forward(self, split, indices, pixels, masks, *seed):
         """(logits, loss) of some records; their prompts are drawn by `seed`."""

@@ -73,9 +73,9 @@ def _hd95(pred, target):
     # one sort for all lists: each keeps its place, as the higher digits
     of = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(squared))
     ordered = torch.cat([(of << 32 | squared).sort().values & 0xFFFFFFFF, squared.new_zeros(1).long()])
-    rank, rest = 19 * (counts - 1).clamp(min=0) // 20, 19 * (counts - 1).clamp(min=0) % 20
-    first = counts.cumsum(0) - counts
-    low, high = (ordered[first + k].double().sqrt() for k in (rank, torch.minimum(rank + 1, (counts - 1).clamp(min=0))))
+    first, last = counts.cumsum(0) - counts, (counts - 1).clamp(min=0)
+    rank, rest = 19 * last // 20, 19 * last % 20
+    low, high = (ordered[first + k].double().sqrt() for k in (rank, torch.minimum(rank + 1, last)))
     percentile = (low + rest.double() / 20 * (high - low)).view(2, -1)
     empty = (counts == 0).view(2, -1)
     value = percentile.amax(0).masked_fill(empty.any(0), float("nan"))
