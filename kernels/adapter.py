@@ -45,6 +45,18 @@ def _load(base, rows, cols, stride, row_end: tl.constexpr, col_end: tl.constexpr
 
 
 @triton.jit
+def _store(base, values, rows, cols, stride, n_rows, n_cols):
+    """Write a tile where `_load` would read it."""
+    tl.store(base + rows[:, None] * stride + cols[None, :], values, mask=(rows < n_rows)[:, None] & (cols < n_cols)[None, :])
+
+
+@triton.jit
+def _vector(base, at, size):
+    """Some entries of a bias, in float32."""
+    return tl.load(base + at, mask=at < size, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def forward_kernel(
     h, residual, w1, b1, w2, b2, out, hidden, N,
     D: tl.constexpr, R: tl.constexpr, HAS_RESIDUAL: tl.constexpr, KEEP: tl.constexpr,
@@ -63,19 +75,18 @@ def forward_kernel(
         x = _load(h + first * D, rows, cols, D, True, odd_d, n, D)
         w = _load(w1, units, cols, D, odd_r, odd_d, R, D)
         z = tl.dot(x, tl.trans(w), z, input_precision=PRECISION)
-    z += tl.load(b1 + units, mask=units < R, other=0.0).to(tl.float32)[None, :]
+    z += _vector(b1, units, R)[None, :]
     a = tl.maximum(z, 0.0).to(h.dtype.element_ty)
     if KEEP:
-        tl.store(hidden + first * R + rows[:, None] * R + units[None, :], a, mask=(rows < n)[:, None] & (units < R)[None, :])
+        _store(hidden + first * R, a, rows, units, R, n, R)
     for start in range(0, D, BLOCK_D):
         cols = start + tl.arange(0, BLOCK_D)
         w = _load(w2, cols, units, R, odd_d, odd_r, D, R)
-        z2 = tl.dot(a, tl.trans(w), input_precision=PRECISION)
-        z2 += tl.load(b2 + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
+        z2 = tl.dot(a, tl.trans(w), input_precision=PRECISION) + _vector(b2, cols, D)[None, :]
         y = tl.maximum(z2, 0.0) + _load(h + first * D, rows, cols, D, True, odd_d, n, D).to(tl.float32)
         if HAS_RESIDUAL:
             y += _load(residual + first * D, rows, cols, D, True, odd_d, n, D).to(tl.float32)
-        tl.store(out + first * D + rows[:, None] * D + cols[None, :], y, mask=(rows < n)[:, None] & (cols < D)[None, :])
+        _store(out + first * D, y, rows, cols, D, n, D)
 
 
 @triton.jit
@@ -96,21 +107,20 @@ def backward_rows_kernel(
     for start in range(0, D, BLOCK_D):
         cols = start + tl.arange(0, BLOCK_D)
         w = _load(w2, cols, units, R, odd_d, odd_r, D, R)
-        z2 = tl.dot(a, tl.trans(w), input_precision=PRECISION)
-        z2 += tl.load(b2 + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
+        z2 = tl.dot(a, tl.trans(w), input_precision=PRECISION) + _vector(b2, cols, D)[None, :]
         grad = _load(g + first * D, rows, cols, D, True, odd_d, n, D)
         dz2 = tl.where(z2 > 0, grad.to(tl.float32), 0.0).to(a.dtype)
         dz = tl.dot(dz2, w, dz, input_precision=PRECISION)
     d = tl.where(a > 0, dz, 0.0).to(a.dtype)
     if WITH_WEIGHTS:
-        tl.store(dz1 + first * R + rows[:, None] * R + units[None, :], d, mask=(rows < n)[:, None] & (units < R)[None, :])
+        _store(dz1 + first * R, d, rows, units, R, n, R)
     if WITH_H:
         for start in range(0, D, BLOCK_D):
             cols = start + tl.arange(0, BLOCK_D)
             w = _load(w1, units, cols, D, odd_r, odd_d, R, D)
             y = tl.dot(d, w, input_precision=PRECISION)
             y += _load(g + first * D, rows, cols, D, True, odd_d, n, D).to(tl.float32)
-            tl.store(dh + first * D + rows[:, None] * D + cols[None, :], y, mask=(rows < n)[:, None] & (cols < D)[None, :])
+            _store(dh + first * D, y, rows, cols, D, n, D)
 
 
 @triton.jit
@@ -126,7 +136,7 @@ def backward_weights_kernel(
     odd_d: tl.constexpr = D % BLOCK_D != 0
     odd_r: tl.constexpr = R != BLOCK_R
     w = _load(w2, cols, units, R, odd_d, odd_r, D, R)
-    bias = tl.load(b2 + cols, mask=cols < D, other=0.0).to(tl.float32)
+    bias = _vector(b2, cols, D)
     dw1 = tl.zeros([BLOCK_D, BLOCK_R], tl.float32)
     dw2 = tl.zeros([BLOCK_D, BLOCK_R], tl.float32)
     db1 = tl.zeros([BLOCK_R], tl.float32)
@@ -146,11 +156,10 @@ def backward_weights_kernel(
         dw1 = tl.dot(tl.trans(x), d, dw1, input_precision=PRECISION)
         dw2 = tl.dot(tl.trans(dz2.to(a.dtype)), a, dw2, input_precision=PRECISION)
     base = partial + part * (2 * D * R + D + R)
-    inside = (cols < D)[:, None] & (units < R)[None, :]
-    tl.store(base + units[None, :] * D + cols[:, None], dw1, mask=inside)
+    _store(base, tl.trans(dw1), units, cols, D, R, D)
     if tl.program_id(0) == 0:
         tl.store(base + D * R + units, db1, mask=units < R)
-    tl.store(base + D * R + R + cols[:, None] * R + units[None, :], dw2, mask=inside)
+    _store(base + D * R + R, dw2, cols, units, R, D, R)
     tl.store(base + 2 * D * R + R + cols, db2, mask=cols < D)
 
 

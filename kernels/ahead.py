@@ -9,34 +9,39 @@ import re
 import subprocess
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
 from .adapter import BLOCKS, KERNELS, blocks
-from .dice_bce import TILE
+from .boundary import COLUMNS, NEAREST
+from .dice_bce import FINISH, PASS
 from .dispatch import triton
 
 CAPABILITIES = (80, 90)
-POINTER = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16"}
+DTYPES = ("fp32", "bf16", "fp16")
+OPTIONS = ("num_warps", "num_stages")  # the compiler's among the launch sizes
 MODULES = {"forward": "adapter", "backward_rows": "adapter", "backward_weights": "adapter", "sums": "dice_bce", "finish": "dice_bce",
            "gradient": "dice_bce", "columns": "boundary", "nearest": "boundary"}  # fmt: skip
 
 
 @dataclass
 class Launch:
-    """One way in which a kernel is launched: the types of its arguments, its constants, the compiler's options."""
+    """One way in which a kernel is launched: the types of its arguments, its constants and launch sizes."""
 
     kernel: str  # its name, less "_kernel"
     label: str
     signature: dict
     constants: dict
-    options: dict = field(default_factory=dict)
+
+    def options(self):
+        """The compiler's part of the constants."""
+        return {name: self.constants[name] for name in OPTIONS if name in self.constants}
 
 
 def adapter_launches(dtype, precision="ieee", d=768):
     """The three adapter kernels for every width in the table, with a float32 stream around h, as autocast makes it."""
-    p, size = POINTER[dtype], 4 if dtype == "fp32" else 2
+    p, size = "*" + dtype, 4 if dtype == "fp32" else 2
     signatures = dict(
         forward=dict(h=p, residual="*fp32", w1=p, b1="*fp32", w2=p, b2="*fp32", out="*fp32", hidden=p, N="i32"),
         rows=dict(g="*fp32", hidden=p, w1=p, w2=p, b2="*fp32", dh=p, dz1=p, N="i32"),
@@ -46,30 +51,28 @@ def adapter_launches(dtype, precision="ieee", d=768):
     for element, r in BLOCKS:
         for kernel in KERNELS if element == size else ():
             sizes = blocks(kernel, r, size)
-            options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
             name = kernel if kernel == "forward" else f"backward_{kernel}"
             label = f"{dtype}{' tf32' * (precision == 'tf32')} d {d} r {r}"
-            yield Launch(name, label, signatures[kernel], dict(D=d, R=r, PRECISION=precision, **flags[kernel], **sizes), options)
+            yield Launch(name, label, signatures[kernel], dict(D=d, R=r, PRECISION=precision, **flags[kernel], **sizes))
 
 
 def other_launches():
     """The kernels of the loss and of the boundary distances."""
-    warps = dict(num_warps=8)
-    for dtype, z in POINTER.items():
+    for dtype in DTYPES:
         for y in ("u8", "fp32"):
             for twice in (False, True):
-                constants, label = dict(TWICE=twice, BLOCK=TILE), f"{dtype}, target {y}{', ce=reference' * twice}"
-                yield Launch("sums", label, dict(z=z, y="*" + y, sums="*fp32", P="i32", tiles="i32"), constants, warps)
+                z, constants, label = "*" + dtype, dict(TWICE=twice, **PASS), f"{dtype}, target {y}{', ce=reference' * twice}"
+                yield Launch("sums", label, dict(z=z, y="*" + y, sums="*fp32", P="i32", tiles="i32"), constants)
                 signature = dict(g="*fp32", z=z, y="*" + y, terms="*fp32", dz=z, P="i32", bce_scale="fp64")
-                yield Launch("gradient", label, signature, constants, warps)
+                yield Launch("gradient", label, signature, constants)
     for scalar in ("fp32", "fp64"):  # torch.compile hands over float64
         signature = dict(sums="*fp32", loss="*fp32", terms="*fp32", B="i32", P="i32", tiles="i32")
         scalars = dict(dice_weight=scalar, bce_weight=scalar, smooth=scalar)
-        yield Launch("finish", f"scalars {scalar}", {**signature, **scalars}, dict(BLOCK_B=32, BLOCK_T=32))
+        yield Launch("finish", f"scalars {scalar}", {**signature, **scalars}, FINISH)
     signature = dict(masks="*u8", edge="*u8", gap="*i16", H="i32", W="i32", FAR="i32")
-    yield Launch("columns", "", signature, dict(BLOCK_H=32, BLOCK_W=32))
+    yield Launch("columns", "", signature, COLUMNS)
     signature = dict(points="*i64", gap="*i16", squared="*i32", pixels="i32", half="i32", W="i32", FAR="i32")
-    yield Launch("nearest", "", signature, dict(BLOCK=128), dict(num_warps=1))
+    yield Launch("nearest", "", signature, NEAREST)
 
 
 def compile_launch(launch, capability, count):
@@ -81,8 +84,9 @@ def compile_launch(launch, capability, count):
 
     kernel = getattr(import_module(f"kernels.{MODULES[launch.kernel]}"), f"{launch.kernel}_kernel")
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(launch.signature.values()) if kind.startswith("*")}
-    source = ASTSource(kernel, {**launch.signature, **dict.fromkeys(launch.constants, "constexpr")}, launch.constants, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    constants = {name: value for name, value in launch.constants.items() if name not in OPTIONS}
+    source = ASTSource(kernel, {**launch.signature, **dict.fromkeys(constants, "constexpr")}, constants, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options())
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -113,13 +117,13 @@ def _use_cache(folder):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m kernels.ahead", description=__doc__.splitlines()[0])
-    parser.add_argument("--dtype", nargs="*", default=["bf16"], choices=POINTER, help="of the adapter kernels (default bf16)")
+    parser.add_argument("--dtype", nargs="*", default=["bf16"], choices=DTYPES, help="of the adapter kernels (default bf16)")
     args = parser.parse_args(argv)
     launches = [launch for dtype in args.dtype for launch in adapter_launches(dtype)] + list(other_launches())
     print("| kernel | launch | sm | warps | registers | spilled | shared KiB | instructions | matrix |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for launch, capability, f in compile_all(launches, count=True):
-        row = (launch.kernel, launch.label, capability, launch.options.get("num_warps", 4), f["registers"], f["spilled"])
+        row = (launch.kernel, launch.label, capability, launch.options().get("num_warps", 4), f["registers"], f["spilled"])
         print("|", " | ".join(map(str, (*row, f"{f['shared'] / 1024:.0f}", f["instructions"], f["matrix"]))), "|", flush=True)
 
 

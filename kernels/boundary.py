@@ -15,6 +15,7 @@ import torch
 
 from .dispatch import runs_triton, tl, triton
 
+COLUMNS, NEAREST = dict(BLOCK_H=32, BLOCK_W=32, num_warps=4), dict(BLOCK=128, num_warps=1)  # launch sizes
 LIMIT = 1 << 15  # height and width together: gaps fit 16 bits, squares 32
 CHUNK = 1 << 18  # elements of the largest temporary on a CPU: stays in the cache
 COLUMN_COST = 6  # a step of the search by columns costs as much as so many pairs
@@ -105,11 +106,11 @@ def _on_gpu(pred, target):
     masks = torch.stack([pred, target]).view(torch.uint8)  # [2, B, H, W]
     far = H + W
     edge, gap = torch.empty_like(masks), torch.empty_like(masks, dtype=torch.int16)
-    columns_kernel[triton.cdiv(W, 32), 2 * pairs](masks, edge, gap, H, W, far, BLOCK_H=32, BLOCK_W=32, num_warps=4)
+    columns_kernel[triton.cdiv(W, COLUMNS["BLOCK_W"]), 2 * pairs](masks, edge, gap, H, W, far, **COLUMNS)
     points = edge.flatten().nonzero().flatten()
     squared = torch.empty(len(points), dtype=torch.int32, device=pred.device)
     if len(points):
-        nearest_kernel[len(points),](points, gap, squared, H * W, pairs * H * W, W, far, BLOCK=128, num_warps=1)
+        nearest_kernel[len(points),](points, gap, squared, H * W, pairs * H * W, W, far, **NEAREST)
     return squared, edge.sum((2, 3))
 
 

@@ -23,7 +23,8 @@ from torch.library import triton_op, wrap_triton
 
 from .dispatch import runs_triton, tl, triton
 
-TILE = 4096  # pixels a program
+# launch sizes: pixels a program, and samples and tiles at a time of the program that adds them up
+PASS, FINISH = dict(BLOCK=4096, num_warps=8), dict(BLOCK_B=32, BLOCK_T=32)
 CHOICES = ("logits", "reference")
 
 
@@ -138,14 +139,14 @@ def _forward(
         top, bottom = 2 * both + smooth, p + y + smooth
         loss = dice_weight * (1 - top / bottom).mean() + bce_weight * bce.sum() / (samples * pixels)
         return loss, torch.stack([-2 / bottom, top / bottom.square()], 1) * (dice_weight / samples)
-    tiles = triton.cdiv(pixels, TILE)
+    tiles = triton.cdiv(pixels, PASS["BLOCK"])
     sums = torch.empty(samples, tiles, 4, dtype=torch.float32, device=logits.device)
     loss = torch.empty((), dtype=torch.float32, device=logits.device)
     terms = torch.empty(samples, 2, dtype=torch.float32, device=logits.device)
     twice = ce == "reference"
-    wrap_triton(sums_kernel)[tiles, samples](logits, target, sums, pixels, tiles, TWICE=twice, BLOCK=TILE, num_warps=8)
+    wrap_triton(sums_kernel)[tiles, samples](logits, target, sums, pixels, tiles, TWICE=twice, **PASS)
     wrap_triton(finish_kernel)[1,](
-        sums, loss, terms, samples, pixels, tiles, dice_weight, bce_weight, smooth, BLOCK_B=32, BLOCK_T=32
+        sums, loss, terms, samples, pixels, tiles, dice_weight, bce_weight, smooth, **FINISH
     )  # fmt: skip
     return loss, terms
 
@@ -164,8 +165,8 @@ def _backward(g: torch.Tensor, logits: torch.Tensor, target: torch.Tensor, terms
             slope *= torch.addcmul(terms[i, 1:], terms[i, :1], y)
             dz[i] = slope.add_(bce, alpha=scale).mul_(g)
         return dz
-    wrap_triton(gradient_kernel)[triton.cdiv(pixels, TILE), samples](
-        g, logits, target, terms, dz, pixels, scale, TWICE=ce == "reference", BLOCK=TILE, num_warps=8
+    wrap_triton(gradient_kernel)[triton.cdiv(pixels, PASS["BLOCK"]), samples](
+        g, logits, target, terms, dz, pixels, scale, TWICE=ce == "reference", **PASS
     )  # fmt: skip
     return dz
 
