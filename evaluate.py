@@ -20,11 +20,10 @@ from PIL import Image
 import datasets
 from vlsm import load, metrics, pictures, runtime
 from vlsm.cache import ahead, parts_of
-from vlsm.checkpoint import replacing, write_text
+from vlsm.checkpoint import replacing, save_merged, write_text
 from vlsm.console import progress, speaking
 from vlsm.images import EXTENSIONS, normalise, picture_files, read_image, read_mask, resize_image
 from vlsm.prompts import prompt_of
-from vlsm.text import Tokenizer
 
 COLUMNS = ("image", "mask", "prompt", "dsc", "iou", "hd95")
 
@@ -50,6 +49,8 @@ def parse(argv=None):
     g.add_argument("--out", help="folder of metrics.csv and metrics.json (default: eval-SPLIT in the run's folder)")
     g.add_argument("--save-masks", metavar="DIR", help="write predicted masks as 0/255 PNGs of original size, under the masks' own names")
     g.add_argument("--figure", type=int, metavar="N", help="write figure.png: N rows, the best, median and worst cases")
+    merge = "instead of evaluating, write a plain Hugging Face CLIPSeg folder with what lora, decoder or full has learnt in its weights"
+    g.add_argument("--merge", metavar="DIR", help=merge)
     g = parser.add_argument_group("other inputs")
     g.add_argument("--pred", help="folder of predicted masks, scored without a network against --target")
     g.add_argument("--target", help="folder of true masks for --pred; files are paired by stem")
@@ -71,7 +72,7 @@ class Predictor:
         self.model = runtime.place(load(args.ckpt, args.weights), self.device, self.dtype, args.kernels, args.compile)
         self.about = self.model.about
         self.size = self.about["image_size"]
-        self.tokenizer = Tokenizer(self.model.info["folder"], self.model.base.config.text.max_position_embeddings)
+        self.tokenizer = self.model.tokenizer()
 
     @torch.inference_mode()
     def logits(self, pixels, prompts):
@@ -271,6 +272,10 @@ def main(argv=None):
         return score_folders(args)
     if not args.ckpt:
         raise ValueError("Name what to evaluate: --ckpt RUN_DIR_OR_FILE, or two folders of masks with --pred and --target.")
+    if args.merge:
+        save_merged(args.merge, load(args.ckpt, args.weights))
+        print(f"Wrote '{args.merge}'; transformers loads it, and so does --weights {args.merge}.")
+        return
     predictor = Predictor(args)
     if args.images:
         return predict(args, predictor)

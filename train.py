@@ -7,6 +7,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import platform
 import shutil
 import sys
@@ -17,30 +18,40 @@ import torch
 from tqdm import tqdm
 
 import datasets
-from vlsm import build, pictures, runtime
+from vlsm import build, methods, pictures, runtime, sweep
 from vlsm.augment import augment
 from vlsm.checkpoint import load_state, replacing, save_state, save_tuned, write_text
 from vlsm.console import Interrupt, progress, speaking
 from vlsm.images import MEAN, STD
 from vlsm.job import Job
+from vlsm.learners import Learner
+from vlsm.methods import METHODS
 from vlsm.metrics import dsc, iou
-from vlsm.text import Tokenizer
-from vlsm.tuners import METHODS
 from vlsm.weights import DEFAULT_WEIGHTS, read_json
 
-# The papers' learning rates; --dataset demo, which is small, ends after DEMO_EPOCHS.
-LEARNING_RATES = {"dense": 1e-3, "shallow": 3e-4, "decoder": 1e-3, "full": 1e-4, "none": 0.0}
+# The papers' recipes; of several methods (dense+vpt) the first one's holds. --dataset demo, which is small, ends after DEMO_EPOCHS.
+DEFAULTS = dict(
+    epochs=200, min_epochs=10, patience=20, monitor="dsc", prompts="random", augment=False, weight_decay=1e-3, lr_factor=0.3, clip=0.5,
+    dice_weight=1.5, bce_weight=1.0,
+)  # fmt: skip
+LEARNER_DEFAULTS = dict(
+    epochs=20, min_epochs=10, patience=12, monitor="loss", prompts="class", augment=True, weight_decay=0.0, lr_factor=0.2, clip=0.0,
+    dice_weight=1.0, bce_weight=0.2,
+)  # fmt: skip
+LEARNING_RATES = {"dense": 1e-3, "shallow": 3e-4, "decoder": 1e-3, "full": 1e-4, "none": 0.0, "lora": 1e-3}
+LEARNER_RATE, LEARNER_START = 2e-4, "a photo of a"
 DEMO_EPOCHS = 40
 RECIPE = (
-    "epochs", "min_epochs", "patience", "batch_size", "lr", "weight_decay", "lr_factor", "lr_patience", "clip", "dice_weight", "bce_weight",
-    "ce", "augment", "amp", "seed",
+    "epochs", "min_epochs", "patience", "monitor", "batch_size", "lr", "weight_decay", "lr_factor", "lr_patience", "clip",
+    "dice_weight", "bce_weight", "ce", "augment", "amp", "seed",
 )  # fmt: skip
 COLUMNS = ("epoch", "train_loss", "train_dsc", "val_loss", "val_dsc", "val_iou", "lr", "seconds", "images_per_second")
 # Options that may differ when a run is resumed; all others would make it another run.
 FREE_ON_RESUME = {
-    "epochs", "patience", "min_epochs", "device", "data_root", "cache_dir", "weights", "kernels", "compile", "cache_gb", "data_device",
+    "epochs", "patience", "min_epochs", "sweep", "device", "data_root", "cache_dir", "weights", "kernels", "compile", "cache_gb",
+    "data_device",
 }  # fmt: skip
-UNSAVED = {"out", "resume", "overwrite", "dry_run", "given"}
+UNSAVED = {"out", "resume", "overwrite", "dry_run", "given", "sweep_space", "sweep_folder"}
 
 
 def parse(argv=None):
@@ -49,12 +60,12 @@ def parse(argv=None):
     g.add_argument("--dataset", default="demo", help="demo (default), " + ", ".join(datasets.DATASETS) + ", or a folder of your own")
     g.add_argument("--data-root", default="data", help="folder that holds the data sets' folders (default: data)")
     g.add_argument(
-        "--prompts", default="random", help='random (default: a key from p1.. each time), class, a key such as p6, or a text: "a polyp"'
+        "--prompts",
+        help='random (default: a key from p1.. each time), class (default of prompt learners), a key such as p6, or a text: "a polyp"',
     )
     g.add_argument("--image-size", type=int, help="side in pixels, a multiple of the patch (default: the base's own, 352 for CLIPSeg)")
-    g.add_argument(
-        "--augment", action="store_true", help="scale, shift, rotate, brighten a little (default: no augmentation, as published)"
-    )
+    augmentation = "scale, shift, rotate, brighten a little (default: with prompt learners only, as published)"
+    g.add_argument("--augment", action=argparse.BooleanOptionalAction, help=augmentation)
     g.add_argument("--skip-bad", action="store_true", help="train without the records that cannot be used, instead of stopping")
     g.add_argument("--split-seed", type=int, default=0, help="of the 80/10/10 split of your own folder (default 0)")
     g.add_argument("--cache-dir", default=datasets.default_cache(), help="folder of the decoded pictures (default: %(default)s)")
@@ -63,30 +74,35 @@ def parse(argv=None):
     g.add_argument(
         "--weights", help="hub id, local folder, or mini, the embedded one (default: mini for the demo, else " + DEFAULT_WEIGHTS + ")"
     )
-    g.add_argument("--peft", default="dense", help="dense (default), " + ", ".join(m for m in METHODS if m != "dense"))
-    g.add_argument("--branches", help="adapters in: any of v (vision), l (language), c (conditional embedding); default vl")
-    g.add_argument("--dim", type=int, help="hidden width of an adapter (default: 64 dense, 512 shallow)")
+    others = ", ".join(m for m in METHODS if m != "dense")
+    g.add_argument("--peft", default="dense", help=f"dense (default), {others}; or several: dense+vpt")
     g.add_argument(
         "--reference", action="store_true", help="do as the published code does, where it departs from its paper (implies --ce reference)"
     )
-    g = parser.add_argument_group("recipe (defaults: the paper's)")
-    g.add_argument("--epochs", type=int, help=f"at most so many (default 200; demo {DEMO_EPOCHS})")
-    g.add_argument("--min-epochs", type=int, default=10, help="at least so many (default 10)")
-    g.add_argument("--patience", type=int, default=20, help="stop after so many epochs without +1e-4 validation DSC (default 20)")
+    methods.add_arguments(parser)
+    g = parser.add_argument_group("recipe (defaults: the paper's; in brackets those of prompt learners, where they differ)")
+    g.add_argument("--epochs", type=int, help=f"at most so many (default 200 [20]; demo {DEMO_EPOCHS})")
+    g.add_argument("--min-epochs", type=int, help="at least so many (default 10)")
+    g.add_argument("--patience", type=int, help="stop after so many epochs without 1e-4 of progress (default 20 [12])")
+    g.add_argument("--monitor", choices=["dsc", "loss"], help="what of the validation split is to progress (default dsc [loss])")
     g.add_argument("--batch-size", type=int, default=32, help="images a step (default 32)")
-    g.add_argument(
-        "--lr", type=float, help="learning rate of AdamW (default: " + ", ".join(f"{m} {r:g}" for m, r in LEARNING_RATES.items() if r) + ")"
-    )
-    g.add_argument("--weight-decay", type=float, default=1e-3, help="of AdamW (default 1e-3)")
-    g.add_argument("--lr-factor", type=float, default=0.3, help="factor on the learning rate when validation loss stalls (default 0.3)")
+    rates = ", ".join(f"{m} {r:g}" for m, r in LEARNING_RATES.items() if r)
+    g.add_argument("--lr", type=float, help=f"learning rate of AdamW (default: {rates} [{LEARNER_RATE:g}])")
+    g.add_argument("--weight-decay", type=float, help="of AdamW (default 1e-3 [0])")
+    g.add_argument("--lr-factor", type=float, help="factor on the learning rate when validation loss stalls (default 0.3 [0.2])")
     g.add_argument("--lr-patience", type=int, default=5, help="epochs that it may stall (default 5)")
-    g.add_argument("--clip", type=float, default=0.5, help="largest gradient norm (default 0.5)")
-    g.add_argument("--dice-weight", type=float, default=1.5, help="of the Dice loss (default 1.5)")
-    g.add_argument("--bce-weight", type=float, default=1.0, help="of the cross entropy (default 1.0)")
+    g.add_argument("--clip", type=float, help="largest gradient norm; 0: any (default 0.5 [0])")
+    g.add_argument("--dice-weight", type=float, help="of the Dice loss (default 1.5 [1.0])")
+    g.add_argument("--bce-weight", type=float, help="of the cross entropy (default 1.0 [0.2])")
     g.add_argument(
         "--ce", choices=["logits", "reference"], help="cross entropy on logits (default), or on a second sigmoid as in the published code"
     )
     g.add_argument("--seed", type=int, default=42, help="of everything random (default 42)")
+    g = parser.add_argument_group("search")
+    trials = "search hyper-parameters in so many runs (needs: pip install optuna); what is given as an option is not searched"
+    g.add_argument("--sweep", type=int, metavar="TRIALS", help=trials)
+    space = 'what to search: {"lr": {"low": 1e-5, "high": 5e-3, "log": true}, "prompt_depth": {"low": 1, "high": 9}, "dim": [16, 64]}'
+    g.add_argument("--sweep-space", metavar="FILE.json", help=f"{space} (default: the paper's Table 2)")
     g = parser.add_argument_group("run")
     g.add_argument("--out", help="folder of the run (default: runs/<dataset>-<method>-...)")
     g.add_argument("--resume", action="store_true", help="go on where the run in that folder was stopped, with its options")
@@ -103,6 +119,7 @@ def parse(argv=None):
         "--data-device", default="auto", choices=["auto", "cpu", "cuda"], help="where the pictures lie (auto: on the GPU if there is room)"
     )
     args = parser.parse_args(argv)
+    args.sweep_folder = None  # of the sweep that a run belongs to
     args.given = {a.dest for a in parser._actions if any(s in _flags(argv) for s in a.option_strings)}
     return args
 
@@ -113,9 +130,8 @@ def _flags(argv):
 
 def complete(args):
     """Fill in what depends on other options, or on the run that is resumed. Raises ValueError for what cannot be."""
-    if args.peft not in METHODS:
-        raise ValueError(f"--peft '{args.peft}' is not known. Choose one of: {', '.join(METHODS)}.")
-    for name in ("epochs", "batch_size", "image_size", "patience"):
+    names = methods.parts_of(args.peft)
+    for name in ("epochs", "batch_size", "image_size", "patience", "sweep"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 1 or more.")
     if args.cache_gb is not None and not args.cache_gb >= 0:
@@ -123,13 +139,19 @@ def complete(args):
     if args.resume and args.overwrite:
         raise ValueError("--resume goes on with a run and --overwrite deletes it; give one of them.")
     if not args.out:
-        parts = [Path(args.dataset).name, args.peft, args.branches or "", str(args.dim or ""), f"seed{args.seed}"]
+        depth = f"depth{args.prompt_depth}" if args.prompt_depth else ""
+        parts = [Path(args.dataset).name, args.peft, args.branches or "", str(args.dim or ""), depth, f"seed{args.seed}"]
+        parts += ["sweep"] if args.sweep else []
         args.out = str(Path("runs") / "-".join(p for p in parts if p))
     if args.resume:
         adopt(args)
     args.weights = args.weights or ("mini" if args.dataset == "demo" else DEFAULT_WEIGHTS)
-    args.epochs = args.epochs or (DEMO_EPOCHS if args.dataset == "demo" else 200)
-    args.lr = LEARNING_RATES[args.peft] if args.lr is None else args.lr
+    learner = issubclass(METHODS[names[0]], Learner)
+    if args.context_init is None and args.context is None and {"coop", "cocoop"} & set(names):
+        args.context_init = [LEARNER_START]
+    for name, value in dict(LEARNER_DEFAULTS if learner else DEFAULTS, lr=LEARNING_RATES.get(names[0], LEARNER_RATE)).items():
+        if getattr(args, name) is None:
+            setattr(args, name, DEMO_EPOCHS if name == "epochs" and args.dataset == "demo" else value)
     args.ce = args.ce or ("reference" if args.reference else "logits")
     return args
 
@@ -205,16 +227,17 @@ def train_epoch(job, epoch, interrupt):
         bar.set_postfix(loss=f"{loss_sum / seen:.3f}", DSC=f"{100 * dsc_sum / seen:.1f}", refresh=False)
         bar.update(n)
 
+    changed = None
     with progress(records, f"epoch {epoch}/{args.epochs}") as bar:
         for step, (indices, pixels, masks) in enumerate(job.batches("train", order), 1):
             if args.augment:
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + (step - 1) * args.batch_size)
-                pixels, masks = augment(pixels, masks, generator)
-            logits, loss = job.forward("train", indices, pixels, masks, args.seed, epoch)
+                pixels, masks, changed = augment(pixels, masks, generator)
+            logits, loss = job.forward("train", indices, pixels, masks, args.seed, epoch, changed=changed)
             job.optimizer.zero_grad(set_to_none=True)
             job.scaler.scale(loss).backward()
             job.scaler.unscale_(job.optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(job.tuned.values(), args.clip)
+            norm = torch.nn.utils.clip_grad_norm_(job.tuned.values(), args.clip or math.inf)
             if not job.checked and loss.isfinite() and (job.dtype != torch.float16 or norm.isfinite()):  # fp16 seeks its scale first
                 tqdm.write(job.model.check_gradients())
                 job.checked = True
@@ -265,11 +288,11 @@ def save_epoch(job, about, better):
     save_state(job.out / "state.pt", job.state())
 
 
-def main(argv=None):
-    args = complete(parse(argv))
+def train(args, after_epoch=None):
+    """One run, from its options to its last epoch; the `Job`, or None where nothing was trained. `after_epoch` is called with the job."""
     device, dtype = runtime.choose(args.device, args.amp)
     torch.manual_seed(args.seed)
-    options = {k: getattr(args, k) for k in ("branches", "dim") if getattr(args, k) is not None}
+    options = {k: getattr(args, k) for k in methods.OPTIONS if getattr(args, k) is not None}
     model = build(args.model, args.weights, args.peft, args.reference, **options)
     size = model_size(model.info["folder"], args.image_size, model.base.config.vision.patch_size)
     trained, total = model.count()
@@ -285,7 +308,7 @@ def main(argv=None):
         print(f"Nothing to train. Wrote {out / 'best.safetensors'}; evaluate it with: python evaluate.py --ckpt {out}")
         return
 
-    tokenizer = Tokenizer(model.info["folder"], model.base.config.text.max_position_embeddings)
+    tokenizer = model.tokenizer()
     splits = datasets.available_splits(args.dataset, args.data_root, args.split_seed) or ["train", "val"]
     data = datasets.open_dataset(args.dataset, splits, size, args.data_root, args.cache_dir, args.split_seed, args.prompts, args.skip_bad)
     if not {"train", "val"} <= set(data):
@@ -322,7 +345,19 @@ def main(argv=None):
                 flush=True,
             )
             interrupt.leave(f"Interrupted after epoch {epoch}; {job.saved()}")
+            if after_epoch:
+                after_epoch(job)
     print(f"Best validation DSC {100 * job.best:.2f}. Evaluate it with: python evaluate.py --ckpt {out}")
+    return job
+
+
+def main(argv=None):
+    args = complete(parse(argv))
+    if args.sweep:
+        check_folder(args)
+        sweep.run(args, make_folder, train)
+    else:
+        train(args)
 
 
 if __name__ == "__main__":

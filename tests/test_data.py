@@ -305,7 +305,7 @@ def test_augmentation_moves_image_and_mask_alike():
     masks = torch.zeros(400, 1, 48, 48, dtype=torch.uint8)
     masks[:, :, 14:30, 12:36] = 1
     pixels = masks.expand(-1, 3, -1, -1) * 200
-    moved, moved_masks = augment(pixels, masks, torch.Generator().manual_seed(0))
+    moved, moved_masks, told = augment(pixels, masks, torch.Generator().manual_seed(0))
     assert moved.min() >= 0 and moved.max() <= 255 and set(moved_masks.unique().tolist()) == {0, 1}
     changed = (moved_masks != masks).flatten(1).any(1)
     assert 0.12 < changed.float().mean() < 0.28
@@ -313,7 +313,9 @@ def test_augmentation_moves_image_and_mask_alike():
     assert 0.12 < (brighter & ~changed).float().sum() / (~changed).float().sum() < 0.28
     agree = ((moved[:, :1] > 100) == (moved_masks > 0)).float().mean()
     assert agree > 0.998
-    again, _ = augment(pixels, masks, torch.Generator().manual_seed(0))
+    assert torch.equal(moved[~told], pixels[~told].float()) and torch.equal(masks[~told], moved_masks[~told])
+    assert ((changed | brighter) == told).float().mean() > 0.99
+    again, _, _ = augment(pixels, masks, torch.Generator().manual_seed(0))
     assert torch.equal(again, moved)
 
 

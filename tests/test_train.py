@@ -36,7 +36,7 @@ def test_a_run_from_training_to_pictures(cli, quick, tmp_path, folder):
     assert Image.open(run / "curves.png").size == (1120, 380)
     with safe_open(run / "best.safetensors", "pt") as file:
         about = {k: json.loads(v) for k, v in file.metadata().items()}
-    assert about["method"] == "dense" and about["options"] == dict(branches="vl", dim=8) and about["image_size"] == 48
+    assert about["method"] == "dense" and about["options"] == dict(branches="vl", dim=8, upsampler=False) and about["image_size"] == 48
     assert about["weights"] == "mini" and len(about["fingerprint"]) == 16 and about["recipe"]["seed"] == 42
     best = max(log, key=lambda r: float(r["val_dsc"]))
     assert about["best_val_dsc"] == pytest.approx(float(best["val_dsc"])) and about["epoch"] == int(best["epoch"])

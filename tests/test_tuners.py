@@ -6,7 +6,8 @@ import torch
 import vlsm
 from tests.conftest import GOLDEN
 from vlsm.clipseg import CLIPSeg, CLIPSegConfig
-from vlsm.tuners import METHODS, Adapter
+from vlsm.methods import METHODS
+from vlsm.tuners import Adapter
 
 REAL = CLIPSegConfig.from_dict(dict(vision_config=dict(patch_size=16), use_complex_transposed_convolution=True))
 

@@ -26,7 +26,9 @@ def affine_matrices(n, generator):
 
 
 def augment(pixels, masks, generator):
-    """uint8 pixels `[B, 3, S, S]` and masks 0/1 `[B, 1, S, S]` -> float pixels 0..255 and uint8 masks. `generator`: a CPU generator."""
+    """uint8 pixels `[B, 3, S, S]` and masks 0/1 `[B, 1, S, S]` -> float pixels 0..255, uint8 masks, and which of the pictures are changed
+    (bool `[B]` on the CPU). `generator`: a CPU generator.
+    """
     B, device = len(pixels), pixels.device
     pixels, masks = pixels.float(), masks.clone()
     moved = torch.rand(B, generator=generator) < PROBABILITY
@@ -40,4 +42,5 @@ def augment(pixels, masks, generator):
         pixels[rows] = image.clamp(0, 255)  # bicubic overshoots
         masks[rows] = F.grid_sample(masks[rows].float(), grid, mode="nearest", padding_mode="border", align_corners=False).to(masks.dtype)
     alpha, beta = torch.where(lit, alpha, 1.0), torch.where(lit, 255 * beta, 0.0)
-    return (alpha.to(device)[:, None, None, None] * pixels + beta.to(device)[:, None, None, None]).clamp(0, 255), masks
+    pixels = (alpha.to(device)[:, None, None, None] * pixels + beta.to(device)[:, None, None, None]).clamp(0, 255)
+    return pixels, masks, moved | lit

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from . import weights as weights_io
 from .model import build
 
 FORMAT = 1
@@ -43,6 +44,22 @@ def save_tuned(path, model, **about):
     metadata = dict(format=FORMAT, **info, **about)
     with replacing(path) as temporary:
         save_file(model.tuned_state_dict(), temporary, {k: json.dumps(v) for k, v in metadata.items()})
+
+
+def save_merged(folder, model):
+    """Write a plain Hugging Face folder, weights last: the base with what was learnt merged in, beside the base's own small files.
+
+    Raises ValueError where that cannot be, FileExistsError where the folder holds something already.
+    """
+    folder, source = Path(folder), Path(model.info["folder"])
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"'{folder}' exists and is not empty. Name another folder for the merged weights.")
+    tensors = model.merged()
+    for name in weights_io.TEXT_FILES:
+        if (source / name).is_file():
+            write_text(folder / name, (source / name).read_text(encoding="utf-8"))
+    with replacing(folder / "model.safetensors") as temporary:
+        save_file(tensors, temporary, {"format": "pt"})
 
 
 def read_metadata(path):

@@ -100,13 +100,15 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(dim, dim)
         self.out_proj = nn.Linear(dim, dim)
 
-    def forward(self, x, mask=None, causal=False):
+    def forward(self, x, mask=None, causal=False, updates=None):
         B, N, D = x.shape
+        updates = updates or {}
         parts = (self.q_proj, self.k_proj, self.v_proj)
         qkv = F.linear(x, torch.cat([p.weight for p in parts]), torch.cat([p.bias for p in parts]))  # [B, N, 3D]
-        q, k, v = qkv.view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each [B, heads, N, D/heads]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return self.out_proj(out.transpose(1, 2).reshape(B, N, D))
+        each = [t + updates[n](x) if n in updates else t for n, t in zip("qkv", qkv.chunk(3, -1))]
+        q, k, v = (t.view(B, N, self.heads, D // self.heads).transpose(1, 2) for t in each)  # each [B, heads, N, D/heads]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).transpose(1, 2).reshape(B, N, D)
+        return self.out_proj(out) + updates["out"](out) if "out" in updates else self.out_proj(out)
 
 
 class MLP(nn.Module):
@@ -121,7 +123,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer layer of an encoder; `adders` make the residual additions behind attention and MLP."""
+    """Pre-norm transformer layer of an encoder; for `adders` and `updates` see the hooks of `Tuner`."""
 
     def __init__(self, c):
         super().__init__()
@@ -130,9 +132,9 @@ class Block(nn.Module):
         self.mlp = MLP(c.hidden_size, c.intermediate_size, c.hidden_act)
         self.layer_norm2 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
 
-    def forward(self, x, adders, mask=None, causal=False):
+    def forward(self, x, adders, mask=None, causal=False, updates=None):
         attn, mlp = adders
-        x = attn(self.self_attn(self.layer_norm1(x), mask, causal), x)
+        x = attn(self.self_attn(self.layer_norm1(x), mask, causal, updates), x)
         return mlp(self.mlp(self.layer_norm2(x)), x)
 
 
@@ -239,14 +241,22 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(depth))
 
     def forward(self, activations, cond, grid):
+        """(logits `[B, 1, H, W]`, the features `[B, r, h, w]` that they are made of)."""
         x = 0
         for k, (activation, reduce, layer) in enumerate(zip(reversed(activations), self.reduces, self.layers)):
-            x = x + reduce(activation)  # [B, 1+N, r]
+            x = x + reduce(activation)  # [B, 1+N(+n), r]
             if k == self.conditional_layer:
                 x = self.film_mul(cond)[:, None] * x + self.film_add(cond)[:, None]
             x = layer(x)
-        x = x[:, 1:].transpose(1, 2).unflatten(2, grid)  # class token dropped: [B, r, h, w]
-        return self.transposed_convolution(x)  # [B, 1, H, W]
+        h, w = grid
+        z = x[:, 1 : 1 + h * w].transpose(1, 2).unflatten(2, grid)  # class token and contexts dropped: [B, r, h, w]
+        return self.transposed_convolution(z), z
+
+
+def put(x, at, contexts, over=0):
+    """Tokens x `[B, S, D]` with contexts `[n, D]` or `[B, n, D]` at position `at`, in the place of the `over` tokens there."""
+    contexts = contexts.to(x.dtype).expand(len(x), -1, -1)
+    return torch.cat([x[:, :at], contexts, x[:, at + over :]], 1)
 
 
 class CLIPSeg(nn.Module):
@@ -258,18 +268,26 @@ class CLIPSeg(nn.Module):
         self.clip = CLIP(config)
         self.decoder = Decoder(config)
 
-    def encode_image(self, pixel_values, tuner):
-        """Activations at the extract layers: a list of `[B, 1+N, D]`, in their order.
+    def encode_image(self, pixel_values, tuner, contexts=()):
+        """(activations at the extract layers: a list of `[B, 1+N+n, D]`, in their order; the image's features `[B, P]` or None).
 
-        Stops after the deepest one: nothing above it reaches the logits.
+        Stops after the deepest one, as nothing above it reaches the logits, unless the tuner reads the features. The n contexts stand
+        behind the patches; those of layer i are put over the output of layer i - 1, and so are seen by the decoder too.
         """
         vision, wanted = self.clip.vision_model, self.config.extract_layers
-        x = vision.pre_layrnorm(vision.embeddings(pixel_values))
+        x = vision.embeddings(pixel_values)
+        at, n = x.shape[1], contexts[0].shape[-2] if contexts else 0
+        if contexts:
+            x = put(x, at, contexts[0])
+        x = vision.pre_layrnorm(x)
         states = []
-        for i, block in enumerate(vision.encoder.layers[: max(wanted) + 1]):
-            x = block(x, tuner.adders("vision", i))
+        for i, block in enumerate(vision.encoder.layers[: None if tuner.reads_features else max(wanted) + 1]):
+            x = block(x, tuner.adders("vision", i), updates=tuner.updates("vision", i))
+            if i + 1 < len(contexts):
+                x = put(x, at, contexts[i + 1], over=n)
             states.append(x)
-        return [states[i] for i in wanted]
+        features = self.clip.visual_projection(vision.post_layernorm(x[:, 0])) if tuner.reads_features else None
+        return [states[i] for i in wanted], features
 
     def end_of_text(self, input_ids):
         """Index `[B]` of the pooled token: the first end token, or (legacy `eos_token_id` 2) the highest id."""
@@ -302,38 +320,60 @@ class CLIPSeg(nn.Module):
                 attention_mask = None
         return input_ids, attention_mask, row
 
-    def encode_text(self, input_ids, attention_mask, tuner):
-        """(conditional embedding `[B, P]`, the pooled token's state `[B, D]` after each extract layer) of prompts `[B, T]`."""
-        text, (B, T), limit = self.clip.text_model, input_ids.shape, self.config.text.max_position_embeddings
-        if T > limit:
-            raise ValueError(f"A prompt has {T} tokens; the text encoder takes at most {limit}.")
-        input_ids = input_ids.to(text.embeddings.token_embedding.weight.device)
-        end, rows = self.end_of_text(input_ids), torch.arange(B, device=input_ids.device)
-        mask = None
+    def encode_text(self, input_ids, attention_mask, tuner, contexts=()):
+        """(conditional embedding `[B, P]`, the pooled token's state `[B, D]` after each extract layer) of prompts `[B, T]`.
+
+        The n contexts stand behind the start token; those of layer i are put over the output of layer i - 1. Where a prompt and its
+        contexts exceed the encoder's window, the prompt loses its last words, never its end token.
+        """
+        text, limit = self.clip.text_model, self.config.text.max_position_embeddings
+        n = contexts[0].shape[-2] if contexts else 0
+        device = text.embeddings.token_embedding.weight.device
+        tokens = input_ids[..., None] if attention_mask is None else torch.stack([input_ids, attention_mask.to(input_ids)], -1)
+        tokens, end = tokens.to(device), self.end_of_text(input_ids).to(device)
+        rows, keep = torch.arange(len(tokens), device=device), limit - n
+        if tokens.shape[1] > keep:
+            if not n:
+                raise ValueError(f"A prompt has {tokens.shape[1]} tokens; the text encoder takes at most {limit}.")
+            tokens = torch.cat([tokens[:, : keep - 1], tokens[rows, end][:, None]], 1)
+            end = end.clamp(max=keep - 1)
+        input_ids, mask, S = tokens[..., 0], None, tokens.shape[1] + n
         if attention_mask is not None:
-            causal = torch.ones(T, T, dtype=torch.bool, device=input_ids.device).tril()
-            mask = attention_mask[:, None, None].to(input_ids.device).bool() & causal
-        x = text.embeddings.token_embedding(input_ids) + text.embeddings.position_embedding.weight[:T]  # [B, T, D]
+            seen = F.pad(tokens[..., 1].bool(), (n, 0), value=True)  # [B, S]
+            mask = seen[:, None, None] & torch.ones(S, S, dtype=torch.bool, device=device).tril()
+        x = text.embeddings.token_embedding(input_ids)  # [B, T, D]
+        if contexts:
+            x = put(x, 1, contexts[0])
+        x = x + text.embeddings.position_embedding.weight[:S]  # [B, S, D]
         states = []
         for i, block in enumerate(text.encoder.layers):
-            x = block(x, tuner.adders("text", i), mask, causal=mask is None)
-            states.append(x[rows, end])  # [B, D]
+            x = block(x, tuner.adders("text", i), mask, causal=mask is None, updates=tuner.updates("text", i))
+            if i + 1 < len(contexts):
+                x = put(x, 1, contexts[i + 1], over=n)
+            states.append(x[rows, end + n])  # [B, D]
         cond = self.clip.text_projection(text.final_layer_norm(states[-1]))
         return cond, [states[i] for i in self.config.extract_layers if i < len(states)]
 
-    def encode_prompts(self, input_ids, attention_mask, tuner):
-        """As `encode_text`, but equal prompts are encoded once. (`torch.compile` of the whole cannot look at values: it encodes all.)"""
+    def encode_prompts(self, input_ids, attention_mask, tuner, contexts=(), features=None):
+        """As `encode_text`, but equal prompts are encoded once, unless their contexts depend on the image.
+
+        (`torch.compile` of the whole cannot look at values: it encodes all.)
+        """
+        contexts = tuner.text_contexts(contexts, features)
         if torch.compiler.is_compiling():
-            return self.encode_text(input_ids, attention_mask, tuner)
+            return self.encode_text(input_ids, attention_mask, tuner, contexts)
         input_ids, attention_mask, row = self.distinct(input_ids, attention_mask)
-        cond, states = self.encode_text(input_ids, attention_mask, tuner)
+        if contexts and contexts[0].dim() == 3:
+            mask = None if attention_mask is None else attention_mask[row]
+            return self.encode_text(input_ids[row], mask, tuner, contexts)
+        cond, states = self.encode_text(input_ids, attention_mask, tuner, contexts)
         row = row.to(cond.device)
         return cond[row], [s[row] for s in states]
 
     def decode(self, activations, cond, states, grid, tuner):
         """Logits `[B, 1, H, W]` of what the encoders return, and the patches' grid (rows, columns)."""
         activations = [tuner.activation(k, x) for k, x in enumerate(activations)]
-        return self.decoder(activations, tuner.condition(cond, states), grid)
+        return tuner.output(*self.decoder(activations, tuner.condition(cond, states), grid))
 
     def grid(self, H, W):
         """(rows, columns) of patches. Raises ValueError for sizes that do not divide into them."""
@@ -348,5 +388,7 @@ class CLIPSeg(nn.Module):
         grid = self.grid(*pixel_values.shape[-2:])
         if len(input_ids) != len(pixel_values):
             raise ValueError(f"{len(pixel_values)} images came with {len(input_ids)} prompts; each image needs one.")
-        text = self.encode_prompts(input_ids, attention_mask, tuner)
-        return self.decode(self.encode_image(pixel_values, tuner), *text, grid, tuner)
+        contexts = tuner.contexts()
+        activations, features = self.encode_image(pixel_values, tuner, contexts.vision)
+        text = self.encode_prompts(input_ids, attention_mask, tuner, contexts.text, features)
+        return self.decode(activations, *text, grid, tuner)

@@ -97,6 +97,13 @@ def _on_disk(size, dtype, folder):
     return tensor
 
 
+def _interleave(first, a, b):
+    """`[L, n + m, ...]`: a `[L, n, ...]` where `first` (bool `[n + m]`) says so, b `[L, m, ...]` elsewhere."""
+    out = a.new_empty(len(a), len(first), *a.shape[2:])
+    out[:, first], out[:, ~first] = a, b.to(a.dtype)
+    return out
+
+
 class Frozen:
     """A model's forward pass on the records of a split, without computing twice what training cannot change.
 
@@ -106,15 +113,16 @@ class Frozen:
 
     def __init__(self, model, tokenizer, device, dtype, cache_gb=None, folder="."):
         self.model, self.tokenizer, self.device, self.dtype = model, tokenizer, device, dtype
-        self.cache_gb, self.folder, self.stores, self.texts = cache_gb, folder, {}, {}
+        self.cache_gb, self.folder, self.stores, self.features, self.texts = cache_gb, folder, {}, {}, {}
         self.memory = torch.empty(0, device=device)
         config = model.base.config
         # sizes of one would be compiled apart
         with torch.enable_grad(), runtime.autocast(device, dtype), torch.compiler.set_stance("force_eager"):
             side = config.vision.patch_size
-            activations = model.base.encode_image(torch.zeros(1, 3, side, side, device=device), model.tuner)
-            cond, states = model.base.encode_prompts(*tokenizer([""]), model.tuner)
-        self.images = not any(a.requires_grad for a in activations)
+            contexts = model.tuner.contexts()
+            activations, features = model.base.encode_image(torch.zeros(1, 3, side, side, device=device), model.tuner, contexts.vision)
+            cond, states = model.base.encode_prompts(*tokenizer([""]), model.tuner, contexts.text, features)
+        self.images = not any(t.requires_grad for t in (*activations, *([] if features is None else [features])))
         self.prompts = not any(t.requires_grad for t in (cond, *states))
 
     @torch.no_grad()
@@ -135,14 +143,18 @@ class Frozen:
             places[place] = min(places[place], max(left, 0))
             left -= places[place]
         layers = len(config.extract_layers)
-        store = Store(count, layers, shape, self.dtype or torch.float32, self.device, places, self.folder)
+        store, features = Store(count, layers, shape, self.dtype or torch.float32, self.device, places, self.folder), []
         with progress(store.held, f"encoding {name}") as bar, runtime.autocast(self.device, self.dtype):
             for first in range(0, store.held, batch_size):
                 rows = slice(first, min(first + batch_size, store.held))
                 pixels = torch.from_numpy(np.array(data.images[rows])).to(self.device)
-                store.put(first, torch.stack(self.model.base.encode_image(normalise(pixels), self.model.tuner)))
+                activations, feature = self.model.base.encode_image(normalise(pixels), self.model.tuner)
+                store.put(first, torch.stack(activations))
+                features += [] if feature is None else [feature]
                 bar.update(rows.stop - first)
         self.stores[name] = store
+        if features:
+            self.features[name] = torch.cat(features)  # [held, P]
         kept = ", ".join(f"{n / GB:.2g} GB {'on' if place == 'disk' else 'in'} {place}" for place, n in store.bytes().items())
         rounded = "disk" in store.parts and self.dtype is None
         note = "; those on disk are rounded to half precision" if rounded else ""
@@ -157,24 +169,27 @@ class Frozen:
             self.memory = torch.empty(pixels.numel(), device=self.device)
         return normalise(pixels, self.memory[: pixels.numel()].view(pixels.shape))
 
-    def _activations(self, name, data, indices, pixels):
+    def _images(self, name, data, indices, pixels, changed, contexts):
+        """(activations, features) of some records; kept ones where there are, but not for images that are `changed`."""
         base, tuner = self.model.base, self.model.tuner
-        if name not in self.stores:
-            return base.encode_image(pixels, tuner)
-        store, rows = self.stores[name], torch.as_tensor(data.image_of[indices])
-        kept = rows < store.held
+        kept = torch.zeros(len(indices), dtype=torch.bool)
+        if name in self.stores:
+            store, rows, features = self.stores[name], torch.as_tensor(data.image_of[indices]), self.features.get(name)
+            kept = rows < store.held if changed is None else (rows < store.held) & ~changed
+        if not kept.any():
+            return base.encode_image(pixels, tuner, contexts)
+        held = store.get(rows[kept])
+        features = None if features is None else features[rows[kept].to(features.device)]
         if kept.all():
-            return list(store.get(rows))
-        other = torch.stack(base.encode_image(pixels[~kept], tuner)).to(store.dtype)
-        out = other.new_empty(len(other), len(rows), *other.shape[2:])
-        out[:, ~kept] = other
-        out[:, kept] = store.get(rows[kept])
-        return list(out)
+            return list(held), features
+        fresh, fresh_features = base.encode_image(pixels[~kept], tuner, contexts)
+        activations = list(_interleave(kept, held, torch.stack(fresh)))
+        return activations, None if features is None else _interleave(kept, features[None], fresh_features[None])[0]
 
-    def _text(self, prompts):
+    def _text(self, prompts, contexts, features):
         base, tuner = self.model.base, self.model.tuner
         if not self.prompts:
-            return base.encode_prompts(*self.tokenizer(prompts), tuner)
+            return base.encode_prompts(*self.tokenizer(prompts), tuner, contexts, features)
         for prompt in set(prompts) - set(self.texts):  # one by one, that its bits do not depend on its neighbours
             with torch.no_grad():
                 cond, states = base.encode_prompts(*self.tokenizer([prompt]), tuner)
@@ -182,9 +197,15 @@ class Frozen:
         cond, *states = (torch.cat(rows) for rows in zip(*(self.texts[p] for p in prompts)))
         return cond, states
 
-    def logits(self, name, data, indices, prompts, pixels):
-        """Logits `[B, 1, S, S]` of some records; `pixels`: uint8 or float 0..255 `[B, 3, S, S]`, None where `needs_pixels` says so."""
-        size = data.masks.shape[-1]
+    def logits(self, name, data, indices, prompts, pixels, changed=None):
+        """Logits `[B, 1, S, S]` of some records.
+
+        pixels: uint8 or float 0..255 `[B, 3, S, S]`, None where `needs_pixels` says so; changed: bool `[B]` on the CPU, images that
+        augmentation has altered.
+        """
+        size, base, tuner = data.masks.shape[-1], self.model.base, self.model.tuner
         with runtime.autocast(self.device, self.dtype):
-            activations = self._activations(name, data, indices, None if pixels is None else self._normalise(pixels))
-            return self.model.base.decode(activations, *self._text(prompts), self.model.base.grid(size, size), self.model.tuner)
+            contexts = tuner.contexts()
+            pixels = None if pixels is None else self._normalise(pixels)
+            activations, features = self._images(name, data, indices, pixels, changed, contexts.vision)
+            return base.decode(activations, *self._text(prompts, contexts.text, features), base.grid(size, size), tuner)

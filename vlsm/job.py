@@ -17,6 +17,10 @@ from .prompts import prompt_of
 from .text import Tokenizer
 
 
+class Diverged(ValueError):
+    """A loss that is not finite."""
+
+
 @dataclass
 class Job:
     """All that a step of training needs."""
@@ -31,16 +35,20 @@ class Job:
     checked: bool = False  # whether the first step's gradients were looked at
     history: list = field(default_factory=list)  # a row of log.csv an epoch
     best: float = -1.0  # best validation DSC
-    stalled: int = 0  # epochs since it last rose by 1e-4, and from where
-    mark: float = -1.0
+    stalled: int = 0  # epochs since what is monitored last improved by 1e-4, and from where
+    mark: float = -math.inf
 
     def __post_init__(self):
         args = self.args
         runtime.place(self.model, self.device, self.dtype, args.kernels, args.compile)
         self.frozen = Frozen(self.model, self.tokenizer, self.device, self.dtype, args.cache_gb, args.cache_dir)
         self.tuned = self.model.tuned_parameters()
+        groups = {True: [], False: []}
+        for name, tensor in self.tuned.items():
+            groups[self.model.tuner.decays(name, tensor)].append(tensor)
+        groups = [dict(params=tensors, weight_decay=args.weight_decay * decays) for decays, tensors in groups.items() if tensors]
         fused = self.device.type == "cuda"  # one kernel for all tensors
-        self.optimizer = torch.optim.AdamW(self.tuned.values(), lr=args.lr, weight_decay=args.weight_decay, fused=fused)
+        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=fused)
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer, "min", args.lr_factor, args.lr_patience)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
@@ -71,31 +79,31 @@ class Job:
         self.history.append(row)
         self.scheduler.step(row["val_loss"])
         better, self.best = row["val_dsc"] > self.best, max(self.best, row["val_dsc"])
-        self.stalled, self.mark = (0, row["val_dsc"]) if row["val_dsc"] > self.mark + 1e-4 else (self.stalled + 1, self.mark)
+        level = row["val_dsc"] if self.args.monitor == "dsc" else -row["val_loss"]
+        self.stalled, self.mark = (0, level) if level > self.mark + 1e-4 else (self.stalled + 1, self.mark)
         return better
 
     def saved(self):
         done = f"epoch {len(self.history)} is saved" if self.history else "no epoch was finished yet"
-        return f"{done}. Go on with: python train.py --out {self.out} --resume"
+        return f"{done}. Go on with: python train.py --out {self.args.sweep_folder or self.out} --resume"
 
     def refuse_nonfinite(self, loss, what):
-        """Raise ValueError where a loss is nan or infinite, before anything of that epoch is written."""
+        """Raise Diverged where a loss is nan or infinite, before anything of that epoch is written."""
         if not math.isfinite(loss):
             done = len(self.history)
             kept = f"The last good state, after epoch {done}, is kept in '{self.out}'." if done else "No epoch was finished."
             lr = self.optimizer.param_groups[0]["lr"]
-            raise ValueError(f"The {what}, at learning rate {lr:.3g}. {kept} Try a smaller --lr, or --amp off.")
+            raise Diverged(f"The {what}, at learning rate {lr:.3g}. {kept} Try a smaller --lr, or --amp off.")
 
     def prepare(self):
         """Before the first epoch: what frozen encoders make of the pictures, and the pictures to the GPU if there is room."""
         args = self.args
         if args.data_device == "cuda" and self.device.type != "cuda":
             raise ValueError(f"--data-device cuda needs --device cuda, and this run is on {self.device}.")
-        if not args.augment:
-            for split, data in self.data.items():
-                kept = self.frozen.fill(split, data, args.batch_size)
-                if kept:
-                    print(kept)
+        for split in ("train", "val"):
+            kept = self.frozen.fill(split, self.data[split], args.batch_size)
+            if kept:
+                print(kept)
         if self.device.type == "cuda" and args.data_device != "cpu":
             size = sum(d.images.nbytes + d.masks.nbytes for d in self.data.values())
             if args.data_device == "cuda" or size < torch.cuda.mem_get_info(self.device)[0] / 4:
@@ -105,11 +113,12 @@ class Job:
     def batches(self, split, order):
         """(indices, pixels or None, masks) of the records in some order, on the device."""
         data = self.data[split]
-        return feed(data, parts_of(order, self.args.batch_size), self.device, self.frozen.needs_pixels(split, data))
+        with_pixels = (self.args.augment and split == "train") or self.frozen.needs_pixels(split, data)
+        return feed(data, parts_of(order, self.args.batch_size), self.device, with_pixels)
 
-    def forward(self, split, indices, pixels, masks, *seed):
-        """(logits, loss) of some records; their prompts are drawn by `seed`."""
+    def forward(self, split, indices, pixels, masks, *seed, changed=None):
+        """(logits, loss) of some records; their prompts are drawn by `seed`; `changed`: which of the pictures augmentation altered."""
         args, data = self.args, self.data[split]
         prompts = [prompt_of(data.records[i], i, args.prompts, *seed) for i in indices]
-        logits = self.frozen.logits(split, data, indices, prompts, pixels)
+        logits = self.frozen.logits(split, data, indices, prompts, pixels, changed)
         return logits, dice_bce(logits, masks, args.dice_weight, args.bce_weight, ce=args.ce)

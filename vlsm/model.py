@@ -1,13 +1,19 @@
 """A frozen base and a tuner, as one module; building it from weights and loading it from a run's checkpoint."""
 
-import inspect
+import copy
+import re
 
 import torch
 from torch import nn
 
 from . import clipseg
 from . import weights as weights_io
-from .tuners import METHODS
+from .methods import make_tuner, method_options
+from .text import Tokenizer
+
+# Gradients that are zero by nature: a key bias shifts all of a query's scores alike, which softmax ignores; the first matrix of a LoRA
+# update learns nothing before the second has left zero.
+ZERO = re.compile(r"k_proj\.bias$|\.(q|k|v|out)\.down\.weight$")
 
 
 class VLSM(nn.Module):
@@ -26,6 +32,21 @@ class VLSM(nn.Module):
     def forward(self, pixel_values, input_ids, attention_mask=None):
         """`[B, 3, H, W]`, `[B, T]`, `[B, T]` -> logits `[B, 1, H, W]`; see the base's forward."""
         return self.base(pixel_values, input_ids, attention_mask, self.tuner)
+
+    def tokenizer(self):
+        """The base's tokenizer; prompts are cut to what its window holds besides context vectors."""
+        text = self.tuner.contexts().text
+        limit = self.base.config.text.max_position_embeddings
+        return Tokenizer(self.info["folder"], limit - (text[0].shape[-2] if text else 0))
+
+    def merged(self):
+        """The base with what was learnt added to its weights: a state dictionary in float32, by the names of the Hugging Face checkpoint.
+
+        Raises ValueError where no change of the base's weights does the same.
+        """
+        base = copy.deepcopy(self.base).float().cpu()
+        copy.deepcopy(self.tuner).cpu().merge(base)
+        return {name: t.contiguous() for name, t in base.state_dict().items()}
 
     def tuned_parameters(self):
         """What training changes: a dictionary from tensor name (as in the checkpoint) to parameter."""
@@ -58,9 +79,11 @@ class VLSM(nn.Module):
         """
         tuned = self.tuned_parameters()
         trained = {id(p) for p in tuned.values()}
-        broken = [n for n, p in tuned.items() if p.grad is None or not p.grad.isfinite().all()]
-        # a key bias shifts all of a query's scores alike, which softmax ignores: its gradient is zero by nature
-        zero = [n for n, p in tuned.items() if n not in broken and not n.endswith("k_proj.bias") and not p.grad.any()]
+        absent = [n for n, p in tuned.items() if p.grad is None]
+        broken = [n for n, p in tuned.items() if p.grad is not None and not p.grad.isfinite().all()]
+        if not self.info["reference"]:  # published code trains some tensors that nothing reads
+            broken, absent = absent + broken, []
+        zero = absent + [n for n, p in tuned.items() if n not in broken + absent and not ZERO.search(n) and not p.grad.any()]
         leaking = [n for n, p in self.named_parameters() if id(p) not in trained and p.grad is not None]
         if broken or leaking:
             raise ValueError(
@@ -92,25 +115,13 @@ class VLSM(nn.Module):
         return self
 
 
-def method_options(method, options):
-    """The options of a method, its defaults filled in. Raises ValueError for an unknown method or option."""
-    if method not in METHODS:
-        raise ValueError(f"Method '{method}' is not known. Choose one of: {', '.join(METHODS)}.")
-    takes = {n: p.default for n, p in inspect.signature(METHODS[method]).parameters.items() if n not in ("config", "reference")}
-    unknown = sorted(set(options) - set(takes))
-    if unknown:
-        raise ValueError(
-            f"Method '{method}' takes {'the options ' + ', '.join(takes) if takes else 'no options'}; it has no {', '.join(unknown)}."
-        )
-    return {**takes, **options}
-
-
 def build(model="clipseg", weights=weights_io.DEFAULT_WEIGHTS, method="none", reference=False, **options):
     """A VLSM with frozen `weights` and a fresh tuner, in float32 on the CPU, in eval mode.
 
     model: "clipseg". weights: "mini" (embedded), a local folder in Hugging Face layout, or a hub id. method: a key of
-    `vlsm.tuners.METHODS`; its options follow as keywords (`branches="vl", dim=64`). reference: do as the published code does
-    where it departs from its paper. Raises ValueError or FileNotFoundError with a sentence to act on.
+    `vlsm.methods.METHODS`, or several ("dense+vpt"); options follow as keywords (`branches="vl", dim=64`; for one part of several:
+    `vpt=dict(context=8)`; `upsampler=True` for any). reference: do as the published code does where it departs from
+    its paper. Raises ValueError or FileNotFoundError with a sentence to act on.
     """
     if model != "clipseg":
         raise ValueError(f"Model '{model}' is not known. Choose: clipseg.")
@@ -123,7 +134,9 @@ def build(model="clipseg", weights=weights_io.DEFAULT_WEIGHTS, method="none", re
         base = clipseg.CLIPSeg(clipseg.CLIPSegConfig.from_dict(raw))
     tensors = weights_io.read_tensors(folder)
     weights_io.load_strictly(base, tensors, clipseg.UNUSED_KEYS, f"The checkpoint in '{folder}'")
-    tuner = METHODS[method](base.config, reference=reference, **options)
+    tuner = make_tuner(method, base.config, reference, options)
+    for name, value in tuner.start(base, folder).items():
+        options[name] = {**options[name], **value} if isinstance(value, dict) else value
     info = dict(
         model=model, weights=str(weights), fingerprint=weights_io.fingerprint(base.state_dict()),
         method=method, options=options, reference=reference, folder=folder,

@@ -1,4 +1,4 @@
-"""Pictures drawn with Pillow: training curves, overlays, and sheets of best, median and worst cases."""
+"""Pictures drawn with Pillow: training curves, scatter plots, overlays, and sheets of best, median and worst cases."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -70,40 +70,83 @@ def ticks(low, high, count=5):
     return [float(v) for v in np.arange(np.floor(low / step) * step, high + step, step)]
 
 
+class Panel:
+    """A plot's frame on a page: title, grid, marks on both axes; `spot` places a point. `xs`, `ys`: pairs of (value, its label)."""
+
+    W, H = 560, 380
+
+    def __init__(self, draw, column, row, title, below, xs, ys):
+        self.left, self.top = column * self.W + 60, row * self.H + 44
+        self.right, self.bottom = (column + 1) * self.W - 20, (row + 1) * self.H - 46
+        (self.x0, _), (self.x1, _), (self.y0, _), (self.y1, _) = xs[0], xs[-1], ys[0], ys[-1]
+        draw.text((self.left, self.top - 30), title, INK, font(17))
+        for y, label in ys:
+            draw.line([self.spot(self.x0, y), self.spot(self.x1, y)], PALE)
+            draw.text((self.left - 8, self.spot(self.x0, y)[1]), label, INK, font(13), anchor="rm")
+        for x, label in xs:
+            if label:
+                draw.text((self.spot(x, self.y0)[0], self.bottom + 6), label, INK, font(13), anchor="mt")
+        draw.text(((self.left + self.right) / 2, self.bottom + 26), below, INK, font(13), anchor="mm")
+
+    def spot(self, x, y):
+        across, up = (x - self.x0) / (self.x1 - self.x0), (y - self.y0) / (self.y1 - self.y0)
+        return self.left + across * (self.right - self.left), self.bottom - up * (self.bottom - self.top)
+
+
+def labelled(values):
+    return [(v, f"{v:g}" if abs(v) >= 1e-9 else "0") for v in values]
+
+
 def curves(history, path):
     """Write loss and DSC against epochs, training and validation; `history`: dictionaries with the columns of log.csv."""
-    W, H = 560, 380
-    page = Image.new("RGB", (2 * W, H), "white")
+    page = Image.new("RGB", (2 * Panel.W, Panel.H), "white")
     draw = ImageDraw.Draw(page)
     epochs = [row["epoch"] for row in history]
+    first, last = epochs[0], max(epochs[-1], epochs[0] + 1)
+    marks = {round(t) for t in ticks(first, last)}
+    xs = [(t, str(t) if t in marks else "") for t in sorted({t for t in marks if first <= t <= last} | {first, last})]
     panels = (("loss", "train_loss", "val_loss", 1), ("DSC in %, at the model's size", "train_dsc", "val_dsc", 100))
     for k, (title, train, val, factor) in enumerate(panels):
-        left, top, right, bottom = k * W + 60, 44, (k + 1) * W - 20, H - 46
         series = {
             "training": ([row[train] * factor for row in history], BLUE),
             "validation": ([row[val] * factor for row in history], ORANGE),
         }
         values = [v for line, _ in series.values() for v in line]
-        marks = ticks(min(values), max(values))
-        low, high = marks[0], marks[-1]
-        first, last = epochs[0], max(epochs[-1], epochs[0] + 1)
-
-        def spot(epoch, value, box=(left, top, right, bottom), scale=(first, last, low, high)):
-            (x0, y0, x1, y1), (e0, e1, v0, v1) = box, scale
-            return x0 + (epoch - e0) / (e1 - e0) * (x1 - x0), y1 - (value - v0) / (v1 - v0) * (y1 - y0)
-
-        draw.text((left, 14), title, INK, font(17))
-        for mark in marks:
-            draw.line([spot(first, mark), spot(last, mark)], PALE)
-            draw.text((left - 8, spot(first, mark)[1]), f"{mark:g}" if abs(mark) >= 1e-9 else "0", INK, font(13), anchor="rm")
-        for epoch in sorted({round(t) for t in ticks(first, last) if first <= t <= last}):
-            draw.text((spot(epoch, low)[0], bottom + 6), str(epoch), INK, font(13), anchor="mt")
-        draw.text(((left + right) / 2, H - 20), "epoch", INK, font(13), anchor="mm")
+        panel = Panel(draw, k, 0, title, "epoch", xs, labelled(ticks(min(values), max(values))))
         for n, (name, (line, colour)) in enumerate(series.items()):
-            points = [spot(e, v) for e, v in zip(epochs, line)]
+            points = [panel.spot(e, v) for e, v in zip(epochs, line)]
             draw.line(points, colour, 2)
             x, y = points[-1]
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
-            draw.line([(right - 190 + 100 * n, 24), (right - 172 + 100 * n, 24)], colour, 3)
-            draw.text((right - 166 + 100 * n, 24), name, INK, font(13), anchor="lm")
+            draw.line([(panel.right - 190 + 100 * n, 24), (panel.right - 172 + 100 * n, 24)], colour, 3)
+            draw.text((panel.right - 166 + 100 * n, 24), name, INK, font(13), anchor="lm")
+    page.save(path, format="PNG")
+
+
+def scatter(columns, heights, marked, faint, title, path, log=()):
+    """Write a panel for each of `columns` (name -> values): `heights` against its values; all but float values side by side.
+
+    marked: the index of the point in orange; faint: those of pale points; log: names with a logarithmic axis.
+    """
+    across = min(3, len(columns))
+    down = -(-len(columns) // across)
+    page = Image.new("RGB", (across * Panel.W, down * Panel.H), "white")
+    draw = ImageDraw.Draw(page)
+    ys = labelled(ticks(min(heights), max(heights)))
+    for k, (name, values) in enumerate(columns.items()):
+        if name in log:
+            places = [float(np.log10(v)) for v in values]
+            exponents = range(int(np.floor(min(places))), int(np.ceil(max(places) + 1e-9)) + 1)
+            xs = [(e, f"1e{e}") for e in ([*exponents, exponents[-1] + 1] if len(exponents) < 2 else exponents)]
+        elif all(isinstance(v, float) for v in values):
+            places, xs = values, labelled(ticks(min(values), max(values)))
+        else:
+            words = sorted(set(values), key=lambda v: (isinstance(v, str), v))
+            places = [words.index(v) for v in values]
+            xs = [(-0.5, ""), *enumerate(map(str, words)), (len(words) - 0.5, "")]
+        panel = Panel(draw, k % across, k // across, title, name, xs, ys)
+        for i in sorted(range(len(values)), key=lambda i: i == marked):  # the marked one on top
+            x, y = panel.spot(places[i], heights[i])
+            colour = ORANGE if i == marked else PALE if i in faint else BLUE
+            draw.ellipse((x - 5, y - 5, x + 5, y + 5), colour, BLUE if i in faint else "white")
     page.save(path, format="PNG")

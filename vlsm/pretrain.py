@@ -119,9 +119,9 @@ def step_loss(base, tokenizer, batch):
     pictures, phrases, masks = batch
     tuner = Tuner()
     cond, _ = base.encode_text(tokenizer(phrases)[0], None, tuner)  # [3B, P]; padding follows the end, where it hides nothing
-    activations = base.encode_image(normalise(pictures.permute(0, 3, 1, 2).to(cond.device)), tuner)
+    activations, _ = base.encode_image(normalise(pictures.permute(0, 3, 1, 2).to(cond.device)), tuner)
     side = pictures.shape[1] // base.config.vision.patch_size
-    logits = base.decoder([a.repeat_interleave(3, 0) for a in activations], cond, (side, side))
+    logits, _ = base.decoder([a.repeat_interleave(3, 0) for a in activations], cond, (side, side))
     masks = masks.to(cond.device)
     # smooth=1 pixel gives empty masks a Dice gradient too
     return dice_bce(logits, masks, 1.0, 1.0, smooth=1.0) + alignment_loss(base, activations[-1], cond, masks)

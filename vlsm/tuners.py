@@ -1,9 +1,12 @@
 """Tuning methods. A `Tuner` holds what a method trains and overrides the hooks that the base network's forward pass calls.
 
-To add a method: subclass `Tuner`, override a hook or two, add a line to `METHODS`.
+Here: the hooks, adapters, LoRA, and methods that train the base's own weights. Prompt learners are in learners.py; methods.py names
+and combines them all. To add a method: subclass `Tuner`, override a hook or two, add a line to `METHODS` there.
 
-Source of the adapters: Dhakal et al., "VLSM-Adapter" (MICCAI 2024), Eq. 1 and Section 3.
+Sources: adapters: Dhakal et al., "VLSM-Adapter" (MICCAI 2024), Eq. 1 and Section 3; LoRA: Hu et al. (ICLR 2022).
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -11,25 +14,53 @@ from torch import nn
 from kernels import adapter
 
 COND_DIM = 256  # width of the adapter on the conditional embedding, whatever `dim` is (as published)
+TARGETS = ("q", "k", "v", "out")  # attention's projections, as LoRA calls them
+
+
+class Contexts(NamedTuple):
+    """Vectors that join an encoder's tokens in one forward pass: entry i, `[n, D]` (or `[B, n, D]`), enters layer i."""
+
+    vision: tuple = ()
+    text: tuple = ()
 
 
 class Tuner(nn.Module):
     """Base class, and the method `none`: the hooks change nothing, nothing is trained.
 
     config: the base's `CLIPSegConfig`; reference: reproduce the published code where it departs from its paper.
+    `upsampler`: a learnable upsampler (see upsampler.py) or None.
     """
+
+    upsamples = False  # whether the method comes with the learnable upsampler unless told otherwise
+    reads_features = False  # whether `text_contexts` wants the images' features
 
     def __init__(self, config=None, reference=False):
         super().__init__()
-        self.reference = reference
+        self.reference, self.upsampler = reference, None
+
+    def start(self, base, folder):
+        """Called once, when the base has its weights (from `folder`); a dictionary of the options that this has settled."""
+        return {}
 
     def base_parameters(self, base):
         """Names of the base's parameters that this method trains."""
         return []
 
+    def contexts(self):
+        """The `Contexts` of one forward pass."""
+        return Contexts()
+
+    def text_contexts(self, contexts, features):
+        """The text encoder's contexts `[n, D]`, given the images' features `[B, P]`: the same, or `[B, n, D]`."""
+        return contexts
+
     def adders(self, branch, layer):
         """What makes the residual additions behind attention and MLP of a layer: two functions of (h, residual), each `[B, N, D]`."""
         return torch.add, torch.add
+
+    def updates(self, branch, layer):
+        """What is added to the projections of a layer's attention: a mapping from one of `TARGETS` to a function of its input, or None."""
+        return None
 
     def activation(self, k, x):
         """The k-th activation `[B, 1+N, D]` on its way to the decoder (k counts the extract layers in their order)."""
@@ -38,6 +69,22 @@ class Tuner(nn.Module):
     def condition(self, cond, states):
         """The conditional embedding `[B, P]`; `states`: the end-of-text token's state `[B, D]` after each extract layer."""
         return cond
+
+    def output(self, logits, z):
+        """The logits `[B, 1, H, W]`, given what they were made of: the decoder's last features z `[B, r, h, w]`."""
+        return logits if self.upsampler is None else self.upsampler(logits, z)
+
+    def decays(self, name, tensor):
+        """Whether weight decay acts on a tuned tensor."""
+        return not name.endswith("upsampler.ratio")
+
+    def merge(self, base):
+        """Add what was learnt to the weights of `base`, in place. Raises ValueError where no change of weights does the same."""
+        if next(self.parameters(), None) is not None:
+            raise ValueError(
+                "What this method trains is no change of the base's own weights, so it cannot be merged into them. That is possible for "
+                "lora, decoder and full, without --upsampler."
+            )
 
 
 class Adapter(nn.Module):
@@ -132,6 +179,57 @@ class ShallowAdapters(Adapters):
         return cond
 
 
+class Update(nn.Module):
+    """A change of rank `dim` of a projection d -> d: alpha / dim * up(down(x)); `up` starts at zero, so that nothing changes at first."""
+
+    def __init__(self, d, dim, alpha):
+        super().__init__()
+        self.scale = alpha / dim
+        self.down = nn.Linear(d, dim, bias=False)
+        self.up = nn.Linear(dim, d, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x):
+        return self.scale * self.up(self.down(x))
+
+    def weight(self):
+        return self.scale * self.up.weight @ self.down.weight
+
+
+class LoRA(Tuner):
+    """Low-rank updates of the attention projections of every block that the logits depend on."""
+
+    def __init__(self, config, branches="vl", dim=16, lora_alpha=32.0, lora_targets=("q", "v"), reference=False):
+        super().__init__(config, reference)
+        if not branches or set(branches) - set("vl") or len(set(branches)) < len(branches):
+            raise ValueError(f"--branches '{branches}' is not known to lora; give one or both of the letters v (vision), l (language).")
+        if dim < 1:
+            raise ValueError(f"--dim {dim} leaves an update without a rank; give 1 or more (default 16).")
+        wrong = sorted(set(lora_targets) - set(TARGETS))
+        if wrong or not lora_targets:
+            raise ValueError(f"--lora-targets {' '.join(wrong) or 'without a name'}: give one or more of {', '.join(TARGETS)}.")
+        layers = dict(vision=max(config.extract_layers) + 1, text=config.text.num_hidden_layers)
+        for branch, letter in (("vision", "v"), ("text", "l")):
+            d = getattr(config, branch).hidden_size
+            blocks = range(layers[branch] if letter in branches else 0)
+            each = {str(i): nn.ModuleDict({t: Update(d, dim, lora_alpha) for t in TARGETS if t in lora_targets}) for i in blocks}
+            setattr(self, branch, nn.ModuleDict(each))
+
+    def updates(self, branch, layer):
+        places = self.vision if branch == "vision" else self.text
+        return places[str(layer)] if str(layer) in places else None
+
+    @torch.no_grad()
+    def merge(self, base):
+        if self.upsampler is not None:
+            super().merge(base)
+        for branch in ("vision", "text"):
+            layers = getattr(base.clip, f"{branch}_model").encoder.layers
+            for i, updates in getattr(self, branch).items():
+                for target, update in updates.items():
+                    getattr(layers[int(i)].self_attn, f"{target}_proj").weight += update.weight()
+
+
 class DecoderTuner(Tuner):
     """Trains the base's decoder, nothing else."""
 
@@ -153,6 +251,3 @@ class FullTuner(DecoderTuner):
         last = max(base.config.extract_layers)
         unused += [f"clip.vision_model.encoder.layers.{i}." for i in range(last + 1, base.config.vision.num_hidden_layers)]
         return [name for name, _ in base.named_parameters() if not name.startswith(tuple(unused))]
-
-
-METHODS = {"none": Tuner, "decoder": DecoderTuner, "full": FullTuner, "dense": DenseAdapters, "shallow": ShallowAdapters}
