@@ -41,6 +41,12 @@ def split(count=11, side=32):
         ("dense", dict(branches="v"), False, True),
         ("dense", dict(branches="l"), True, False),
         ("dense", dict(branches="c"), True, True),
+        ("coop", {}, True, False),
+        ("cocoop", {}, True, False),
+        ("vpt", {}, False, True),
+        ("maple", {}, False, False),
+        ("coop+vpt", {}, False, False),
+        ("lora", dict(branches="l"), True, False),
         ("full", {}, False, False),
         ("full", dict(reference=True), True, True),
     ],
@@ -51,9 +57,10 @@ def test_what_is_frozen_is_found_out(tmp_path, method, options, images, prompts)
 
 
 @pytest.mark.parametrize("held", [dict(RAM=11), dict(RAM=4, disk=3), dict(RAM=0, disk=11), dict(RAM=0, disk=0)])
-@pytest.mark.parametrize("method", ["shallow", "dense"])
+@pytest.mark.parametrize("method", ["shallow", "dense", "cocoop"])
 def test_logits_and_gradients_are_those_of_the_model(tmp_path, monkeypatch, method, held):
-    f, data = wrap(method, tmp_path, 1, branches="lc" if method == "dense" else "vlc"), split()
+    options = dict(shallow=dict(branches="vlc"), dense=dict(branches="lc"), cocoop={})[method]
+    f, data = wrap(method, tmp_path, 1, **options), split()
     side = data.images.shape[-1]
     image = 3 * ((side // 8) ** 2 + 1) * 128 * 4  # bytes of one image's activations
     monkeypatch.setattr(frozen, "SHARE", 1)
@@ -143,9 +150,29 @@ def test_a_cached_run_resumes_bit_for_bit(cli, quick, tmp_path):
     assert same_tensors(tmp_path / "straight" / "last.safetensors", tmp_path / "parts" / "last.safetensors")
 
 
-def test_augmented_pictures_are_not_cached(cli, quick):
-    code, said, err = cli("train", *quick, "--peft", "shallow", "--epochs", 1, "--augment")
-    assert code == 0 and "kept" not in said, err
+@pytest.mark.parametrize("method", ["shallow", "cocoop"])
+def test_what_is_kept_is_not_taken_for_changed_pictures(tmp_path, method):
+    f, data = wrap(method, tmp_path, 1), split()
+    f.fill("train", data, 4)
+    indices, prompts = [5, 11, 0, 3], ["red disk"] * 4
+    pixels, changed = data.batch(indices)[0].float(), torch.tensor([False, True, False, True])
+    pixels[changed] = 255 - pixels[changed]
+    want = f.model(normalise(pixels), *f.tokenizer(prompts))
+    torch.testing.assert_close(f.logits("train", data, indices, prompts, pixels, changed), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(f.logits("train", data, indices, prompts, pixels, ~changed & changed)[~changed], want[~changed])
+    wrong = f.logits("train", data, indices, prompts, pixels)
+    assert (wrong - want)[changed].abs().amax() > 1e-3
+
+
+def test_a_run_with_augmentation_is_the_same_with_and_without_what_is_kept(cli, quick, tmp_path):
+    """Pictures that are left as they are come from what is kept; the others are encoded."""
+    losses = []
+    for gb in (0, 1):
+        out = tmp_path / str(gb)
+        code, said, err = cli("train", *without_dim(quick)[:-1], out, "--peft", "coop", "--epochs", 2, "--cache-gb", gb, "--prompts", "p1")
+        assert code == 0 and ("kept for 24 of 24 images" in said) == bool(gb), err
+        losses.append([float(r["train_loss"]) for r in rows(out / "log.csv")])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
 def test_feed_reads_ahead_and_in_order():
