@@ -162,22 +162,27 @@ def one_trial(optuna, study, trial, args, train):
     if not own.resume and folder.exists():  # killed before its first file was whole
         shutil.rmtree(folder)
     print(f"\ntrial {trial.number + 1} of {args.sweep}: {', '.join(f'{k} {_short(v)}' for k, v in trial.params.items())}", flush=True)
-    told = [0]
+    told = max(study.trials[trial.number].intermediate_values, default=0)  # epochs before an interruption
 
     def score(history):  # the published sweep goes by the last validation loss
         return -history[-1]["val_loss"] if args.reference else max(row["val_dsc"] for row in history)
 
-    def after_epoch(job):
-        for epoch in range(told[0] + 1, len(job.history) + 1):
+    def note(job):
+        nonlocal told
+        for epoch in range(told + 1, len(job.history) + 1):
             trial.report(score(job.history[:epoch]), epoch)
-        told[0] = len(job.history)
+        told = len(job.history)
         trial.set_user_attr("val_dsc", job.best)
-        trial.set_user_attr("epochs", len(job.history))
+        trial.set_user_attr("epochs", told)
+
+    def after_epoch(job):
+        note(job)
         if trial.should_prune():
             raise optuna.TrialPruned
 
     try:
         job = train(own, after_epoch)
+        note(job)  # of a run that was interrupted behind its last epoch
         study.tell(trial, score(job.history))
     except optuna.TrialPruned:
         print("pruned: below the median of the trials before it")
