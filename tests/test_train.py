@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import vlsm
 from tests.conftest import ROOT, rows, same_tensors, without_dim
 from vlsm import pictures
+from vlsm.methods import METHODS
 from vlsm.text import Tokenizer
 from vlsm.weights import MINI
 
@@ -202,17 +203,89 @@ def test_none_writes_a_checkpoint_at_once(cli, quick, tmp_path):
     assert cli("evaluate", "--ckpt", tmp_path / "run")[0] == 0
 
 
-@pytest.mark.parametrize("method", ["decoder", "full", "shallow"])
-def test_other_methods_train_and_evaluate(cli, quick, tmp_path, method):
-    options = quick if method == "shallow" else without_dim(quick)
-    code, out, err = cli("train", *options, "--peft", method, "--epochs", 2)
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("none", "dense")] + ["dense+vpt"])
+def test_other_methods_train_resume_and_evaluate(cli, quick, tmp_path, method):
+    """Two epochs are one and one; the checkpoint gives the same logits in a new model."""
+    options = quick if method in ("shallow", "dense+vpt", "lora") else without_dim(quick)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    code, out, err = cli("train", *options[:-1], whole, "--peft", method, "--epochs", 2)
     assert code == 0 and "ZERO" not in out, err
-    assert cli("evaluate", "--ckpt", tmp_path / "run")[0] == 0
-    names = set(load_file(tmp_path / "run" / "best.safetensors"))
+    assert cli("train", *options[:-1], parts, "--peft", method, "--epochs", 1)[0] == 0
+    code, out, err = cli("train", "--out", parts, "--resume", "--epochs", 2)
+    assert code == 0 and "after epoch 1" in out, err
+    assert same_tensors(whole / "last.safetensors", parts / "last.safetensors")
+    assert cli("evaluate", "--ckpt", whole)[0] == 0
+    names = set(load_file(whole / "best.safetensors"))
     if method == "decoder":
         assert all(n.startswith("decoder.") for n in names)
     if method == "full":
         assert "clip.vision_model.encoder.layers.0.mlp.fc1.weight" in names and "clip.logit_scale" not in names
+    one, two = vlsm.load(whole / "last.safetensors"), vlsm.load(parts / "last.safetensors")
+    pixels, ids = torch.randn(2, 3, 48, 48), one.tokenizer()(["red disk"] * 2)[0]
+    assert torch.equal(one(pixels, ids), two(pixels, ids))
+
+
+def test_each_paper_has_its_recipe(cli, quick, folder, tmp_path):
+    def recipe(method, *more):
+        options = [*without_dim(quick)[:-1], tmp_path / f"{method}{len(more)}"]
+        code, _, err = cli("train", *options, "--peft", method, "--epochs", 1, *more)
+        assert code == 0, err
+        config = json.loads((tmp_path / f"{method}{len(more)}" / "config.json").read_text())
+        return {**config["options"], "upsampler": vlsm.load(tmp_path / f"{method}{len(more)}").info["options"]["upsampler"]}
+
+    names = (
+        "lr",
+        "weight_decay",
+        "dice_weight",
+        "bce_weight",
+        "prompts",
+        "augment",
+        "patience",
+        "monitor",
+        "lr_factor",
+        "clip",
+        "upsampler",
+    )
+    adapters = (1e-3, 1e-3, 1.5, 1.0, "random", False, 20, "dsc", 0.3, 0.5, False)
+    learners = (2e-4, 0.0, 1.0, 0.2, "class", True, 12, "loss", 0.2, 0.0, True)
+    assert tuple(map(recipe("dense").get, names)) == adapters and tuple(map(recipe("vpt").get, names)) == learners
+    given = recipe(
+        "coop", "--lr", 0.1, "--no-augment", "--prompts", "p2", "--clip", 2, "--no-upsampler", "--monitor", "dsc", "--context", 2
+    )
+    assert tuple(map(given.get, names)) == (0.1, 0.0, 1.0, 0.2, "p2", False, 12, "dsc", 0.2, 2.0, False) and given["context_init"] is None
+    assert recipe("coop")["context_init"] == ["a photo of a"]
+    both = recipe("dense+vpt")
+    assert both["lr"] == 1e-3 and both["upsampler"], "the first method's recipe"
+    code, _, err = cli("train", *without_dim(quick), "--peft", "full", "--epochs", 30, "--lr", 0, "--min-epochs", 1, "--patience", 2)
+    assert code == 0 and len(rows(tmp_path / "run" / "log.csv")) == 3, "without progress it stops"
+
+
+@pytest.mark.parametrize("method", ["lora", "decoder", "full", "none", "lora+decoder"])
+def test_merged_weights_are_a_plain_clipseg(cli, quick, folder, tmp_path, method):
+    from transformers import CLIPSegForImageSegmentation
+
+    options = without_dim(quick)
+    assert cli("train", *options, "--peft", method, "--epochs", 2, *["--lr", 5e-3] * (method != "none"))[0] == 0
+    code, said, err = cli("evaluate", "--ckpt", tmp_path / "run", "--merge", tmp_path / "merged")
+    assert code == 0 and "transformers loads it" in said, err
+    tuned, plain = vlsm.load(tmp_path / "run"), vlsm.build("clipseg", tmp_path / "merged")
+    theirs = CLIPSegForImageSegmentation.from_pretrained(tmp_path / "merged").eval()
+    pixels, (ids, mask) = torch.randn(2, 3, 96, 96), plain.tokenizer()(["red disk", "a blue thing"])
+    with torch.no_grad():
+        want = tuned(pixels, ids, mask)
+        torch.testing.assert_close(plain(pixels, ids, mask), want, atol=1e-4, rtol=0)
+        logits = theirs(pixel_values=pixels, input_ids=ids, attention_mask=mask).logits
+        torch.testing.assert_close(logits.reshape(want.shape), want, atol=1e-4, rtol=0)
+        moved = (want - vlsm.build("clipseg", "mini")(pixels, ids, mask)).abs().max()
+    assert (moved > 0.1) == (method != "none")
+    assert cli("train", *options[:-1], tmp_path / "again", "--weights", tmp_path / "merged", "--peft", "coop", "--epochs", 1)[0] == 0
+    code, _, err = cli("evaluate", "--ckpt", tmp_path / "run", "--merge", tmp_path / "merged")
+    assert code == 2 and "is not empty" in err
+
+
+def test_adapters_are_not_merged(cli, trained, tmp_path):
+    code, _, err = cli("evaluate", "--ckpt", trained, "--merge", tmp_path / "merged")
+    assert code == 2 and "possible for lora, decoder and full" in err and not (tmp_path / "merged").exists()
 
 
 def test_dry_run_prints_the_counts_and_writes_nothing(cli, quick, tmp_path):
