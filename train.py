@@ -76,9 +76,8 @@ def parse(argv=None):
     )
     others = ", ".join(m for m in METHODS if m != "dense")
     g.add_argument("--peft", default="dense", help=f"dense (default), {others}; or several: dense+vpt")
-    g.add_argument(
-        "--reference", action="store_true", help="do as the published code does, where it departs from its paper (implies --ce reference)"
-    )
+    published = "do as the published code does, where it departs from its paper (but for prompt learners, implies --ce reference)"
+    g.add_argument("--reference", action="store_true", help=published)
     methods.add_arguments(parser)
     g = parser.add_argument_group("recipe (defaults: the paper's; in brackets those of prompt learners, where they differ)")
     g.add_argument("--epochs", type=int, help=f"at most so many (default 200 [20]; demo {DEMO_EPOCHS})")
@@ -152,7 +151,7 @@ def complete(args):
     for name, value in dict(LEARNER_DEFAULTS if learner else DEFAULTS, lr=LEARNING_RATES.get(names[0], LEARNER_RATE)).items():
         if getattr(args, name) is None:
             setattr(args, name, DEMO_EPOCHS if name == "epochs" and args.dataset == "demo" else value)
-    args.ce = args.ce or ("reference" if args.reference else "logits")
+    args.ce = args.ce or ("reference" if args.reference and not learner else "logits")  # TuneVLSeg's own loss is right
     return args
 
 

@@ -254,6 +254,7 @@ def test_each_paper_has_its_recipe(cli, quick, folder, tmp_path):
     )
     assert tuple(map(given.get, names)) == (0.1, 0.0, 1.0, 0.2, "p2", False, 12, "dsc", 0.2, 2.0, False) and given["context_init"] is None
     assert recipe("coop")["context_init"] == ["a photo of a"]
+    assert recipe("coop", "--reference")["ce"] == "logits" and recipe("dense", "--reference")["ce"] == "reference"
     both = recipe("dense+vpt")
     assert both["lr"] == 1e-3 and both["upsampler"], "the first method's recipe"
     code, _, err = cli("train", *without_dim(quick), "--peft", "full", "--epochs", 30, "--lr", 0, "--min-epochs", 1, "--patience", 2)
