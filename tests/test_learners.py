@@ -118,7 +118,7 @@ def sets(model, method, pixels):
         return [V] * B, [torch.stack([pick(t.project, i)(v) for i, v in enumerate(V)])] * B
     if method == "cocoop":
         f = features(model.base, pixels)
-        f = f / f.norm(dim=1, keepdim=True) if t.normalise else f
+        f = f / f.norm(dim=1, keepdim=True) if model.info["options"]["norm_image_features"] else f
         return [torch.stack([v + pick(t.project, i)(f[b]) for i, v in enumerate(V)]) for b in range(B)], None
     if method == "shared_separate":
         both = [[torch.stack([pick(p, i)(v) for i, v in enumerate(V)])] * B for p in (t.text_project, t.vision_project)]
@@ -181,8 +181,22 @@ def test_padding_and_mask_change_nothing(method):
     torch.testing.assert_close(model(pixels, ids, mask), want, atol=1e-10, rtol=0)
     longer = F.pad(ids, (0, 9), value=199), F.pad(mask, (0, 9))
     torch.testing.assert_close(model(pixels, *longer), want, atol=1e-10, rtol=0)
+    other = torch.where(mask > 0, ids, 7)  # behind the end stands another id: it must not be taken for the end of a prompt that is cut
+    torch.testing.assert_close(model(pixels, other, mask), want, atol=1e-10, rtol=0)
     for i in range(4):
         torch.testing.assert_close(model(pixels[i : i + 1], ids[i : i + 1])[0], want[i], atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["coop", "cocoop", "maple"])
+def test_a_mask_that_hides_a_word_hides_that_word(method):
+    model = build(method).double().eval()
+    pixels, ids, mask = inputs()
+    mask[:, 3] = 0
+    want = model(pixels, ids, mask)
+    for column in (2, 3, 4):
+        other = ids.clone()
+        other[:, column] = 50
+        assert torch.equal(model(pixels, other, mask), want) == (column == 3)
 
 
 # specs: counts at real size for J = 1, J = 11, and J = 11 with one projection for all
@@ -334,7 +348,9 @@ def test_weight_decay_acts_on_contexts_and_matrices():
     assert decayed() == {"context"} | matrices
     assert decayed(reference=True) == matrices
     assert decayed(reference=True, method="coop") == set()
-    assert decayed(method="dense+vpt", dim=3) >= {"vpt.context", "dense.vision.0.attn.down.bias", "upsampler.conv.bias"}
+    both = decayed(method="dense+maple", dim=3)
+    assert both >= {"maple.context", "dense.vision.0.attn.down.bias", "upsampler.conv.bias"}
+    assert not both & {"maple.project.0.0.bias", "upsampler.ratio"}
 
 
 def test_contexts_start_from_text():
