@@ -148,6 +148,19 @@ def test_features_of_a_combination_are_those_of_the_tower_as_it_runs():
     torch.testing.assert_close(bare(pixels, ids), want, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("method", [*LEARNERS, "lora", "dense+vpt"])
+def test_half_precision_leaves_what_is_trained_in_float32(method):
+    model = build(method, **dict(dropout=0.0) if method == "shared_attention" else {}).train()
+    want = model(*batch())
+    model.hold_frozen_weights_in(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model(*batch()).float()
+    assert (got - want).abs().max() < 0.05 * want.abs().max()
+    got.square().mean().backward()
+    assert "ZERO" not in model.check_gradients()
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.tuned_parameters().values())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [*LEARNERS, "lora", "dense+vpt"])
 def test_two_pictures_of_the_demo_are_learnt_by_heart(method):

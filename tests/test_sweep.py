@@ -118,6 +118,21 @@ def test_trials_below_the_median_are_pruned_and_the_best_wins(tmp_path, capsys, 
     assert ("weight_decay" in study.best_params) == (not reference), "in the published code it acts on nothing that CoOp trains"
 
 
+def test_a_trial_that_was_interrupted_behind_its_last_epoch_counts(tmp_path):
+    pytest.importorskip("optuna")
+    finished = SimpleNamespace(history=[dict(val_dsc=0.4, val_loss=0.6), dict(val_dsc=0.3, val_loss=0.5)], best=0.4)
+
+    def interrupted(args, after_epoch):
+        raise SystemExit(130)
+
+    with pytest.raises(SystemExit):
+        sweep.run(arguments(tmp_path, "--sweep", "1"), train.make_folder, interrupted)
+    again = arguments(tmp_path, "--sweep", "1", "--resume")
+    sweep.run(again, train.make_folder, lambda args, after_epoch: finished)
+    (row,) = rows(tmp_path / "s" / "sweep.csv")
+    assert (row["state"], row["val_dsc"], row["epochs"]) == ("complete", "40.00", "2")
+
+
 def test_trials_that_diverge_are_set_aside(tmp_path, capsys):
     pytest.importorskip("optuna")
     count = []

@@ -1,12 +1,14 @@
 """train.py and evaluate.py as a user runs them: whole small runs, resuming, results, mistakes."""
 
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from safetensors.torch import load_file
 import vlsm
 from tests.conftest import ROOT, rows, same_tensors, without_dim
 from vlsm import pictures
+from vlsm.job import Job
 from vlsm.methods import METHODS
 from vlsm.text import Tokenizer
 from vlsm.weights import MINI
@@ -259,6 +262,15 @@ def test_each_paper_has_its_recipe(cli, quick, folder, tmp_path):
     assert both["lr"] == 1e-3 and both["upsampler"], "the first method's recipe"
     code, _, err = cli("train", *without_dim(quick), "--peft", "full", "--epochs", 30, "--lr", 0, "--min-epochs", 1, "--patience", 2)
     assert code == 0 and len(rows(tmp_path / "run" / "log.csv")) == 3, "without progress it stops"
+
+
+@pytest.mark.parametrize("monitor, stalled, best", [("dsc", 0, True), ("loss", 2, True)])
+def test_what_is_monitored_is_what_must_progress(monitor, stalled, best):
+    plateau = SimpleNamespace(step=lambda loss: None)
+    job = SimpleNamespace(args=SimpleNamespace(monitor=monitor), scheduler=plateau, history=[], best=-1.0, stalled=0, mark=-math.inf)
+    for dsc, loss in ((0.5, 1.0), (0.6, 0.99995), (0.7, 1.2)):
+        assert Job.note(job, dict(val_dsc=dsc, val_loss=loss)) == best
+    assert job.stalled == stalled and job.best == 0.7
 
 
 @pytest.mark.parametrize("method", ["lora", "decoder", "full", "none", "lora+decoder"])
