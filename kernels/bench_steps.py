@@ -1,10 +1,12 @@
 """Whole training steps and epochs against the way the papers' own code takes them; rows of bench.py.
 
-That way: transformers' CLIPSeg modules in eager mode with eager attention, all 12 blocks of both encoders, prompts padded to 77 tokens,
-an adapter as two Linears and two ReLUs, autocast (fp16 on a GPU, none in float32) over float32 weights, Dice and cross entropy in eager
+That way: transformers' CLIPSeg modules in eager mode with eager attention, all 12 blocks of both encoders, prompts padded to 77 tokens
+(prompt learners: to the longest), each encoded, an adapter as two Linears and two ReLUs, the upsampler as a convolution of the enlarged
+features, autocast (fp16 on a GPU, none in float32) over float32 weights, Dice and cross entropy in eager
 ops; pictures decoded and resized by PIL in DataLoader workers at each epoch. Both sides hold the same weights; their losses must agree.
 """
 
+import copy
 import os
 import tempfile
 from pathlib import Path
@@ -43,18 +45,24 @@ class Reference(nn.Module):
             places = [getattr(tuner, b)[k] for b in ("vision", "text") for k in getattr(tuner, b)]
         self.adapters = nn.ModuleList(ReferenceAdapter(p) for p in places)
 
-    def encode(self, model, x, mask, adapters):
+    def encode(self, model, x, mask, adapters=(), contexts=(), at=0):
         states = []
         for i, layer in enumerate(model.encoder.layers):
             a, b = adapters[2 * i : 2 * i + 2] if self.method == "dense" and i < self.n else (nn.Identity(),) * 2
             x = x + a(layer.self_attn(hidden_states=layer.layer_norm1(x), attention_mask=mask)[0])
             x = x + b(layer.mlp(layer.layer_norm2(x)))
+            if i + 1 < len(contexts):
+                x = join(x, at, contexts[i + 1], contexts.shape[1])
             states.append(x)
         return states
 
+    def towers(self):
+        clip = self.network.clip
+        return (getattr(m, name, m) for m, name in ((clip.vision_model, "vision_model"), (clip.text_model, "text_model")))
+
     def forward(self, pixel_values, input_ids):
         clip, wanted = self.network.clip, self.network.config.extract_layers
-        vision, text = (getattr(m, name, m) for m, name in ((clip.vision_model, "vision_model"), (clip.text_model, "text_model")))
+        vision, text = self.towers()
         half = len(self.adapters) // 2
         x = vision.pre_layrnorm(vision.embeddings(pixel_values, interpolate_pos_encoding=True))
         states = self.encode(vision, x, None, self.adapters[:half])
@@ -69,6 +77,44 @@ class Reference(nn.Module):
             activations = [a(x) for a, x in zip(self.adapters[:half], activations)]
             cond = cond + sum(a(states[i][row, end]) for a, i in zip(self.adapters[half:], wanted))
         return self.network.decoder(tuple(activations), cond).logits[:, None]
+
+
+def join(x, at, vectors, over):
+    """Tokens x with vectors at a position, in the place of `over` tokens."""
+    return torch.cat([x[:, :at], vectors.expand(len(x), -1, -1), x[:, at + over :]], 1)
+
+
+class ReferenceLearner(Reference):
+    """The same with CoOp or VPT and the learnable upsampler, as the papers define them."""
+
+    def __init__(self, network, tuner, method):
+        nn.Module.__init__(self)
+        self.network, self.method = network.requires_grad_(False), method
+        self.context, self.upsampler = nn.Parameter(tuner.context.detach().clone()), copy.deepcopy(tuner.upsampler)
+
+    def forward(self, pixel_values, input_ids):
+        clip, decoder, (vision, text) = self.network.clip, self.network.decoder, self.towers()
+        x, t = vision.embeddings(pixel_values, interpolate_pos_encoding=True), text.embeddings.token_embedding(input_ids)
+        N, n = x.shape[1], self.context.shape[1]
+        in_vision, in_text = (self.context if self.method == m else () for m in ("vpt", "coop"))
+        x = join(x, N, in_vision[0], 0) if len(in_vision) else x
+        states = self.encode(vision, vision.pre_layrnorm(x), None, contexts=in_vision, at=N)
+        t = join(t, 1, in_text[0], 0) if len(in_text) else t
+        S = t.shape[1]
+        causal = torch.full((S, S), torch.finfo(torch.float32).min, device=t.device).triu(1)[None, None]
+        t = self.encode(text, t + text.embeddings.position_embedding.weight[:S], causal, contexts=in_text, at=1)[-1]
+        end = input_ids.argmax(1) + (n if len(in_text) else 0)
+        cond = clip.text_projection(text.final_layer_norm(t)[torch.arange(len(t), device=t.device), end])
+        z = 0
+        for k, (i, reduce, layer) in enumerate(zip(self.network.config.extract_layers[::-1], decoder.reduces, decoder.layers)):
+            z = z + reduce(states[i])
+            z = decoder.film_mul(cond)[:, None] * z + decoder.film_add(cond)[:, None] if k == decoder.conditional_layer else z
+            z = layer(z, attention_mask=None)
+        side = round((N - 1) ** 0.5)
+        z = z[:, 1:N].transpose(1, 2).unflatten(2, (side, side))
+        up = self.upsampler
+        risen = up.conv(nn.functional.interpolate(z, scale_factor=up.factor, mode="bilinear", align_corners=False))
+        return (1 - up.ratio) * decoder.transposed_convolution(z) + up.ratio * risen
 
 
 def real_size(folder):
@@ -87,7 +133,7 @@ def prompts_of(batch, limit=77):
     g = torch.Generator().manual_seed(1)
     ids = torch.full((batch, limit), 49407)
     ids[:, 0] = 49406
-    for row, n in enumerate(torch.randint(5, 15, (batch,), generator=g).tolist()):
+    for row, n in enumerate(torch.randint(5, 15, (batch,), generator=g).clamp(max=limit).tolist()):
         ids[row, 1 : n - 1] = torch.randint(1000, 40000, (n - 2,), generator=g)
     return ids
 
@@ -125,7 +171,7 @@ class Pair:
         network = real_size(folder)
         self.device, amp = bench.device, None if bench.dtype == torch.float32 else bench.dtype
         self.model = vlsm.build("clipseg", folder, method)
-        theirs = Reference(network, self.model.tuner, method).to(self.device)
+        theirs = (Reference if method in ("dense", "shallow") else ReferenceLearner)(network, self.model.tuner, method).to(self.device)
         self.amp, self.theirs = amp, theirs
         runtime.place(self.model, self.device, amp)
         their_amp = torch.float16 if bench.cuda and amp else amp
@@ -141,7 +187,7 @@ class Pair:
                 logits = self.model(pixels, ids)
             return dice_bce(logits, target)
 
-        self.their_step = stepper(theirs.adapters.parameters(), their_loss, self.device, scaler)
+        self.their_step = stepper([p for p in theirs.parameters() if p.requires_grad], their_loss, self.device, scaler)
         self.our_step = stepper(self.model.tuned_parameters().values(), our_loss, self.device)
 
     def agree(self, ours, theirs):
@@ -152,15 +198,19 @@ class Pair:
 
 
 def bench_step(bench):
-    for method in ("dense", "shallow"):
+    for method in ("dense vl", "shallow vl", "coop", "vpt"):
         _step(bench, method)
 
 
-def _step(bench, method):
-    B = bench.args.batch_size
+def _step(bench, label):
+    from vlsm import runtime
+
+    B, method = bench.args.batch_size, label.split()[0]
     with tempfile.TemporaryDirectory() as folder:
         pair = Pair(bench, folder, method)
     pixels, ids = torch.randn(B, 3, 352, 352, device=bench.device), prompts_of(B)
+    if method in ("coop", "vpt"):  # the class word for all
+        ids = prompts_of(1, 4).expand(B, -1)
     target = (torch.rand(B, 1, 352, 352, device=bench.device) < 0.2).to(torch.uint8)
     inputs = (pixels, ids, target)
     difference = pair.agree(pair.our_step(*inputs), pair.their_step(*inputs))
@@ -172,7 +222,20 @@ def _step(bench, method):
     found = dict(ours=lambda: pair.our_step(*inputs), reference=lambda: pair.their_step(*inputs))
     times = bench.time(found, bench.args.step_runs, warm=1)
     more = dict(images_per_second=B / times["ours"], loss_difference=difference, **peaks)
-    bench.row(f"step {method} vl, batch {B}, 352 x 352", times, **more)
+    bench.row(f"step {label}, batch {B}, 352 x 352", times, **more)
+    if method == "coop":  # as in epochs after the first, for pictures that augmentation leaves as they are
+        base, tuner = pair.model.base, pair.model.tuner
+        with torch.no_grad(), runtime.autocast(bench.device, pair.amp):
+            kept, _ = base.encode_image(pixels, tuner)
+
+        def loss_of_kept(ids, target):
+            with runtime.autocast(bench.device, pair.amp):
+                text = base.encode_prompts(ids, None, tuner, tuner.contexts().text)
+                return dice_bce(base.decode(kept, *text, (22, 22), tuner), target)
+
+        step = stepper(pair.model.tuned_parameters().values(), loss_of_kept, bench.device)
+        found = dict(ours=lambda: step(ids, target), reference=found["reference"])
+        bench.row(f"step {label}, image activations kept", bench.time(found, bench.args.step_runs, warm=1))
 
 
 class Pictures(Dataset):

@@ -8,23 +8,24 @@ from transformers import CLIPSegForImageSegmentation
 
 import vlsm
 from kernels import bench
-from kernels.bench_steps import Reference, prompts_of, stepper
+from kernels.bench_steps import Reference, ReferenceLearner, prompts_of, stepper
 from tests.conftest import GOLDEN
 
 
-@pytest.mark.parametrize("method", ["dense", "shallow"])
+@pytest.mark.parametrize("method", ["dense", "shallow", "coop", "vpt"])
 def test_the_papers_way_is_the_same_network(method, tmp_path):
     """Logits, and the parameters after three training steps."""
     torch.manual_seed(0)
     network = CLIPSegForImageSegmentation.from_pretrained(GOLDEN / "clipseg-tiny", attn_implementation="eager").eval()
-    ours = vlsm.build("clipseg", GOLDEN / "clipseg-tiny", method, dim=8)
-    theirs = Reference(network, ours.tuner, method)
+    adapters = method in ("dense", "shallow")
+    ours = vlsm.build("clipseg", GOLDEN / "clipseg-tiny", method, **dict(dim=8) if adapters else dict(prompt_depth=5))
+    theirs = (Reference if adapters else ReferenceLearner)(network, ours.tuner, method)
     pixels, target = torch.randn(3, 3, 64, 64), torch.rand(3, 1, 64, 64) < 0.3
     ids = torch.tensor([[198, 5, 6, 199, 199], [198, 7, 199, 199, 199], [198, 9, 8, 7, 199]])
     torch.testing.assert_close(ours(pixels, ids), theirs(pixels, ids), atol=2e-5, rtol=0)
     steps = [
         stepper(parameters, lambda f=f: vlsm.dice_bce_loss(f(pixels, ids), target), torch.device("cpu"))
-        for f, parameters in ((ours, ours.tuned_parameters().values()), (theirs, theirs.adapters.parameters()))
+        for f, parameters in ((ours, ours.tuned_parameters().values()), (theirs, [p for p in theirs.parameters() if p.requires_grad]))
     ]
     before = [s().item() for s in steps]
     assert before[0] == pytest.approx(before[1], abs=1e-5)
