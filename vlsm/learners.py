@@ -130,7 +130,10 @@ class CoOp(Learner):
 
 
 class CoCoOp(CoOp):
-    """Vectors in the text encoder, to which a projection of the image's features is added: each image has its own."""
+    """Vectors in the text encoder, to which a projection of the image's features is added: each image has its own.
+
+    The features are those of the vision tower as it runs: beside a method that acts in it, the changed ones.
+    """
 
     reads_features = True
 
