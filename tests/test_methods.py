@@ -186,8 +186,8 @@ def test_two_pictures_of_the_demo_are_learnt_by_heart(method):
 @pytest.mark.slow
 def test_each_method_beats_its_zero_shot_on_the_demo(cli, tmp_path):
     def dsc(method, *more):
-        options = ["--dataset", tmp_path / "demo", "--weights", "mini", "--image-size", 48, "--prompts", "class", "--out", tmp_path / method, *more]
-        code, _, err = cli("train", "--peft", method, *options)
+        options = ["--dataset", tmp_path / "demo", "--weights", "mini", "--image-size", 48, "--prompts", "class"]
+        code, _, err = cli("train", "--peft", method, *options, "--out", tmp_path / method, *more)
         assert code == 0, err
         assert cli("evaluate", "--ckpt", tmp_path / method)[0] == 0
         return json.loads((tmp_path / method / "eval-test" / "metrics.json").read_text())["dsc"]["mean"]
