@@ -5,8 +5,6 @@ DSC, IoU and HD95 are computed at each mask's original size; vlsm/metrics.py def
 """
 
 import argparse
-import csv
-import io
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +18,7 @@ from PIL import Image
 import datasets
 from vlsm import load, metrics, pictures, runtime
 from vlsm.cache import ahead, parts_of
-from vlsm.checkpoint import replacing, save_merged, write_text
+from vlsm.checkpoint import replacing, save_merged, write_csv, write_text
 from vlsm.console import progress, speaking
 from vlsm.images import EXTENSIONS, normalise, picture_files, read_image, read_mask, resize_image
 from vlsm.prompts import prompt_of
@@ -135,12 +133,8 @@ def save_mask(mask, folder, name):
 
 def write_results(out, scores, summary, about):
     """metrics.csv, a row a record, and metrics.json."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for s in scores:
-        writer.writerow([s["image"], s["mask"], s["prompt"], f"{s['dsc']:.6f}", f"{s['iou']:.6f}", f"{s['hd95']:.4f}"])
-    write_text(out / "metrics.csv", text.getvalue())
+    rows = ([s["image"], s["mask"], s["prompt"], f"{s['dsc']:.6f}", f"{s['iou']:.6f}", f"{s['hd95']:.4f}"] for s in scores)
+    write_csv(out / "metrics.csv", [COLUMNS, *rows])
     write_text(out / "metrics.json", json.dumps(dict(**summary, **about), indent=1))
 
 

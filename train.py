@@ -4,8 +4,6 @@ The loop is written out below, in `train_epoch` and `main`: data -> model -> los
 """
 
 import argparse
-import csv
-import io
 import json
 import math
 import platform
@@ -20,7 +18,7 @@ from tqdm import tqdm
 import datasets
 from vlsm import build, methods, pictures, runtime, sweep
 from vlsm.augment import augment
-from vlsm.checkpoint import load_state, replacing, save_state, save_tuned, write_text
+from vlsm.checkpoint import load_state, replacing, save_state, save_tuned, write_csv, write_text
 from vlsm.console import Interrupt, progress, speaking
 from vlsm.images import MEAN, STD
 from vlsm.job import Job
@@ -277,11 +275,7 @@ def save_epoch(job, about, better):
     """Write every file of the run. state.pt comes last: until it is there, a resumed run repeats this epoch and writes the same."""
     for name in ["last"] + ["best"] * better:
         save_tuned(job.out / f"{name}.safetensors", job.model, **about, best_val_dsc=job.best, epoch=len(job.history))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(job.history)
-    write_text(job.out / "log.csv", text.getvalue())
+    write_csv(job.out / "log.csv", [COLUMNS, *([row[name] for name in COLUMNS] for row in job.history)])
     with replacing(job.out / "curves.png") as temporary:
         pictures.curves(job.history, temporary)
     save_state(job.out / "state.pt", job.state())
@@ -291,8 +285,7 @@ def train(args, after_epoch=None):
     """One run, from its options to its last epoch; the `Job`, or None where nothing was trained. `after_epoch` is called with the job."""
     device, dtype = runtime.choose(args.device, args.amp)
     torch.manual_seed(args.seed)
-    options = {k: getattr(args, k) for k in methods.OPTIONS if getattr(args, k) is not None}
-    model = build(args.model, args.weights, args.peft, args.reference, **options)
+    model = build(args.model, args.weights, args.peft, args.reference, **methods.given(args))
     size = model_size(model.info["folder"], args.image_size, model.base.config.vision.patch_size)
     trained, total = model.count()
     share = f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f} %)"

@@ -45,6 +45,17 @@ def assert_gradients(model, g, rename=lambda n: n):
         assert (ours.grad - want).abs().max() <= 1e-3 * want.abs().max(), name
 
 
+def assert_golden(model, g, rename):
+    """Logits, loss and gradients, which none but the tuner's parameters have."""
+    logits = run(model, g)
+    torch.testing.assert_close(logits, g["out.logits"], atol=2e-5, rtol=0)
+    loss = vlsm.dice_bce_loss(logits, g["in.target"])
+    torch.testing.assert_close(loss, g["out.loss"].reshape(()), atol=1e-5, rtol=0)
+    loss.backward()
+    assert_gradients(model, g, rename)
+    assert all(p.grad is None for n, p in model.named_parameters() if not n.startswith("tuner."))
+
+
 @pytest.mark.parametrize("case", ["vlsm-zeroshot", "vlsm-zeroshot-simple"])
 def test_zeroshot_golden(case):
     g, config = golden(case)
@@ -64,13 +75,7 @@ def test_adapter_golden(case, method):
     branches = "".join(letter for letter, key in zip("vlc", ("adapter_in_v", "adapter_in_l", "adapter_in_cond")) if config[key])
     model = vlsm.build("clipseg", GOLDEN / config["base"], method, branches=branches, dim=config["adapter_dim"])
     model.load_tuned({our_name(n[6:]): t for n, t in g.items() if n.startswith("param.")})
-    logits = run(model, g)
-    torch.testing.assert_close(logits, g["out.logits"], atol=2e-5, rtol=0)
-    loss = vlsm.dice_bce_loss(logits, g["in.target"])
-    torch.testing.assert_close(loss, g["out.loss"].reshape(()), atol=1e-5, rtol=0)
-    loss.backward()
-    assert_gradients(model, g, our_name)
-    assert all(p.grad is None for n, p in model.named_parameters() if not n.startswith("tuner."))
+    assert_golden(model, g, our_name)
 
 
 def random_config(seed):

@@ -1,5 +1,7 @@
 """Files that survive a crash: each is written under a temporary name, flushed to disk, then renamed."""
 
+import csv
+import io
 import json
 import os
 from contextlib import contextmanager
@@ -36,6 +38,13 @@ def replacing(path):
 def write_text(path, text):
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_csv(path, rows):
+    """Write rows of values, the first of which are the columns' names."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def save_tuned(path, model, **about):

@@ -328,19 +328,18 @@ class CLIPSeg(nn.Module):
         """
         text, limit = self.clip.text_model, self.config.text.max_position_embeddings
         n = contexts[0].shape[-2] if contexts else 0
-        device = text.embeddings.token_embedding.weight.device
-        tokens = input_ids[..., None] if attention_mask is None else torch.stack([input_ids, attention_mask.to(input_ids)], -1)
-        tokens, end = tokens.to(device), self.end_of_text(input_ids).to(device)
-        rows, keep = torch.arange(len(tokens), device=device), limit - n
-        if tokens.shape[1] > keep:
+        input_ids = input_ids.to(text.embeddings.token_embedding.weight.device)
+        seen = None if attention_mask is None else attention_mask.to(input_ids.device).bool()
+        end, rows, keep = self.end_of_text(input_ids), torch.arange(len(input_ids), device=input_ids.device), limit - n
+        if input_ids.shape[1] > keep:
             if not n:
-                raise ValueError(f"A prompt has {tokens.shape[1]} tokens; the text encoder takes at most {limit}.")
-            tokens = torch.cat([tokens[:, : keep - 1], tokens[rows, end][:, None]], 1)
-            end = end.clamp(max=keep - 1)
-        input_ids, mask, S = tokens[..., 0], None, tokens.shape[1] + n
-        if attention_mask is not None:
-            seen = F.pad(tokens[..., 1].bool(), (n, 0), value=True)  # [B, S]
-            mask = seen[:, None, None] & torch.ones(S, S, dtype=torch.bool, device=device).tril()
+                raise ValueError(f"A prompt has {input_ids.shape[1]} tokens; the text encoder takes at most {limit}.")
+            cut = [None if t is None else torch.cat([t[:, : keep - 1], t[rows, end][:, None]], 1) for t in (input_ids, seen)]
+            (input_ids, seen), end = cut, end.clamp(max=keep - 1)
+        mask, S = None, input_ids.shape[1] + n
+        if seen is not None:
+            causal = torch.ones(S, S, dtype=torch.bool, device=input_ids.device).tril()
+            mask = F.pad(seen, (n, 0), value=True)[:, None, None] & causal
         x = text.embeddings.token_embedding(input_ids)  # [B, T, D]
         if contexts:
             x = put(x, 1, contexts[0])

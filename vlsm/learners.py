@@ -107,9 +107,10 @@ class Learner(Tuner):
         first, rest = make(), 0 if unified else len(self.context) - 1
         return nn.ModuleList([first, *(copy.deepcopy(first) if copies else make() for _ in range(rest))])
 
-    def through(self, modules):
-        """Each set of vectors through its module."""
-        return [modules[min(i, len(modules) - 1)](v) for i, v in enumerate(self.context)]
+    def through(self, modules, vectors=None):
+        """Each set of vectors (`context`, or others in its place) through its module."""
+        vectors = self.context if vectors is None else vectors
+        return [modules[min(i, len(modules) - 1)](v) for i, v in enumerate(vectors)]
 
 
 class CoOp(Learner):
@@ -231,5 +232,5 @@ class SharedAttention(Learner):
         self.mixer = self.each(lambda: nn.TransformerEncoderLayer(width, heads, feed_forward, dropout, **kind), unified_proj, copies=True)
 
     def contexts(self):
-        mixed = [self.mixer[min(i, len(self.mixer) - 1)](v[None])[0] for i, v in enumerate(self.context)]  # both parts of one dropout draw
-        return Contexts(vision=[m[:, self.text_width :] for m in mixed], text=[m[:, : self.text_width] for m in mixed])
+        mixed = self.through(self.mixer, self.context[:, None])  # each [1, n, width]; both parts of one dropout draw
+        return Contexts(vision=[m[0, :, self.text_width :] for m in mixed], text=[m[0, :, : self.text_width] for m in mixed])

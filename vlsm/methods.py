@@ -23,6 +23,11 @@ def takes(method):
 OPTIONS = tuple(dict.fromkeys(option for method in METHODS for option in takes(method)))
 
 
+def given(args):
+    """Those of the options of all methods that were given, as keywords for `vlsm.build`."""
+    return {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+
+
 def add_arguments(parser):
     """The options of all methods; None where the method's own default holds."""
     g = parser.add_argument_group("adapters and LoRA")

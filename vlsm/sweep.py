@@ -4,8 +4,6 @@ Source of the search space: Adhikari et al., "TuneVLSeg" (ACCV 2024), Table 2, f
 """
 
 import copy
-import csv
-import io
 import math
 import shutil
 import warnings
@@ -14,11 +12,11 @@ from pathlib import Path
 import torch
 
 from . import pictures
-from .checkpoint import replacing, write_text
+from .checkpoint import replacing, write_csv
 from .clipseg import CLIPSegConfig
 from .job import Diverged
 from .learners import Learner
-from .methods import METHODS, make_tuner, method_options, parts_of, takes
+from .methods import METHODS, given, make_tuner, method_options, parts_of, takes
 from .weights import read_json, resolve
 
 RATES = {"lr": dict(low=1e-5, high=5e-3, log=True), "weight_decay": dict(low=1e-5, high=1e-2, log=True)}
@@ -52,9 +50,8 @@ def default_space(args):
         space.update(SPACES.get(name, {}))
     if "heads" in space:
         space["heads"] = [h for h in space["heads"] if (config.text.hidden_size + config.vision.hidden_size) % h == 0]
-    given = {} if args.upsampler is None else dict(upsampler=args.upsampler)
     with torch.device("meta"):
-        tuner = make_tuner(args.peft, config, args.reference, method_options(args.peft, given))
+        tuner = make_tuner(args.peft, config, args.reference, method_options(args.peft, given(args)))
     if learners and not any(tuner.decays(*item) for item in tuner.named_parameters()):
         del space["weight_decay"]
     return {name: entry for name, entry in space.items() if name not in args.given and entry != []}
@@ -209,9 +206,7 @@ def report(study, out, log):
     for t in trials:
         dsc = f"{100 * t.user_attrs['val_dsc']:.2f}"
         table.append([f"{t.number:03d}", t.state.name.lower(), dsc, str(t.user_attrs["epochs"]), *(_short(t.params[n]) for n in names)])
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(table)
-    write_text(out / "sweep.csv", text.getvalue())
+    write_csv(out / "sweep.csv", table)
     widths = [max(map(len, column)) for column in zip(*table)]
     print("\n" + "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths)) for row in table))
     best = study.best_trial if any(t.state.name == "COMPLETE" for t in trials) else trials[0]

@@ -14,6 +14,7 @@ from torch import nn
 from kernels import adapter
 
 COND_DIM = 256  # width of the adapter on the conditional embedding, whatever `dim` is (as published)
+BRANCHES = dict(v="vision", l="language", c="conditional")
 TARGETS = ("q", "k", "v", "out")  # attention's projections, as LoRA calls them
 
 
@@ -104,15 +105,20 @@ class Adapter(nn.Module):
         return adapter(x, residual, self.down.weight, self.down.bias, self.up.weight, self.up.bias)
 
 
+def check_branches(branches, known, method=""):
+    """Raise ValueError unless `branches` are some of the letters `known`, each once."""
+    if not branches or set(branches) - set(known) or len(set(branches)) < len(branches):
+        letters = ", ".join(f"{letter} ({BRANCHES[letter]})" for letter in known)
+        whose = f" to {method}" if method else ""
+        raise ValueError(f"--branches '{branches}' is not known{whose}; give one or more of the letters {letters}.")
+
+
 class Adapters(Tuner):
     """What dense and shallow adapters share: the branches ("v" vision, "l" language, "c" conditional embedding), and c itself."""
 
     def __init__(self, config, branches="vl", dim=64, reference=False):
         super().__init__(config, reference)
-        if not branches or set(branches) - set("vlc") or len(set(branches)) < len(branches):
-            raise ValueError(
-                f"--branches '{branches}' is not known; give one or more of the letters v (vision), l (language), c (conditional)."
-            )
+        check_branches(branches, "vlc")
         if dim < 1:
             raise ValueError(
                 f"--dim {dim} leaves an adapter without a hidden unit; give a width of 1 or more (the paper's: 64 dense, 512 shallow)."
@@ -201,8 +207,7 @@ class LoRA(Tuner):
 
     def __init__(self, config, branches="vl", dim=16, lora_alpha=32.0, lora_targets=("q", "v"), reference=False):
         super().__init__(config, reference)
-        if not branches or set(branches) - set("vl") or len(set(branches)) < len(branches):
-            raise ValueError(f"--branches '{branches}' is not known to lora; give one or both of the letters v (vision), l (language).")
+        check_branches(branches, "vl", "lora")
         if dim < 1:
             raise ValueError(f"--dim {dim} leaves an update without a rank; give 1 or more (default 16).")
         wrong = sorted(set(lora_targets) - set(TARGETS))
