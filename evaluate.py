@@ -47,7 +47,7 @@ def parse(argv=None):
     g.add_argument("--out", help="folder of metrics.csv and metrics.json (default: eval-SPLIT in the run's folder)")
     g.add_argument("--save-masks", metavar="DIR", help="write predicted masks as 0/255 PNGs of original size, under the masks' own names")
     g.add_argument("--figure", type=int, metavar="N", help="write figure.png: N rows, the best, median and worst cases")
-    merge = "instead of evaluating, write a plain Hugging Face CLIPSeg folder with what lora, decoder or full has learnt in its weights"
+    merge = "instead of evaluating, write a plain folder of weights (Hugging Face's for CLIPSeg) with what lora, decoder or full has learnt"
     g.add_argument("--merge", metavar="DIR", help=merge)
     g = parser.add_argument_group("other inputs")
     g.add_argument("--pred", help="folder of predicted masks, scored without a network against --target")
@@ -76,7 +76,8 @@ class Predictor:
     def logits(self, pixels, prompts):
         """uint8 `[B, 3, S, S]` and B prompts -> float32 logits `[B, 1, S, S]`, on the device."""
         with runtime.autocast(self.device, self.dtype):
-            return self.model(normalise(pixels.to(self.device)), *self.tokenizer(prompts)).float()
+            pixels = normalise(pixels.to(self.device), mean=self.about["mean"], std=self.about["std"])
+            return self.model(pixels, *self.tokenizer(prompts)).float()
 
 
 def enlarge(logits, shape, how):
@@ -267,8 +268,10 @@ def main(argv=None):
     if not args.ckpt:
         raise ValueError("Name what to evaluate: --ckpt RUN_DIR_OR_FILE, or two folders of masks with --pred and --target.")
     if args.merge:
-        save_merged(args.merge, load(args.ckpt, args.weights))
-        print(f"Wrote '{args.merge}'; transformers loads it, and so does --weights {args.merge}.")
+        model = load(args.ckpt, args.weights)
+        save_merged(args.merge, model)
+        also = "transformers loads it, and so does" if model.info["model"] == "clipseg" else "load it with"
+        print(f"Wrote '{args.merge}'; {also} --weights {args.merge}.")
         return
     predictor = Predictor(args)
     if args.images:

@@ -20,12 +20,12 @@ from vlsm import build, methods, pictures, runtime, sweep
 from vlsm.augment import augment
 from vlsm.checkpoint import load_state, replacing, save_state, save_tuned, write_csv, write_text
 from vlsm.console import Interrupt, progress, speaking
-from vlsm.images import MEAN, STD
 from vlsm.job import Job
 from vlsm.learners import Learner
 from vlsm.methods import METHODS
 from vlsm.metrics import dsc, iou
-from vlsm.weights import DEFAULT_WEIGHTS, read_json
+from vlsm.model import NETWORKS, network
+from vlsm.weights import is_random, read_json
 
 # The papers' recipes; of several methods (dense+vpt) the first one's holds. --dataset demo, which is small, ends after DEMO_EPOCHS.
 DEFAULTS = dict(
@@ -37,6 +37,7 @@ LEARNER_DEFAULTS = dict(
     dice_weight=1.0, bce_weight=0.2,
 )  # fmt: skip
 LEARNING_RATES = {"dense": 1e-3, "shallow": 3e-4, "decoder": 1e-3, "full": 1e-4, "none": 0.0, "lora": 1e-3}
+MODEL_RATES = {"cris": 1e-4, "san": 3e-4}  # of full and decoder
 LEARNER_RATE, LEARNER_START = 2e-4, "a photo of a"
 DEMO_EPOCHS = 40
 RECIPE = (
@@ -53,7 +54,7 @@ UNSAVED = {"out", "resume", "overwrite", "dry_run", "given", "sweep_space", "swe
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description="Fine-tune a frozen CLIPSeg with few trained parameters.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Fine-tune a vision-language segmentation model, by few parameters.", allow_abbrev=False)
     g = parser.add_argument_group("data")
     g.add_argument("--dataset", default="demo", help="demo (default), " + ", ".join(datasets.DATASETS) + ", or a folder of your own")
     g.add_argument("--data-root", default="data", help="folder that holds the data sets' folders (default: data)")
@@ -61,19 +62,21 @@ def parse(argv=None):
         "--prompts",
         help='random (default: a key from p1.. each time), class (default of prompt learners), a key such as p6, or a text: "a polyp"',
     )
-    g.add_argument("--image-size", type=int, help="side in pixels, a multiple of the patch (default: the base's own, 352 for CLIPSeg)")
+    g.add_argument("--image-size", type=int, help="side in pixels (default: the base's own: 352 for CLIPSeg, 416 CRIS, 640 SAN)")
     augmentation = "scale, shift, rotate, brighten a little (default: with prompt learners only, as published)"
     g.add_argument("--augment", action=argparse.BooleanOptionalAction, help=augmentation)
     g.add_argument("--skip-bad", action="store_true", help="train without the records that cannot be used, instead of stopping")
     g.add_argument("--split-seed", type=int, default=0, help="of the 80/10/10 split of your own folder (default 0)")
     g.add_argument("--cache-dir", default=datasets.default_cache(), help="folder of the decoded pictures (default: %(default)s)")
     g = parser.add_argument_group("model and method")
-    g.add_argument("--model", default="clipseg", help="clipseg")
+    g.add_argument("--model", default="clipseg", choices=NETWORKS, help="clipseg (default), cris or san")
+    default = f"mini for the demo, else {NETWORKS['clipseg'].default_weights}; san: {NETWORKS['san'].default_weights}"
     g.add_argument(
-        "--weights", help="hub id, local folder, or mini, the embedded one (default: mini for the demo, else " + DEFAULT_WEIGHTS + ")"
+        "--weights",
+        help=f"hub id, local folder, or mini, the embedded CLIPSeg (default: {default}); random:CONFIG.json: none, for tests and research",
     )
     others = ", ".join(m for m in METHODS if m != "dense")
-    g.add_argument("--peft", default="dense", help=f"dense (default), {others}; or several: dense+vpt")
+    g.add_argument("--peft", help=f"dense (default on clipseg), {others}; or several: dense+vpt. cris, san: full (default), decoder, none")
     published = "do as the published code does, where it departs from its paper (but for prompt learners, implies --ce reference)"
     g.add_argument("--reference", action="store_true", help=published)
     methods.add_arguments(parser)
@@ -127,6 +130,7 @@ def _flags(argv):
 
 def complete(args):
     """Fill in what depends on other options, or on the run that is resumed. Raises ValueError for what cannot be."""
+    args.peft = args.peft or ("dense" if args.model == "clipseg" else "full")
     names = methods.parts_of(args.peft)
     for name in ("epochs", "batch_size", "image_size", "patience", "sweep"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -137,16 +141,21 @@ def complete(args):
         raise ValueError("--resume goes on with a run and --overwrite deletes it; give one of them.")
     if not args.out:
         depth = f"depth{args.prompt_depth}" if args.prompt_depth else ""
-        parts = [Path(args.dataset).name, args.peft, args.branches or "", str(args.dim or ""), depth, f"seed{args.seed}"]
+        model = "" if args.model == "clipseg" else args.model
+        parts = [Path(args.dataset).name, model, args.peft, args.branches or "", str(args.dim or ""), depth, f"seed{args.seed}"]
         parts += ["sweep"] if args.sweep else []
         args.out = str(Path("runs") / "-".join(p for p in parts if p))
     if args.resume:
         adopt(args)
-    args.weights = args.weights or ("mini" if args.dataset == "demo" else DEFAULT_WEIGHTS)
+    demo = args.dataset == "demo" and args.model == "clipseg"
+    args.weights = args.weights or ("mini" if demo else network(args.model).default_weights)
     learner = issubclass(METHODS[names[0]], Learner)
     if args.context_init is None and args.context is None and {"coop", "cocoop"} & set(names):
         args.context_init = [LEARNER_START]
-    for name, value in dict(LEARNER_DEFAULTS if learner else DEFAULTS, lr=LEARNING_RATES.get(names[0], LEARNER_RATE)).items():
+    rate = LEARNING_RATES.get(names[0], LEARNER_RATE)
+    if args.model in MODEL_RATES and names[0] in ("decoder", "full"):
+        rate = MODEL_RATES[args.model]
+    for name, value in dict(LEARNER_DEFAULTS if learner else DEFAULTS, lr=rate).items():
         if getattr(args, name) is None:
             setattr(args, name, DEMO_EPOCHS if name == "epochs" and args.dataset == "demo" else value)
     args.ce = args.ce or ("reference" if args.reference and not learner else "logits")  # TuneVLSeg's own loss is right
@@ -196,12 +205,14 @@ def make_folder(args, about):
     return out
 
 
-def model_size(folder, asked, patch):
-    """Side of the pictures: as asked for, else the weights' own processor's, else the paper's 352."""
+def model_size(model, asked):
+    """Side of the pictures: as asked for, else the network's own, else that of the weights' own processor, else the paper's 352."""
+    config, file = model.base.config, model.info["folder"] / "preprocessor_config.json"
+    asked = asked or getattr(config, "img_size", None)
     if asked is None:
-        file = folder / "preprocessor_config.json"
         size = read_json(file).get("size", 352) if file.is_file() else 352
         asked = size if isinstance(size, int) else size.get("height", size.get("shortest_edge", 352))
+    patch = config.stride
     if asked % patch:
         raise ValueError(
             f"--image-size {asked} is no multiple of the model's patch size {patch}; try {round(asked / patch) * patch or patch}."
@@ -263,12 +274,12 @@ def validate(job):
     return loss_sum.item() / count, *torch.cat(scores).mean(0).tolist()
 
 
-def describe_run(args, size):
+def describe_run(args, size, model):
     """What config.json and the checkpoint's metadata say about a run."""
     recipe = {k: getattr(args, k) for k in RECIPE}
     versions = dict(python=platform.python_version(), torch=torch.__version__)
     data = dict(dataset=args.dataset, data_root=args.data_root, split_seed=args.split_seed, prompts=args.prompts)
-    return dict(**data, image_size=size, mean=MEAN, std=STD, recipe=recipe, versions=versions)
+    return dict(**data, image_size=size, mean=model.base.mean, std=model.base.std, recipe=recipe, versions=versions)
 
 
 def save_epoch(job, about, better):
@@ -286,14 +297,16 @@ def train(args, after_epoch=None):
     device, dtype = runtime.choose(args.device, args.amp)
     torch.manual_seed(args.seed)
     model = build(args.model, args.weights, args.peft, args.reference, **methods.given(args))
-    size = model_size(model.info["folder"], args.image_size, model.base.config.vision.patch_size)
+    size = model_size(model, args.image_size)
+    if is_random(args.weights):
+        print(f"{args.weights}: random weights, for tests and research: nothing in them is pretrained.", file=sys.stderr)
     trained, total = model.count()
     share = f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f} %)"
     print(f"{args.model} ({args.weights}), --peft {args.peft}: {share}")
     if args.dry_run:
         return
     check_folder(args)
-    about = describe_run(args, size)
+    about = describe_run(args, size, model)
     if args.peft == "none":
         out = make_folder(args, about)
         save_tuned(out / "best.safetensors", model, **about, best_val_dsc=None)

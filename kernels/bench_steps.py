@@ -231,7 +231,7 @@ def _step(bench, label):
         def loss_of_kept(ids, target):
             with runtime.autocast(bench.device, pair.amp):
                 text = base.encode_prompts(ids, None, tuner, tuner.contexts().text)
-                return dice_bce(base.decode(kept, *text, (22, 22), tuner), target)
+                return dice_bce(base.decode(kept, text, (352, 352), tuner), target)
 
         step = stepper(pair.model.tuned_parameters().values(), loss_of_kept, bench.device)
         found = dict(ours=lambda: step(ids, target), reference=found["reference"])

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from vlsm.console import speaking
 
@@ -69,6 +70,14 @@ def folder(tmp_path):
     return root
 
 
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """The demo data set as files: drawing it takes seconds."""
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    importlib.import_module("datasets").export("demo", folder)
+    return folder
+
+
 @pytest.fixture
 def cli(capsys):
     """Run `train` or `evaluate` with arguments as a user would: (exit code, stdout, stderr)."""
@@ -99,3 +108,15 @@ def trained(cli, quick, tmp_path):
     code, _, err = cli("train", *quick, "--epochs", 2)
     assert code == 0, err
     return tmp_path / "run"
+
+
+def folder_of_golden(case, folder):
+    """A golden case's network as a folder for --weights."""
+    path = GOLDEN / f"{case}.safetensors"
+    with safe_open(path, "pt") as file:
+        config = file.metadata()["config"]
+    folder.mkdir()
+    (folder / "config.json").write_text(config)
+    tensors = {name.removeprefix("param."): t for name, t in load_file(path).items() if name.startswith("param.")}
+    save_file(tensors, folder / "model.safetensors")
+    return folder

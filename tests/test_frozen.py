@@ -62,7 +62,7 @@ def test_logits_and_gradients_are_those_of_the_model(tmp_path, monkeypatch, meth
     options = dict(shallow=dict(branches="vlc"), dense=dict(branches="lc"), cocoop={})[method]
     f, data = wrap(method, tmp_path, 1, **options), split()
     side = data.images.shape[-1]
-    image = 3 * ((side // 8) ** 2 + 1) * 128 * 4  # bytes of one image's activations
+    image = (3 * ((side // 8) ** 2 + 1) * 128 + 96 * (method == "cocoop")) * 4  # bytes of one image's activations (and features)
     monkeypatch.setattr(frozen, "SHARE", 1)
     monkeypatch.setattr(frozen, "room", lambda *_: {p: n * image // (2 if p == "disk" else 1) + 7 for p, n in held.items()})
     said = f.fill("train", data, 4)
@@ -113,12 +113,13 @@ def test_images_and_prompts_are_encoded_once(tmp_path, monkeypatch):
 
 def test_store_of_half_precision(tmp_path):
     """Under bf16 all places keep bf16: what the decoder would make of it anyway."""
-    store = Store(6, 2, (5, 4), torch.bfloat16, CPU, dict(RAM=2 * 2 * 40, disk=3 * 2 * 40 + 1), tmp_path)
-    values = torch.randn(2, 6, 5, 4)
-    store.put(0, values[:, :3])
-    store.put(3, values[:, 3:])
+    store = Store(6, [(5, 4), (3, 2, 2), (8,)], torch.bfloat16, CPU, dict(RAM=2 * 2 * 40, disk=3 * 2 * 40 + 1), tmp_path)
+    values = [torch.randn(6, 5, 4), torch.randn(6, 3, 2, 2), torch.randn(6, 8)]
+    store.put(0, [v[:3] for v in values])
+    store.put(3, [v[3:] for v in values])
     assert store.held == 5 and store.bytes() == dict(RAM=160, disk=240)
-    assert torch.equal(store.get(torch.tensor([4, 0, 3, 4])), values[:, [4, 0, 3, 4]].bfloat16())
+    for got, value in zip(store.get(torch.tensor([4, 0, 3, 4])), values):
+        assert torch.equal(got, value[[4, 0, 3, 4]].bfloat16())
 
 
 def test_free_memory_is_a_number_of_bytes(tmp_path):

@@ -40,7 +40,7 @@ def test_golden(method, reference):
     activations, _ = model.base.encode_image(g["in.pixel_values"], model.tuner, contexts.vision)
     for layer, activation in zip(model.base.config.extract_layers, activations):
         torch.testing.assert_close(activation, g[f"out.vision_activation.{layer}"], atol=2e-5, rtol=1e-5)
-    cond, _ = model.base.encode_prompts(g["in.input_ids"], g["in.attention_mask"], model.tuner, contexts.text)
+    cond, *_ = model.base.encode_prompts(g["in.input_ids"], g["in.attention_mask"], model.tuner, contexts.text)
     torch.testing.assert_close(cond, g["out.conditional_embeddings"], atol=2e-5, rtol=0)
     assert_golden(model, g, our_name)
     plain = vlsm.build("clipseg", GOLDEN / config["base"])
@@ -305,5 +305,5 @@ def test_contexts_start_from_text():
 
 def test_depth_of_the_published_code_follows_its_own_rule():
     config = build("none").base.config
-    assert METHODS["vpt"].deepest(config) == 11 == METHODS["vpt"].deepest(config, reference=True)
-    assert (METHODS["vpt"].deepest(REAL), METHODS["coop"].deepest(REAL), METHODS["maple"].deepest(REAL, True)) == (11, 12, 12)
+    assert config.deepest(METHODS["vpt"].places) == 11 == config.deepest(METHODS["vpt"].places, reference=True)
+    assert (REAL.deepest(METHODS["vpt"].places), REAL.deepest(METHODS["coop"].places), REAL.deepest(METHODS["maple"].places, True)) == (11, 12, 12)

@@ -161,10 +161,15 @@ def test_half_precision_leaves_what_is_trained_in_float32(method):
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.tuned_parameters().values())
 
 
+@pytest.fixture(scope="module")
+def train_split(demo):
+    return datasets.open_dataset(str(demo), ["train"], 96, "data", None, 0, "class")["train"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [*LEARNERS, "lora", "dense+vpt"])
-def test_two_pictures_of_the_demo_are_learnt_by_heart(method):
-    data = datasets.open_dataset("demo", ["train"], 96, "data", None, 0, "class")["train"]
+def test_two_pictures_of_the_demo_are_learnt_by_heart(train_split, method):
+    data = train_split
     indices = [i for i in range(20) if data.masks[i].any()][:2]
     pixels, masks = data.batch(indices)
     torch.manual_seed(0)
@@ -184,15 +189,14 @@ def test_two_pictures_of_the_demo_are_learnt_by_heart(method):
 
 
 @pytest.mark.slow
-def test_each_method_beats_its_zero_shot_on_the_demo(cli, tmp_path):
+def test_each_method_beats_its_zero_shot_on_the_demo(cli, demo, tmp_path):
     def dsc(method, *more):
-        options = ["--dataset", tmp_path / "demo", "--weights", "mini", "--image-size", 48, "--prompts", "class"]
+        options = ["--dataset", demo, "--weights", "mini", "--image-size", 48, "--prompts", "class"]
         code, _, err = cli("train", "--peft", method, *options, "--out", tmp_path / method, *more)
         assert code == 0, err
         assert cli("evaluate", "--ckpt", tmp_path / method)[0] == 0
         return json.loads((tmp_path / method / "eval-test" / "metrics.json").read_text())["dsc"]["mean"]
 
-    datasets.main(["--export", "demo", str(tmp_path / "demo")])  # drawn once, and decoded once
     start = dsc("none")
     for method in (*LEARNERS, "lora", "dense+vpt"):
         assert dsc(method, "--epochs", 3, "--lr", 5e-3) > start + 0.1, method

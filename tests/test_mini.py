@@ -81,11 +81,11 @@ def test_pretraining_resumes_bit_for_bit(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_demo_reaches_what_readme_says(tmp_path, cli):
+def test_demo_reaches_what_readme_says(tmp_path, demo, cli):
     """Dense adapters on the demo: test DSC of 80 and more, at least 20 points above the base as it is."""
     scores = {}
     for method in ("none", "dense"):
-        code, _, err = cli("train", "--dataset", "demo", "--peft", method, "--out", tmp_path / method)
+        code, _, err = cli("train", "--dataset", demo, "--weights", "mini", "--epochs", 40, "--peft", method, "--out", tmp_path / method)
         assert code == 0, err
         code, _, err = cli("evaluate", "--ckpt", tmp_path / method)
         assert code == 0, err

@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 import train
-from tests.conftest import rows, without_dim
+from tests.conftest import ROOT, rows, without_dim
 from vlsm import sweep
 from vlsm.job import Diverged
 from vlsm.methods import METHODS
+from vlsm.model import read_config
 
 
 @pytest.fixture
@@ -171,7 +172,8 @@ def test_the_space_is_the_papers_and_what_fits(tmp_path, method, more, want):
     assert set(space) == want | {"lr", "weight_decay"}
     assert space["lr"] == dict(low=1e-5, high=5e-3, log=True) and space["weight_decay"] == dict(low=1e-5, high=1e-2, log=True)
     if "prompt_depth" in want:
-        assert space["prompt_depth"] == dict(low=1, high=METHODS[method].deepest(sweep_config())) and space["prompt_depth"]["high"] <= 11
+        deepest = read_config("clipseg", "mini")[2].deepest(METHODS[method].places)
+        assert space["prompt_depth"] == dict(low=1, high=deepest) and deepest <= 11
     if "heads" in want:
         assert space["heads"] == [16, 32], "20 heads do not divide this base's width"
     no_decay = sweep.default_space(arguments(tmp_path, "--peft", "vpt", "--no-upsampler", "--reference"))
@@ -179,11 +181,14 @@ def test_the_space_is_the_papers_and_what_fits(tmp_path, method, more, want):
     assert "weight_decay" in sweep.default_space(arguments(tmp_path, "--peft", "vpt", "--reference"))
 
 
-def sweep_config():
-    from vlsm.clipseg import CLIPSegConfig
-    from vlsm.weights import MINI, read_json
-
-    return CLIPSegConfig.from_dict(read_json(MINI / "config.json"))
+@pytest.mark.parametrize("peft, depth", [("coop", 4), ("cocoop", 4), ("full", None), ("coop+decoder", 4)])
+def test_the_space_of_cris(tmp_path, peft, depth):
+    """Three text layers, and one set more: it may stand over the last layer's output."""
+    more = ["--model", "cris", "--peft", peft, "--weights", f"random:{ROOT / 'tests' / 'tiny' / 'cris.json'}"]
+    space = sweep.default_space(arguments(tmp_path, *more))
+    assert space.get("prompt_depth") == (depth and dict(low=1, high=depth))
+    with pytest.raises(ValueError, match="cannot be used on CRIS"):
+        sweep.default_space(arguments(tmp_path, *more, "--peft", "maple"))
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,14 @@
 """Fine-tuning of vision-language segmentation models with few trained parameters."""
 
+import warnings
+
 from kernels import dice_bce as dice_bce_loss
 
 from . import metrics
 from .checkpoint import load
 from .model import VLSM, build
+
+# `python -m vlsm.cris` runs a module that this package has imported already; that is meant so
+warnings.filterwarnings("ignore", "'vlsm.cris' found in sys.modules", RuntimeWarning)
 
 __all__ = ["VLSM", "build", "dice_bce_loss", "load", "metrics"]

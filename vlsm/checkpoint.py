@@ -49,7 +49,7 @@ def write_csv(path, rows):
 
 def save_tuned(path, model, **about):
     """Write the tuned tensors and, as metadata (each value in JSON), what is needed to use them: `about` and the model's own `info`."""
-    info = {k: v for k, v in model.info.items() if k != "folder"}
+    info = {k: v for k, v in model.info.items() if k not in ("folder", "config")}
     metadata = dict(format=FORMAT, **info, **about)
     with replacing(path) as temporary:
         save_file(model.tuned_state_dict(), temporary, {k: json.dumps(v) for k, v in metadata.items()})
@@ -65,7 +65,9 @@ def save_merged(folder, model):
         raise FileExistsError(f"'{folder}' exists and is not empty. Name another folder for the merged weights.")
     tensors = model.merged()
     for name in weights_io.TEXT_FILES:
-        if (source / name).is_file():
+        if name == "config.json":
+            write_text(folder / name, json.dumps(model.info["config"], indent=1))
+        elif (source / name).is_file():
             write_text(folder / name, (source / name).read_text(encoding="utf-8"))
     with replacing(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary, {"format": "pt"})

@@ -7,37 +7,16 @@ checkpoint loads by name. The forward pass computes only what the logits depend 
 Sources: Lüddecke and Ecker, "Image Segmentation Using Text and Image Prompts" (CVPR 2022); Radford et al., CLIP (2021).
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .tuners import Tuner
+from .network import ACTIVATIONS, VISION_DEFAULTS, EncoderConfig, Network, TextEncoder, known, patch_tokens, put
 
 # Buffers that older transformers releases wrote; they hold 0, 1, 2, ... and are not needed.
 UNUSED_KEYS = ("clip.text_model.embeddings.position_ids", "clip.vision_model.embeddings.position_ids")
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    """Sizes of one CLIP encoder; the defaults are those that transformers leaves out of `config.json` (text encoder)."""
-
-    hidden_size: int = 512
-    intermediate_size: int = 2048
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 8
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-    vocab_size: int = 49408
-    max_position_embeddings: int = 77
-    eos_token_id: int = 49407
-    num_channels: int = 3
-    image_size: int = 224
-    patch_size: int = 32
-
-
-VISION_DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
 
 
 @dataclass(frozen=True)
@@ -58,35 +37,39 @@ class CLIPSegConfig:
     def from_dict(cls, raw):
         """Read the dictionary of a Hugging Face `config.json`. Raises ValueError for sizes that cannot work."""
 
-        def known(kind, values):
-            names = {f.name for f in fields(kind)}
-            return {k: v for k, v in values.items() if k in names and v is not None}
-
         def encoder(name, defaults):  # old files repeat the values, and win, under `<name>_dict`
             values = {**defaults, **(raw.get(name) or {}), **(raw.get(f"{name}_dict") or {})}
-            return EncoderConfig(**known(EncoderConfig, values))
+            return EncoderConfig.from_dict(values, name)
 
         top = known(cls, {k: v for k, v in raw.items() if k not in ("text", "vision")})
         top["extract_layers"] = tuple(top.get("extract_layers", cls.extract_layers))
         config = cls(text=encoder("text_config", {}), vision=encoder("vision_config", VISION_DEFAULTS), **top)
-        for name, enc in (("text_config", config.text), ("vision_config", config.vision)):
-            if enc.hidden_act not in ACTIVATIONS:
-                raise ValueError(f"{name}.hidden_act is '{enc.hidden_act}'; known are {', '.join(ACTIVATIONS)}.")
-            if enc.hidden_size % enc.num_attention_heads:
-                raise ValueError(f"{name}: hidden_size {enc.hidden_size} is no multiple of {enc.num_attention_heads} heads.")
         if not config.extract_layers or not 0 <= min(config.extract_layers) <= max(config.extract_layers) < config.vision.num_hidden_layers:
             raise ValueError(
                 f"extract_layers {list(config.extract_layers)} must be indices of the {config.vision.num_hidden_layers} vision layers."
             )
         return config
 
+    @property
+    def stride(self):
+        """Sides of pictures are multiples of this."""
+        return self.vision.patch_size
 
-def quick_gelu(x):
-    """x sigmoid(1.702 x), by way of SiLU: one fused operation each way where the formula as written takes three."""
-    return F.silu(1.702 * x) * (1 / 1.702)
+    @property
+    def upsampler(self):
+        """Of a learnable upsampler: the channels of the decoder's last features, to how many it reduces them (None: not), its factor."""
+        return self.reduce_dim, None, self.vision.patch_size
 
+    def deepest(self, places, reference=False):
+        """How many sets of context vectors can act on the logits; the published code has as many as layers.
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "relu": F.relu}
+        In the vision encoder a set may stand over the last extracted output: the decoder sees it.
+        """
+        vision, text = self.vision.num_hidden_layers, self.text.num_hidden_layers
+        if reference:
+            return min(vision, text)
+        limits = dict(vision=max(self.extract_layers) + 2, text=text)
+        return min(limits[place] for place in places)
 
 
 class Attention(nn.Module):
@@ -152,20 +135,7 @@ class VisionEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding((c.image_size // c.patch_size) ** 2 + 1, c.hidden_size)
 
     def forward(self, pixel_values):
-        patches = self.patch_embedding(pixel_values)  # [B, D, h, w]
-        B, D, h, w = patches.shape
-        x = torch.cat([self.class_embedding.to(patches.dtype).expand(B, 1, D), patches.flatten(2).transpose(1, 2)], 1)
-        return x + self.positions(h, w)  # [B, 1+h*w, D]
-
-    def positions(self, h, w):
-        """Position embeddings for an h x w grid `[1+h*w, D]`, resized bicubically if that is not the trained grid."""
-        weight = self.position_embedding.weight
-        side = round((len(weight) - 1) ** 0.5)
-        if (h, w) == (side, side):
-            return weight
-        grid = weight[1:].T.reshape(1, -1, side, side)  # [1, D, side, side]
-        grid = F.interpolate(grid, size=(h, w), mode="bicubic", align_corners=False)
-        return torch.cat([weight[:1], grid.flatten(2)[0].T])
+        return patch_tokens(self.patch_embedding(pixel_values), self.class_embedding, self.position_embedding.weight)  # [B, 1+h*w, D]
 
 
 class VisionModel(nn.Module):
@@ -253,23 +223,52 @@ class Decoder(nn.Module):
         return self.transposed_convolution(z), z
 
 
-def put(x, at, contexts, over=0):
-    """Tokens x `[B, S, D]` with contexts `[n, D]` or `[B, n, D]` at position `at`, in the place of the `over` tokens there."""
-    contexts = contexts.to(x.dtype).expand(len(x), -1, -1)
-    return torch.cat([x[:, :at], contexts, x[:, at + over :]], 1)
-
-
-class CLIPSeg(nn.Module):
+class CLIPSeg(Network):
     """The network. `config` is a `CLIPSegConfig`; weights are uninitialised noise until loaded (see weights.py)."""
 
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
+    name = "CLIPSeg"
+    model_types = ("clipseg",)
+    default_weights = "CIDAS/clipseg-rd64-refined"
+    Config = CLIPSegConfig
+
+    def __init__(self, config, reference=False):
+        super().__init__(config, reference)
         self.clip = CLIP(config)
         self.decoder = Decoder(config)
 
+    @classmethod
+    def rename(cls, tensors):
+        return {name: t for name, t in tensors.items() if name not in UNUSED_KEYS}
+
+    def initialise(self):
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(self.clip.vision_model.embeddings.class_embedding, std=0.02)
+
+    def text_encoder(self):
+        text = self.clip.text_model
+        return TextEncoder(text.embeddings.token_embedding, text.embeddings.position_embedding.weight, text.encoder.layers)
+
+    def decoder_names(self):
+        return [name for name, _ in self.named_parameters() if name.startswith("decoder.")]
+
+    def useful_names(self):
+        """All that the logits depend on. The published end-to-end baseline trains the decoder alone, without meaning to: it runs both
+        encoders without gradients.
+        """
+        if self.reference:
+            return self.decoder_names()
+        unused = ["clip.logit_scale", "clip.visual_projection.", "clip.vision_model.post_layernorm."]
+        layers = range(max(self.config.extract_layers) + 1, self.config.vision.num_hidden_layers)
+        unused += [f"clip.vision_model.encoder.layers.{i}." for i in layers]
+        return [name for name, _ in self.named_parameters() if not name.startswith(tuple(unused))]
+
+    def compilable(self):
+        return [*self.clip.vision_model.encoder.layers, *self.clip.text_model.encoder.layers, *self.decoder.layers]
+
     def encode_image(self, pixel_values, tuner, contexts=()):
-        """(activations at the extract layers: a list of `[B, 1+N+n, D]`, in their order; the image's features `[B, P]` or None).
+        """Activations at the extract layers: a list of `[B, 1+N+n, D]`, in their order; and the features.
 
         Stops after the deepest one, as nothing above it reaches the logits, unless the tuner reads the features. The n contexts stand
         behind the patches; those of layer i are put over the output of layer i - 1, and so are seen by the decoder too.
@@ -289,105 +288,16 @@ class CLIPSeg(nn.Module):
         features = self.clip.visual_projection(vision.post_layernorm(x[:, 0])) if tuner.reads_features else None
         return [states[i] for i in wanted], features
 
-    def end_of_text(self, input_ids):
-        """Index `[B]` of the pooled token: the first end token, or (legacy `eos_token_id` 2) the highest id."""
-        eos = self.config.text.eos_token_id
-        return input_ids.argmax(1) if eos == 2 else (input_ids == eos).int().argmax(1)
-
-    def distinct(self, input_ids, attention_mask):
-        """Prompts without repetition and needless padding: (input_ids `[U, T]`, attention_mask or None, row `[B]` of each prompt).
-
-        The attention is causal, so what follows the end-of-text token cannot reach it: those columns are cut off, and a padding mask
-        stays only where it hides a token before the end. Raises ValueError for a prompt without an end. On a GPU's tensors this
-        synchronises; keep `input_ids` on the CPU.
-        """
-        eos = self.config.text.eos_token_id
-        missing = (input_ids != eos).all(1)
-        if eos != 2 and missing.any():
-            raise ValueError(
-                f"Prompt {int(missing.nonzero()[0])} of the batch holds no end-of-text token (id {eos}), so there is nothing to pool. "
-                "Was it cut by hand, or made with another model's tokenizer?"
-            )
-        pairs = input_ids if attention_mask is None else torch.stack([input_ids, attention_mask.to(input_ids)], -1)
-        pairs, row = torch.unique(pairs, dim=0, return_inverse=True)
-        input_ids, attention_mask = (pairs, None) if attention_mask is None else pairs.unbind(-1)
-        end = self.end_of_text(input_ids)
-        T = int(end.max()) + 1
-        input_ids = input_ids[:, :T]
-        if attention_mask is not None:
-            attention_mask = attention_mask[:, :T]
-            if attention_mask[torch.arange(T, device=end.device) <= end[:, None]].all():
-                attention_mask = None
-        return input_ids, attention_mask, row
-
     def encode_text(self, input_ids, attention_mask, tuner, contexts=()):
-        """(conditional embedding `[B, P]`, the pooled token's state `[B, D]` after each extract layer) of prompts `[B, T]`.
+        """(conditional embedding `[B, P]`, and the pooled token's state `[B, D]` after each extract layer) of prompts `[B, T]`."""
+        states, end, _ = self.read(input_ids, attention_mask, tuner, contexts)
+        rows = torch.arange(len(end), device=end.device)
+        pooled = [x[rows, end] for x in states]
+        cond = self.clip.text_projection(self.clip.text_model.final_layer_norm(pooled[-1]))
+        return cond, *(pooled[i] for i in self.config.extract_layers if i < len(pooled))
 
-        The n contexts stand behind the start token; those of layer i are put over the output of layer i - 1. Where a prompt and its
-        contexts exceed the encoder's window, the prompt loses its last words, never its end token.
-        """
-        text, limit = self.clip.text_model, self.config.text.max_position_embeddings
-        n = contexts[0].shape[-2] if contexts else 0
-        input_ids = input_ids.to(text.embeddings.token_embedding.weight.device)
-        seen = None if attention_mask is None else attention_mask.to(input_ids.device).bool()
-        end, rows, keep = self.end_of_text(input_ids), torch.arange(len(input_ids), device=input_ids.device), limit - n
-        if input_ids.shape[1] > keep:
-            if not n:
-                raise ValueError(f"A prompt has {input_ids.shape[1]} tokens; the text encoder takes at most {limit}.")
-            cut = [None if t is None else torch.cat([t[:, : keep - 1], t[rows, end][:, None]], 1) for t in (input_ids, seen)]
-            (input_ids, seen), end = cut, end.clamp(max=keep - 1)
-        mask, S = None, input_ids.shape[1] + n
-        if seen is not None:
-            causal = torch.ones(S, S, dtype=torch.bool, device=input_ids.device).tril()
-            mask = F.pad(seen, (n, 0), value=True)[:, None, None] & causal
-        x = text.embeddings.token_embedding(input_ids)  # [B, T, D]
-        if contexts:
-            x = put(x, 1, contexts[0])
-        x = x + text.embeddings.position_embedding.weight[:S]  # [B, S, D]
-        states = []
-        for i, block in enumerate(text.encoder.layers):
-            x = block(x, tuner.adders("text", i), mask, causal=mask is None, updates=tuner.updates("text", i))
-            if i + 1 < len(contexts):
-                x = put(x, 1, contexts[i + 1], over=n)
-            states.append(x[rows, end + n])  # [B, D]
-        cond = self.clip.text_projection(text.final_layer_norm(states[-1]))
-        return cond, [states[i] for i in self.config.extract_layers if i < len(states)]
-
-    def encode_prompts(self, input_ids, attention_mask, tuner, contexts=(), features=None):
-        """As `encode_text`, but equal prompts are encoded once, unless their contexts depend on the image.
-
-        (`torch.compile` of the whole cannot look at values: it encodes all.)
-        """
-        contexts = tuner.text_contexts(contexts, features)
-        if torch.compiler.is_compiling():
-            return self.encode_text(input_ids, attention_mask, tuner, contexts)
-        input_ids, attention_mask, row = self.distinct(input_ids, attention_mask)
-        if contexts and contexts[0].dim() == 3:
-            mask = None if attention_mask is None else attention_mask[row]
-            return self.encode_text(input_ids[row], mask, tuner, contexts)
-        cond, states = self.encode_text(input_ids, attention_mask, tuner, contexts)
-        row = row.to(cond.device)
-        return cond[row], [s[row] for s in states]
-
-    def decode(self, activations, cond, states, grid, tuner):
-        """Logits `[B, 1, H, W]` of what the encoders return, and the patches' grid (rows, columns)."""
+    def decode(self, activations, text, size, tuner, pixel_values=None):
+        cond, *states = text
+        grid = tuple(side // self.config.vision.patch_size for side in size)
         activations = [tuner.activation(k, x) for k, x in enumerate(activations)]
         return tuner.output(*self.decoder(activations, tuner.condition(cond, states), grid))
-
-    def grid(self, H, W):
-        """(rows, columns) of patches. Raises ValueError for sizes that do not divide into them."""
-        patch = self.config.vision.patch_size
-        if H % patch or W % patch:
-            raise ValueError(f"Images of {H} x {W} pixels do not divide into patches of {patch}; resize them to multiples of {patch}.")
-        return H // patch, W // patch
-
-    def forward(self, pixel_values, input_ids, attention_mask=None, tuner=None):
-        """`[B, 3, H, W]`, `[B, T]`, `[B, T]` -> logits `[B, 1, H, W]` (foreground where > 0). H, W: multiples of the patch size."""
-        tuner = tuner or Tuner()
-        grid = self.grid(*pixel_values.shape[-2:])
-        if len(input_ids) != len(pixel_values):
-            raise ValueError(f"{len(pixel_values)} images came with {len(input_ids)} prompts; each image needs one.")
-        contexts = tuner.contexts()
-        activations, features = self.encode_image(pixel_values, tuner, contexts.vision)
-        text = self.encode_prompts(input_ids, attention_mask, tuner, contexts.text, features)
-        return self.decode(activations, *text, grid, tuner)

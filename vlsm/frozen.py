@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from . import runtime
 from .console import progress
@@ -45,45 +46,42 @@ def room(device, folder):
 
 
 class Store:
-    """Tensors `[L, *shape]` of the first so many images of a split, spread over the places that have room for them.
+    """Tensors of some `shapes` for each of the first so many images of a split, spread over the places that have room for them.
 
     On disk they take half precision; what fits nowhere (`held` of `count` images do) is for the caller to compute again.
     """
 
-    def __init__(self, count, layers, shape, dtype, device, places, folder):
-        self.device, self.dtype, self.shape, self.held, self.parts = device, dtype, (layers, *shape), 0, {}
+    def __init__(self, count, shapes, dtype, device, places, folder):
+        self.device, self.dtype, self.shapes, self.held, self.parts = device, dtype, shapes, 0, {}
         for place, free in places.items():
             kind = torch.float16 if place == "disk" and dtype == torch.float32 else dtype
-            each = math.prod(self.shape) * kind.itemsize
-            n = min(count - self.held, int(free // each))
+            n = min(count - self.held, int(free // (sum(map(math.prod, shapes)) * kind.itemsize)))
             if n > 0:
                 where = device if place == "GPU" else torch.device("cpu")
-                size = (layers, n, *shape)
-                self.parts[place] = (
-                    self.held,
-                    _on_disk(size, kind, folder) if place == "disk" else torch.empty(size, dtype=kind, device=where),
-                )
+                sizes = [(n, *shape) for shape in shapes]
+                make = [_on_disk(s, kind, folder) if place == "disk" else torch.empty(s, dtype=kind, device=where) for s in sizes]
+                self.parts[place] = self.held, n, make
                 self.held += n
 
     def bytes(self):
-        return {place: part.numel() * part.element_size() for place, (_, part) in self.parts.items()}
+        return {place: sum(t.numel() * t.element_size() for t in tensors) for place, (_, _, tensors) in self.parts.items()}
 
     def put(self, first, values):
-        """Keep the rows from `first` on, of values `[L, n, *shape]`."""
-        for start, part in self.parts.values():
-            low, high = max(first, start), min(first + values.shape[1], start + part.shape[1])
-            if low < high:
-                part[:, low - start : high - start] = values[:, low - first : high - first].to(part)
+        """Keep the rows from `first` on, of values `[n, *shape]`, one for each shape."""
+        for start, count, tensors in self.parts.values():
+            low, high = max(first, start), min(first + len(values[0]), start + count)
+            for kept, value in zip(tensors, values) if low < high else ():
+                kept[low - start : high - start] = value[low - first : high - first].to(kept)
 
     def get(self, rows):
-        """`[L, n, *shape]` of some rows (int64 tensor on the CPU), all of them below `held`, on the device."""
-        out = torch.empty(self.shape[0], len(rows), *self.shape[1:], dtype=self.dtype, device=self.device)
-        for start, part in self.parts.values():
-            mine = ((rows >= start) & (rows < start + part.shape[1])).nonzero()[:, 0]
+        """`[n, *shape]` for each shape, of some rows (int64 tensor on the CPU), all of them below `held`, on the device."""
+        out = [torch.empty(len(rows), *shape, dtype=self.dtype, device=self.device) for shape in self.shapes]
+        for start, count, tensors in self.parts.values():
+            mine = ((rows >= start) & (rows < start + count)).nonzero()[:, 0]
             if len(mine):
-                wanted, at = (rows[mine] - start).to(part.device), mine.to(self.device)
-                for layer in range(len(out)):
-                    out[layer].index_copy_(0, at, part[layer].index_select(0, wanted).to(self.device, self.dtype))
+                wanted, at = (rows[mine] - start).to(tensors[0].device), mine.to(self.device)
+                for target, kept in zip(out, tensors):
+                    target.index_copy_(0, at, kept.index_select(0, wanted).to(self.device, self.dtype))
         return out
 
 
@@ -98,10 +96,15 @@ def _on_disk(size, dtype, folder):
 
 
 def _interleave(first, a, b):
-    """`[L, n + m, ...]`: a `[L, n, ...]` where `first` (bool `[n + m]`) says so, b `[L, m, ...]` elsewhere."""
-    out = a.new_empty(len(a), len(first), *a.shape[2:])
-    out[:, first], out[:, ~first] = a, b.to(a.dtype)
+    """`[n + m, ...]`: a `[n, ...]` where `first` (bool `[n + m]`) says so, b `[m, ...]` elsewhere."""
+    out = a.new_empty(len(first), *a.shape[1:])
+    out[first], out[~first] = a, b.to(a.dtype)
     return out
+
+
+def _joined(activations, features):
+    """What an image encoder returns, as one list."""
+    return [*activations, *([] if features is None else [features])]
 
 
 class Frozen:
@@ -113,17 +116,15 @@ class Frozen:
 
     def __init__(self, model, tokenizer, device, dtype, cache_gb=None, folder="."):
         self.model, self.tokenizer, self.device, self.dtype = model, tokenizer, device, dtype
-        self.cache_gb, self.folder, self.stores, self.features, self.texts = cache_gb, folder, {}, {}, {}
+        self.cache_gb, self.folder, self.stores, self.texts = cache_gb, folder, {}, {}
         self.memory = torch.empty(0, device=device)
-        config = model.base.config
         # sizes of one would be compiled apart
         with torch.enable_grad(), runtime.autocast(device, dtype), torch.compiler.set_stance("force_eager"):
-            side = config.vision.patch_size
-            contexts = model.tuner.contexts()
+            side, contexts = model.base.config.stride, model.tuner.contexts()
             activations, features = model.base.encode_image(torch.zeros(1, 3, side, side, device=device), model.tuner, contexts.vision)
-            cond, states = model.base.encode_prompts(*tokenizer([""]), model.tuner, contexts.text, features)
-        self.images = not any(t.requires_grad for t in (*activations, *([] if features is None else [features])))
-        self.prompts = not any(t.requires_grad for t in (cond, *states))
+            text = model.base.encode_prompts(*tokenizer([""]), model.tuner, contexts.text, features)
+        self.images = not model.moving and not any(t.requires_grad for t in _joined(activations, features))
+        self.prompts = not any(t.requires_grad for t in text)
 
     @torch.no_grad()
     def fill(self, name, data, batch_size):
@@ -133,8 +134,8 @@ class Frozen:
         """
         if not self.images or self.cache_gb == 0:
             return None
-        count, size, config = len(data.images), data.images.shape[-1], self.model.base.config
-        shape = ((size // config.vision.patch_size) ** 2 + 1, config.vision.hidden_size)
+        count = len(data.images)
+        found = _joined(*self._encode(data, slice(0, batch_size)))
         places = {place: SHARE * free for place, free in room(self.device, self.folder).items()}
         if self.cache_gb is None and self.dtype is None:
             places.pop("disk", None)  # would round what float32 computes, which nobody asked for
@@ -142,49 +143,47 @@ class Frozen:
         for place in places:
             places[place] = min(places[place], max(left, 0))
             left -= places[place]
-        layers = len(config.extract_layers)
-        store, features = Store(count, layers, shape, self.dtype or torch.float32, self.device, places, self.folder), []
-        with progress(store.held, f"encoding {name}") as bar, runtime.autocast(self.device, self.dtype):
+        self.stores[name] = store = Store(
+            count, [t.shape[1:] for t in found], self.dtype or torch.float32, self.device, places, self.folder
+        )
+        with progress(store.held, f"encoding {name}") as bar:
             for first in range(0, store.held, batch_size):
                 rows = slice(first, min(first + batch_size, store.held))
-                pixels = torch.from_numpy(np.array(data.images[rows])).to(self.device)
-                activations, feature = self.model.base.encode_image(normalise(pixels), self.model.tuner)
-                store.put(first, torch.stack(activations))
-                features += [] if feature is None else [feature]
+                store.put(first, _joined(*self._encode(data, rows)) if first else found)
                 bar.update(rows.stop - first)
-        self.stores[name] = store
-        if features:
-            self.features[name] = torch.cat(features)  # [held, P]
         kept = ", ".join(f"{n / GB:.2g} GB {'on' if place == 'disk' else 'in'} {place}" for place, n in store.bytes().items())
         rounded = "disk" in store.parts and self.dtype is None
         note = "; those on disk are rounded to half precision" if rounded else ""
         return f"{name}: the frozen image encoder's output is kept for {store.held} of {count} images ({kept or 'no room'}){note}"
 
+    def _encode(self, data, rows):
+        pixels = torch.from_numpy(np.array(data.images[rows])).to(self.device)
+        with runtime.autocast(self.device, self.dtype):
+            return self.model.base.encode_image(self._normalise(pixels), self.model.tuner)
+
     def needs_pixels(self, name, data):
-        return name not in self.stores or self.stores[name].held < len(data.images)
+        return self.model.base.reads_pixels or name not in self.stores or self.stores[name].held < len(data.images)
 
     def _normalise(self, pixels):
         """In memory that the next batch overwrites: the backward pass of this one is over by then."""
         if self.memory.numel() < pixels.numel():
             self.memory = torch.empty(pixels.numel(), device=self.device)
-        return normalise(pixels, self.memory[: pixels.numel()].view(pixels.shape))
+        return normalise(pixels, self.memory[: pixels.numel()].view(pixels.shape), self.model.base.mean, self.model.base.std)
 
     def _images(self, name, data, indices, pixels, changed, contexts):
         """(activations, features) of some records; kept ones where there are, but not for images that are `changed`."""
         base, tuner = self.model.base, self.model.tuner
         kept = torch.zeros(len(indices), dtype=torch.bool)
         if name in self.stores:
-            store, rows, features = self.stores[name], torch.as_tensor(data.image_of[indices]), self.features.get(name)
+            store, rows = self.stores[name], torch.as_tensor(data.image_of[indices])
             kept = rows < store.held if changed is None else (rows < store.held) & ~changed
         if not kept.any():
             return base.encode_image(pixels, tuner, contexts)
-        held = store.get(rows[kept])
-        features = None if features is None else features[rows[kept].to(features.device)]
-        if kept.all():
-            return list(held), features
-        fresh, fresh_features = base.encode_image(pixels[~kept], tuner, contexts)
-        activations = list(_interleave(kept, held, torch.stack(fresh)))
-        return activations, None if features is None else _interleave(kept, features[None], fresh_features[None])[0]
+        found = store.get(rows[kept])
+        if not kept.all():
+            fresh = _joined(*base.encode_image(pixels[~kept], tuner, contexts))
+            found = [_interleave(kept, a, b) for a, b in zip(found, fresh)]
+        return (found[:-1], found[-1]) if tuner.reads_features else (found, None)
 
     def _text(self, prompts, contexts, features):
         base, tuner = self.model.base, self.model.tuner
@@ -192,10 +191,9 @@ class Frozen:
             return base.encode_prompts(*self.tokenizer(prompts), tuner, contexts, features)
         for prompt in set(prompts) - set(self.texts):  # one by one, that its bits do not depend on its neighbours
             with torch.no_grad():
-                cond, states = base.encode_prompts(*self.tokenizer([prompt]), tuner)
-            self.texts[prompt] = (cond, *states)
-        cond, *states = (torch.cat(rows) for rows in zip(*(self.texts[p] for p in prompts)))
-        return cond, states
+                text = base.encode_prompts(*self.tokenizer([prompt]), tuner)
+            self.texts[prompt] = [t[0] for t in text]
+        return tuple(pad_sequence(rows, batch_first=True) for rows in zip(*(self.texts[p] for p in prompts)))
 
     def logits(self, name, data, indices, prompts, pixels, changed=None):
         """Logits `[B, 1, S, S]` of some records.
@@ -208,4 +206,5 @@ class Frozen:
             contexts = tuner.contexts()
             pixels = None if pixels is None else self._normalise(pixels)
             activations, features = self._images(name, data, indices, pixels, changed, contexts.vision)
-            return base.decode(activations, *self._text(prompts, contexts.text, features), base.grid(size, size), tuner)
+            text = self._text(prompts, contexts.text, features)
+            return base.decode(activations, text, (size, size), tuner, pixels)

@@ -55,14 +55,14 @@ def resize_mask(mask, size):
     return np.array(Image.fromarray(mask.astype(np.uint8)).resize((size, size), Image.NEAREST))
 
 
-def normalise(pixels, out=None):
-    """uint8 (or float 0..255) `[B, 3, H, W]` -> float32 `pixel_values`, ImageNet's mean and standard deviation.
+def normalise(pixels, out=None, mean=MEAN, std=STD):
+    """uint8 (or float 0..255) `[B, 3, H, W]` -> float32 `pixel_values`, by a mean and standard deviation (ImageNet's) of values to 1.
 
     `out`: memory to write to. A large batch's fresh memory costs a CPU more than the arithmetic, which goes image by image there, that
     both steps find it in the cache.
     """
-    std = torch.tensor(STD, device=pixels.device)
-    scale, shift = (1 / (255 * std))[:, None, None], (-torch.tensor(MEAN, device=pixels.device) / std)[:, None, None]
+    std = torch.tensor(std, device=pixels.device)
+    scale, shift = (1 / (255 * std))[:, None, None], (-torch.tensor(mean, device=pixels.device) / std)[:, None, None]
     out = torch.empty(pixels.shape, device=pixels.device) if out is None else out
     for source, target in zip(pixels, out) if pixels.device.type == "cpu" else [(pixels, out)]:
         torch.mul(source, scale, out=target).add_(shift)

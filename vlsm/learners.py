@@ -9,6 +9,7 @@ import copy
 import torch
 from torch import nn
 
+from .clipseg import CLIPSegConfig
 from .text import Tokenizer
 from .tuners import Contexts, Tuner
 
@@ -55,7 +56,7 @@ class Learner(Tuner):
 
     def __init__(self, config, width, prompt_depth, context, context_init=None, reference=False):
         super().__init__(config, reference)
-        deepest = self.deepest(config, reference)
+        deepest = config.deepest(self.places, reference)
         depth = min(self.depth, deepest) if prompt_depth is None else prompt_depth
         if not 1 <= depth <= deepest:
             raise ValueError(
@@ -64,15 +65,6 @@ class Learner(Tuner):
             )
         self.words = [context_init] if isinstance(context_init, str) else list(context_init or ())
         self.context = nn.Parameter(self.fresh(config, depth, context, width))
-
-    @classmethod
-    def deepest(cls, config, reference=False):
-        """The largest useful depth. In the vision encoder a set may stand over the last extracted output: the decoder sees it."""
-        vision, text = config.vision.num_hidden_layers, config.text.num_hidden_layers
-        if reference:
-            return min(vision, text)
-        limits = dict(vision=max(config.extract_layers) + 2, text=text)
-        return min(limits[place] for place in cls.places)
 
     def fresh(self, config, depth, n, width):
         room = config.text.max_position_embeddings - 2  # start and end token
@@ -93,7 +85,7 @@ class Learner(Tuner):
             if len(set(counts)) > 1:
                 raise ValueError(f"--context-init: texts of equally many tokens are needed, and these have {', '.join(map(str, counts))}.")
             vectors = self.fresh(base.config, len(self.context), counts[0], self.context.shape[2])
-            vectors[: len(ids)] = base.clip.text_model.embeddings.token_embedding(torch.tensor(ids)).detach()
+            vectors[: len(ids)] = base.text_encoder().tokens(torch.tensor(ids)).detach()
             self.context = nn.Parameter(vectors)
         depth, n, _ = self.context.shape
         return dict(prompt_depth=depth, context=n)
@@ -118,16 +110,17 @@ class CoOp(Learner):
 
     def __init__(self, config, prompt_depth=None, context=4, context_init=None, reference=False):
         super().__init__(config, config.text.hidden_size, prompt_depth, context, context_init, reference)
+        self.ignores_upsampler = reference and isinstance(config, CLIPSegConfig)
 
     def contexts(self):
         return Contexts(text=self.context.unbind())
 
     def output(self, logits, z):
-        """The published code builds the upsampler and does not call it."""
-        return logits if self.reference else super().output(logits, z)
+        """On CLIPSeg the published code builds the upsampler and does not call it."""
+        return logits if self.ignores_upsampler else super().output(logits, z)
 
     def decays(self, name, tensor):
-        return super().decays(name, tensor) and not (self.reference and name.startswith("upsampler"))
+        return super().decays(name, tensor) and not (self.ignores_upsampler and name.startswith("upsampler"))
 
 
 class CoCoOp(CoOp):

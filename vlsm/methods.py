@@ -61,6 +61,15 @@ def add_arguments(parser):
     g.add_argument("--dropout", type=float, help="shared_attention: dropout (default 0.25)")
 
 
+def check_model(method, network):
+    """Raise ValueError for a method that cannot act on a network (a class of model.py's `NETWORKS`)."""
+    wrong = [name for name in parts_of(method) if network.methods is not None and name not in network.methods]
+    if wrong:
+        raise ValueError(
+            f"--peft {' and '.join(wrong)} cannot be used on {network.name}, which takes {', '.join(network.methods)}. {network.why}"
+        )
+
+
 def parts_of(method):
     """The names in "dense+vpt". Raises ValueError for an unknown one, and for two that would act in the same place."""
     names = method.split("+")
@@ -121,6 +130,8 @@ def make_tuner(method, config, reference, options):
     if options["upsampler"]:
         if method == "none":
             raise ValueError("--upsampler is trained, and --peft none trains nothing. Choose another method.")
+        if config.upsampler is None:
+            raise ValueError("--upsampler: this model's logits are a sum of masks, so there are no features to enlarge. Leave it out.")
         tuner.upsampler = Upsampler(config)
     return tuner
 

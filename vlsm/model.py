@@ -6,11 +6,15 @@ import re
 import torch
 from torch import nn
 
-from . import clipseg
 from . import weights as weights_io
-from .methods import make_tuner, method_options
+from .clip import Attention
+from .clipseg import CLIPSeg
+from .cris import CRIS
+from .methods import check_model, make_tuner, method_options
+from .san import SAN
 from .text import Tokenizer
 
+NETWORKS = {"clipseg": CLIPSeg, "cris": CRIS, "san": SAN}
 # Gradients that are zero by nature: a key bias shifts all of a query's scores alike, which softmax ignores; the first matrix of a LoRA
 # update learns nothing before the second has left zero.
 ZERO = re.compile(r"k_proj\.bias$|\.(q|k|v|out)\.down\.weight$")
@@ -19,25 +23,42 @@ ZERO = re.compile(r"k_proj\.bias$|\.(q|k|v|out)\.down\.weight$")
 class VLSM(nn.Module):
     """Image and prompt in, logits out. Only what the tuner names is trained; all else has `requires_grad` False.
 
-    Attributes: `base`, `tuner`; `info`, a dictionary with model, weights, fingerprint, method, options, reference, folder.
+    A base of which nothing is trained stays in evaluation mode: no dropout, no statistics that drift. Attributes: `base`, `tuner`;
+    `info`, a dictionary with model, weights, fingerprint, method, options, reference, folder, config.
     """
 
     def __init__(self, base, tuner, info):
         super().__init__()
         self.base, self.tuner, self.info = base, tuner, info
         self.base.requires_grad_(False)
-        for name in tuner.base_parameters(base):
+        names = tuner.base_parameters(base)
+        for name in names:
             base.get_parameter(name).requires_grad_(True)
+        self.moving = base.moving_buffers() if names else []  # buffers that training changes
 
     def forward(self, pixel_values, input_ids, attention_mask=None):
         """`[B, 3, H, W]`, `[B, T]`, `[B, T]` -> logits `[B, 1, H, W]`; see the base's forward."""
         return self.base(pixel_values, input_ids, attention_mask, self.tuner)
 
+    def train(self, mode=True):
+        super().train(mode)
+        self.base.train(mode and any(p.requires_grad for p in self.base.parameters()))
+        return self
+
     def tokenizer(self):
-        """The base's tokenizer; prompts are cut to what its window holds besides context vectors."""
-        text = self.tuner.contexts().text
-        limit = self.base.config.text.max_position_embeddings
-        return Tokenizer(self.info["folder"], limit - (text[0].shape[-2] if text else 0))
+        """The base's tokenizer; prompts are cut to what its window holds besides context vectors.
+
+        Raises ValueError where it knows tokens that the base does not.
+        """
+        contexts, text = self.tuner.contexts().text, self.base.config.text
+        limit = text.max_position_embeddings - (contexts[0].shape[-2] if contexts else 0)
+        tokenizer = Tokenizer(self.info["folder"], limit, padded=self.base.keeps_padding)
+        if tokenizer.end >= text.vocab_size:
+            raise ValueError(
+                f"The tokenizer in '{self.info['folder']}' has {tokenizer.end + 1} tokens, and the network's vocabulary holds "
+                f"{text.vocab_size}. Put the vocab.json and merges.txt that it was trained with there."
+            )
+        return tokenizer
 
     def merged(self):
         """The base with what was learnt added to its weights: a state dictionary in float32, by the names of the Hugging Face checkpoint.
@@ -54,14 +75,17 @@ class VLSM(nn.Module):
         tuned.update({name: self.base.get_parameter(name) for name in self.tuner.base_parameters(self.base)})
         return tuned
 
+    def _tuned(self):
+        return {**self.tuned_parameters(), **{name: self.base.get_buffer(name) for name in self.moving}}
+
     def tuned_state_dict(self):
         """Copies of the tuned tensors on the CPU, in float32, by name. Nothing of the frozen base is among them."""
-        return {name: p.detach().float().cpu().clone().contiguous() for name, p in self.tuned_parameters().items()}
+        return {name: p.detach().float().cpu().clone().contiguous() for name, p in self._tuned().items()}
 
     @torch.no_grad()
     def load_tuned(self, tensors):
         """Set the tuned tensors. Raises ValueError unless names and shapes are exactly those of `tuned_state_dict()`."""
-        own = self.tuned_parameters()
+        own = self._tuned()
         found = weights_io.differences(own, tensors)
         if found:
             raise ValueError(f"These tensors are not those of --peft {self.info['method']} with {self.info['options']}: {found}.")
@@ -102,43 +126,78 @@ class VLSM(nn.Module):
         """
         # a layer's variants: encoder, adapters or none, gradient on its input or none, training or not
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-        base = self.base
-        for block in [*base.clip.vision_model.encoder.layers, *base.clip.text_model.encoder.layers, *base.decoder.layers]:
+        for block in self.base.compilable():
             block.compile(dynamic=True)
         return self
 
     def hold_frozen_weights_in(self, dtype):
         """Keep the frozen matrices in the compute dtype; norms, embeddings of positions and everything trained stay float32."""
+        heavy = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, Attention)
         for module in self.base.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)) and not any(p.requires_grad for p in module.parameters()):
+            if isinstance(module, heavy) and not any(p.requires_grad for p in module.parameters()):
                 module.to(dtype)
         return self
 
 
-def build(model="clipseg", weights=weights_io.DEFAULT_WEIGHTS, method="none", reference=False, **options):
+def network(model):
+    """The class of a name in `NETWORKS`. Raises ValueError for others."""
+    if model not in NETWORKS:
+        raise ValueError(f"Model '{model}' is not known. Choose one of: {', '.join(NETWORKS)}.")
+    return NETWORKS[model]
+
+
+def read_config(model, weights):
+    """(folder, dictionary of the `config.json`, the network's configuration) of some weights, which are downloaded if need be."""
+    kind = network(model)
+    folder, file = weights_io.resolve(weights, kind)
+    raw = weights_io.read_json(file)
+    if raw.get("model_type", kind.model_types[0]) not in kind.model_types:
+        raise ValueError(
+            f"'{file}' describes a '{raw['model_type']}' model; --model {model} needs a {' or '.join(kind.model_types)} one. "
+            f"{weights_io.advice(NETWORKS, raw['model_type'])}".rstrip()
+        )
+    return folder, raw, kind.Config.from_dict(raw)
+
+
+def build(model="clipseg", weights=None, method="none", reference=False, **options):
     """A VLSM with frozen `weights` and a fresh tuner, in float32 on the CPU, in eval mode.
 
-    model: "clipseg". weights: "mini" (embedded), a local folder in Hugging Face layout, or a hub id. method: a key of
+    model: a key of `NETWORKS`. weights: a local folder in Hugging Face layout, or a hub id (default: the model's own, if it has one);
+    "mini", an embedded CLIPSeg; "random:CONFIG.json", for tests and research. method: a key of
     `vlsm.methods.METHODS`, or several ("dense+vpt"); options follow as keywords (`branches="vl", dim=64`; for one part of several:
     `vpt=dict(context=8)`; `upsampler=True` for any). reference: do as the published code does where it departs from
     its paper. Raises ValueError or FileNotFoundError with a sentence to act on.
     """
-    if model != "clipseg":
-        raise ValueError(f"Model '{model}' is not known. Choose: clipseg.")
+    kind = network(model)
+    check_model(method, kind)
     options = method_options(method, options)
-    folder = weights_io.resolve(weights)
-    raw = weights_io.read_json(folder / "config.json")
-    if raw.get("model_type", "clipseg") != "clipseg":
-        raise ValueError(f"'{folder}/config.json' describes a '{raw['model_type']}' model; --model clipseg needs a CLIPSeg one.")
-    with torch.device("meta"):
-        base = clipseg.CLIPSeg(clipseg.CLIPSegConfig.from_dict(raw))
-    tensors = weights_io.read_tensors(folder)
-    weights_io.load_strictly(base, tensors, clipseg.UNUSED_KEYS, f"The checkpoint in '{folder}'")
-    tuner = make_tuner(method, base.config, reference, options)
+    weights = weights or kind.default_weights
+    folder, raw, config = read_config(model, weights)
+    fresh = {}
+    if weights_io.is_random(weights):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the same weights for all runs, which are known by their fingerprint
+            base = kind(config, reference)
+            base.initialise()
+        tensors = base.state_dict()
+    else:
+        with torch.device("meta"):
+            base = kind(config, reference)
+        given = weights_io.read_tensors(folder)
+        tensors = kind.rename(given)
+        fresh = base.fresh(tensors)
+        weights_io.load_strictly(base, {**tensors, **fresh}, f"The checkpoint in '{folder}'", given)
+    base.settle()
+    tuner = make_tuner(method, config, reference, options)
+    if fresh and not set(fresh) <= set(tuner.base_parameters(base)):
+        raise ValueError(
+            f"The weights in '{folder}' are {kind.name}'s frozen part alone; the rest starts at random, so --peft {method}, which does not "
+            "train it, would leave noise. Use --peft full or decoder."
+        )
     for name, value in tuner.start(base, folder).items():
         options[name] = {**options[name], **value} if isinstance(value, dict) else value
     info = dict(
-        model=model, weights=str(weights), fingerprint=weights_io.fingerprint(base.state_dict()),
-        method=method, options=options, reference=reference, folder=folder,
+        model=model, weights=str(weights), fingerprint=weights_io.fingerprint(tensors),
+        method=method, options=options, reference=reference, folder=folder, config=raw,
     )  # fmt: skip
     return VLSM(base, tuner, info).eval()

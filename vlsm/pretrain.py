@@ -75,12 +75,9 @@ def make_tokenizer(folder, size=1400):
 
 
 def initialise(base):
-    """torch's defaults, CLIP's scale for embeddings, and sines of the place for the patches' positions: "left" is learnt sooner."""
-    for module in base.modules():
-        if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
+    """The network's own start, and sines of the place for the patches' positions: "left" is learnt sooner."""
+    base.initialise()
     vision = base.clip.vision_model.embeddings
-    nn.init.normal_(vision.class_embedding, std=0.02)
     side, width = base.config.vision.image_size // base.config.vision.patch_size, base.config.vision.hidden_size
     place = (torch.arange(side) + 0.5) / side
     waves = torch.pi * place[:, None] * 2.0 ** torch.linspace(-1, 3, width // 4)  # [side, width / 4]
@@ -118,7 +115,7 @@ def alignment_loss(base, tokens, cond, masks):
 def step_loss(base, tokenizer, batch):
     pictures, phrases, masks = batch
     tuner = Tuner()
-    cond, _ = base.encode_text(tokenizer(phrases)[0], None, tuner)  # [3B, P]; padding follows the end, where it hides nothing
+    cond, *_ = base.encode_text(tokenizer(phrases)[0], None, tuner)  # [3B, P]; padding follows the end, where it hides nothing
     activations, _ = base.encode_image(normalise(pictures.permute(0, 3, 1, 2).to(cond.device)), tuner)
     side = pictures.shape[1] // base.config.vision.patch_size
     logits, _ = base.decoder([a.repeat_interleave(3, 0) for a in activations], cond, (side, side))

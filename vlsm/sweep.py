@@ -13,11 +13,11 @@ import torch
 
 from . import pictures
 from .checkpoint import replacing, write_csv
-from .clipseg import CLIPSegConfig
 from .job import Diverged
 from .learners import Learner
-from .methods import METHODS, given, make_tuner, method_options, parts_of, takes
-from .weights import read_json, resolve
+from .methods import METHODS, check_model, given, make_tuner, method_options, parts_of, takes
+from .model import network, read_config
+from .weights import read_json
 
 RATES = {"lr": dict(low=1e-5, high=5e-3, log=True), "weight_decay": dict(low=1e-5, high=1e-2, log=True)}
 DEEPEST = 11
@@ -41,11 +41,12 @@ def default_space(args):
     names = parts_of(args.peft)
     if args.peft == "none":
         raise ValueError("--peft none trains nothing, so there is nothing to search. Choose another method.")
-    config = CLIPSegConfig.from_dict(read_json(resolve(args.weights) / "config.json"))
+    check_model(args.peft, network(args.model))
+    _, _, config = read_config(args.model, args.weights)
     space = copy.deepcopy(RATES)
     learners = [METHODS[name] for name in names if issubclass(METHODS[name], Learner)]
     if learners:
-        space["prompt_depth"] = dict(low=1, high=min(DEEPEST, *(kind.deepest(config, args.reference) for kind in learners)))
+        space["prompt_depth"] = dict(low=1, high=min(DEEPEST, *(config.deepest(kind.places, args.reference) for kind in learners)))
     for name in names:
         space.update(SPACES.get(name, {}))
     if "heads" in space:

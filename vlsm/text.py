@@ -24,12 +24,12 @@ def clip_bpe(model):
 
 
 class Tokenizer:
-    """Prompts to `input_ids` and `attention_mask`, padded to the longest of the batch and cut to `limit` tokens.
+    """Prompts to `input_ids` and `attention_mask`, padded to the longest of the batch (`padded`: to the limit), cut to `limit` tokens.
 
     folder: holds vocab.json and merges.txt, or tokenizer.json. Raises FileNotFoundError where it holds neither.
     """
 
-    def __init__(self, folder, limit=77):
+    def __init__(self, folder, limit=77, padded=False):
         folder = Path(folder)
         vocab, merges, whole = folder / "vocab.json", folder / "merges.txt", folder / "tokenizer.json"
         if vocab.is_file() and merges.is_file():
@@ -43,7 +43,8 @@ class Tokenizer:
                 f"'{folder}' holds no tokenizer (vocab.json and merges.txt, or tokenizer.json). "
                 "Copy these files of the model's hub folder there."
             )
-        self.limit, self.start, self.end = limit, self.fast.token_to_id(START), self.fast.token_to_id(END)
+        self.limit, self.padded = limit, padded
+        self.start, self.end = self.fast.token_to_id(START), self.fast.token_to_id(END)
         if self.start is None or self.end is None:
             raise ValueError(f"The tokenizer in '{folder}' lacks {START} or {END}; it is not CLIP's.")
         self.cut = set()  # prompts that were too long, each said once
@@ -65,7 +66,7 @@ class Tokenizer:
     def __call__(self, prompts):
         """A list of B prompts -> (input_ids, attention_mask), both int64 `[B, T]` on the CPU."""
         rows = [self.encode(p) for p in prompts]
-        T = max(map(len, rows))
+        T = self.limit if self.padded else max(map(len, rows))
         ids = torch.tensor([row + [self.end] * (T - len(row)) for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in rows])
         return ids, mask

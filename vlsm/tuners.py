@@ -28,7 +28,7 @@ class Contexts(NamedTuple):
 class Tuner(nn.Module):
     """Base class, and the method `none`: the hooks change nothing, nothing is trained.
 
-    config: the base's `CLIPSegConfig`; reference: reproduce the published code where it departs from its paper.
+    config: the base's, a `CLIPSegConfig` in most cases; reference: reproduce the published code where it departs from its paper.
     `upsampler`: a learnable upsampler (see upsampler.py) or None.
     """
 
@@ -236,23 +236,14 @@ class LoRA(Tuner):
 
 
 class DecoderTuner(Tuner):
-    """Trains the base's decoder, nothing else."""
+    """Trains what stands on the base's encoders, nothing else."""
 
     def base_parameters(self, base):
-        return [name for name, _ in base.named_parameters() if name.startswith("decoder.")]
+        return base.decoder_names()
 
 
 class FullTuner(DecoderTuner):
-    """Trains every parameter that the logits depend on.
-
-    With `reference` it trains the decoder only, as the published end-to-end baseline does without meaning to: it runs
-    both encoders without gradients.
-    """
+    """Trains the base itself, as its `useful_names` have it."""
 
     def base_parameters(self, base):
-        if self.reference:
-            return super().base_parameters(base)
-        unused = ["clip.logit_scale", "clip.visual_projection.", "clip.vision_model.post_layernorm."]
-        last = max(base.config.extract_layers)
-        unused += [f"clip.vision_model.encoder.layers.{i}." for i in range(last + 1, base.config.vision.num_hidden_layers)]
-        return [name for name, _ in base.named_parameters() if not name.startswith(tuple(unused))]
+        return base.useful_names()

@@ -22,21 +22,23 @@ def shifted_interpolation(n, factor, device):
 
 
 class Upsampler(nn.Module):
-    """`conv` and `ratio`, which starts at 0.5 and is unbounded; for a decoder whose last features have `config.reduce_dim` channels."""
+    """`conv` and `ratio`, which starts at 0.5 and is unbounded; `reduce` where features are wide. The sizes are `config.upsampler`."""
 
     def __init__(self, config):
         super().__init__()
-        self.factor = config.vision.patch_size
-        self.conv = nn.Conv2d(config.reduce_dim, 1, KERNEL, padding=KERNEL // 2, padding_mode="replicate")
+        channels, reduced, self.factor = config.upsampler
+        self.reduce = nn.Conv2d(channels, reduced, 1, bias=False) if reduced else nn.Identity()
+        self.conv = nn.Conv2d(reduced or channels, 1, KERNEL, padding=KERNEL // 2, padding_mode="replicate")
         self.ratio = nn.Parameter(torch.tensor(0.5))
 
     def rise(self, z):
-        """conv(bilinear(z)): `[B, r, h, w]` -> `[B, 1, H, W]`.
+        """conv(bilinear(reduce(z))): `[B, r, h, w]` -> `[B, 1, H, W]`.
 
         Both are linear, so that the products over channels can be had before the enlargement: a twelfth of the arithmetic,
         and nothing of size r x H x W is ever held.
         """
         rows, columns = (shifted_interpolation(n, self.factor, z.device).to(z.dtype) for n in z.shape[-2:])
+        z = self.reduce(z)
         taps = torch.einsum("brhw,rij->bihjw", z, self.conv.weight[0].to(z.dtype))
         out = torch.einsum("iyh,bihx->byx", rows, torch.einsum("bihjw,jxw->bihx", taps, columns))
         return out[:, None] + self.conv.bias

@@ -7,16 +7,58 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-DEFAULT_WEIGHTS = "CIDAS/clipseg-rd64-refined"
+RANDOM = "random:"
 MINI = Path(__file__).parent / "mini"
 TEXT_FILES = ["config.json", "preprocessor_config.json", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"]
 
 
-def resolve(weights):
-    """Folder with the weights: of `mini` (the embedded base), a local folder, or a Hugging Face hub id (downloaded and cached).
+# What a file's tensors are called tells whose they are: a piece of a name, what it looks like.
+KINDS = (
+    ("side_adapter_network.", "a SAN checkpoint (--model san)"),
+    ("neck.txt_proj.", "a CRIS checkpoint (--model cris; python -m vlsm.cris --convert turns a .pth into a folder)"),
+    ("film_mul.", "a CLIPSeg checkpoint (--model clipseg)"),
+    ("visual.layer1.0.", "OpenAI's CLIP with a ResNet (python -m vlsm.cris --convert makes a start for CRIS of it)"),
+    ("visual.transformer.resblocks.", "OpenAI's CLIP with a vision transformer"),
+    ("vision_model.encoder.layers.", "a Hugging Face CLIP (--model san)"),
+)
 
-    Raises FileNotFoundError with what to do, where there are none.
+
+def looks_like(names):
+    """A sentence on what tensors of such names are, or nothing."""
+    return next((f"It looks like {kind}." for piece, kind in KINDS if any(piece in name for name in names)), "")
+
+
+def advice(networks, model_type):
+    """A sentence on which of some networks a `model_type` fits, or nothing."""
+    return "".join(f"That is --model {name}." for name, kind in networks.items() if model_type in kind.model_types)
+
+
+def is_random(weights):
+    return str(weights).startswith(RANDOM)
+
+
+def resolve(weights, network):
+    """(folder with the weights, its configuration file): of `mini` (the embedded base), a local folder, or a Hugging Face hub id
+    (downloaded and cached). Of random:CONFIG.json the folder is the one that has the tokenizer: the file's own, else the embedded base's.
+
+    network: the class that they are for. Raises FileNotFoundError with what to do, where there are none.
     """
+    if weights is None:
+        raise FileNotFoundError(
+            f"{network.name}'s weights are on no hub. Convert a checkpoint that you have with `python -m vlsm.{network.name.lower()} "
+            "--convert FILE DIR` and pass --weights DIR."
+        )
+    if is_random(weights):
+        file = Path(str(weights).removeprefix(RANDOM)).expanduser()
+        if not file.is_file():
+            raise FileNotFoundError(f"There is no file '{file}'. --weights {RANDOM}CONFIG.json wants a network's sizes in a JSON file.")
+        has_tokenizer = any((file.parent / name).is_file() for name in ("vocab.json", "tokenizer.json"))
+        return file.parent if has_tokenizer else MINI, file
+    folder = _folder(weights)
+    return folder, folder / "config.json"
+
+
+def _folder(weights):
     if str(weights) == "mini":
         return MINI
     folder = Path(weights).expanduser()
@@ -87,12 +129,12 @@ def differences(own, given):
     return "; ".join(f"{len(n)} {kind}: {', '.join(n[:6])}{', ...' if len(n) > 6 else ''}" for kind, n in kinds.items() if n)
 
 
-def load_strictly(module, tensors, unused, source):
-    """Load `tensors` into `module` by name. Every name must match, but for those on the list `unused`."""
-    tensors = {name: t for name, t in tensors.items() if name not in unused}
+def load_strictly(module, tensors, source, names):
+    """Load `tensors` into `module` by name; every name must match. Raises ValueError, which says what a file of such `names` is."""
     found = differences(module.state_dict(), tensors)
     if found:
-        raise ValueError(f"{source} does not fit a {type(module).__name__} of this configuration. Tensors {found}.")
+        kind = looks_like(names)
+        raise ValueError(f"{source} does not fit a {type(module).__name__} of this configuration. Tensors {found}. {kind}".rstrip())
     module.load_state_dict(tensors, assign=True)
 
 
