@@ -305,5 +305,5 @@ def test_contexts_start_from_text():
 
 def test_depth_of_the_published_code_follows_its_own_rule():
     config = build("none").base.config
-    assert config.deepest(METHODS["vpt"].places) == 11 == config.deepest(METHODS["vpt"].places, reference=True)
-    assert (REAL.deepest(METHODS["vpt"].places), REAL.deepest(METHODS["coop"].places), REAL.deepest(METHODS["maple"].places, True)) == (11, 12, 12)
+    assert config.deepest(["vision"]) == 11 == config.deepest(["vision"], reference=True)
+    assert (REAL.deepest(["vision"]), REAL.deepest(["text"]), REAL.deepest(["vision", "text"], reference=True)) == (11, 12, 12)
