@@ -23,6 +23,18 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
+def close(a, b, atol=3e-5):
+    torch.testing.assert_close(a, b, atol=atol, rtol=0)
+
+
+def tiny_batch(n=3, side=64):
+    """Pictures, and prompts of the embedded tokenizer, for the networks in tests/tiny."""
+    torch.manual_seed(1)
+    ids = torch.randint(0, 990, (n, 6))
+    ids[:, 5] = 994
+    return torch.randn(n, 3, side, side), ids
+
+
 def without_dim(options):
     at = options.index("--dim")
     return options[:at] + options[at + 2 :]

@@ -10,19 +10,12 @@ from safetensors.torch import load_file
 
 import vlsm
 from tests.conftest import ROOT, rows, same_tensors
-from vlsm.cache import Record, open_split
+from tests.test_frozen import split
 from vlsm.frozen import Frozen
 from vlsm.images import normalise, read_mask
 
 TINY = {name: f"random:{ROOT / 'tests' / 'tiny' / name}.json" for name in ("cris", "san")}
 CPU = torch.device("cpu")
-
-
-def split(side, count=7):
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (count, side, side, 3)).astype(np.uint8)
-    records = [Record(f"{i}", f"{i}", image, image[..., 0] > 127) for i, image in enumerate(pixels)]
-    return open_split([*records, records[3]], side, None, "noise", workers=1)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +33,7 @@ def split(side, count=7):
 def test_what_is_kept_is_what_would_be_computed(tmp_path, model, method, reference, images, prompts):
     torch.manual_seed(0)
     vlm = vlsm.build(model, TINY[model], method, reference)
-    f, data = Frozen(vlm, vlm.tokenizer(), CPU, None, 1, tmp_path), split(64)
+    f, data = Frozen(vlm, vlm.tokenizer(), CPU, None, 1, tmp_path), split(7, 64)
     assert (f.images, f.prompts) == (images, prompts)
     said = f.fill("train", data, 3)
     assert bool(said) == images and f.needs_pixels("train", data) == (not images or model == "san")

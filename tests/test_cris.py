@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import vlsm
-from tests.conftest import GOLDEN, ROOT, folder_of_golden
+from tests.conftest import GOLDEN, ROOT, close, folder_of_golden, tiny_batch
 from tests.test_clipseg import assert_gradients, golden, run
 from tests.test_tuners import count
 from vlsm.cris import CRIS, CRISConfig
@@ -23,10 +23,6 @@ TINY = f"random:{ROOT / 'tests' / 'tiny' / 'cris.json'}"
 @pytest.fixture
 def weights(tmp_path):
     return folder_of_golden("cris-tiny", tmp_path / "cris")
-
-
-def close(a, b, atol=3e-5):
-    torch.testing.assert_close(a, b, atol=atol, rtol=0)
 
 
 def test_golden(weights):
@@ -134,13 +130,6 @@ def test_projector_is_a_convolution_for_each_prompt():
         maps, kernels = base.proj.vis(x), base.proj.txt(state)
         each = [F.conv2d(m[None], k[:-1].view(1, 32, 3, 3), k[-1:], padding=1) for m, k in zip(maps, kernels)]
         close(base.proj(x, state), torch.cat(each), 1e-10)
-
-
-def tiny_batch(n=3, side=64):
-    torch.manual_seed(1)
-    ids = torch.randint(0, 990, (n, 6))
-    ids[:, 5] = 994
-    return torch.randn(n, 3, side, side), ids
 
 
 def statistics(model):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import vlsm
-from tests.conftest import GOLDEN, ROOT, folder_of_golden
+from tests.conftest import GOLDEN, ROOT, close, folder_of_golden, tiny_batch
 from tests.test_clipseg import assert_gradients, golden, run
 from tests.test_tuners import count
 from vlsm.san import SAN, SANConfig, SideNetwork
@@ -20,10 +20,6 @@ TINY = f"random:{ROOT / 'tests' / 'tiny' / 'san.json'}"
 @pytest.fixture
 def weights(tmp_path):
     return folder_of_golden("san-tiny", tmp_path / "san")
-
-
-def close(a, b, atol=3e-5):
-    torch.testing.assert_close(a, b, atol=atol, rtol=0)
 
 
 def test_golden(weights):
@@ -95,13 +91,6 @@ def test_recognition_is_clip_with_biased_tokens():
         x = x + block.mlp(block.ln_2(x))
     want = visual.ln_post(x[:, :Q]) @ visual.proj
     close(base.name_masks(bias, features, (4, 6)), want / want.norm(dim=-1, keepdim=True), 1e-10)
-
-
-def tiny_batch(n=3, side=64):
-    torch.manual_seed(1)
-    ids = torch.randint(0, 990, (n, 6))
-    ids[:, 5] = 994
-    return torch.randn(n, 3, side, side), ids
 
 
 def test_everything_of_the_side_network_learns():
