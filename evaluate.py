@@ -18,7 +18,7 @@ from PIL import Image
 import datasets
 from vlsm import load, metrics, pictures, runtime
 from vlsm.cache import ahead, parts_of
-from vlsm.checkpoint import replacing, save_merged, write_csv, write_text
+from vlsm.checkpoint import read_metadata, replacing, save_merged, write_csv, write_text
 from vlsm.console import progress, speaking
 from vlsm.images import EXTENSIONS, normalise, picture_files, read_image, read_mask, resize_image
 from vlsm.prompts import prompt_of
@@ -33,7 +33,7 @@ def parse(argv=None):
         allow_abbrev=False,
     )
     g = parser.add_argument_group("what to evaluate")
-    g.add_argument("--ckpt", help="a run's folder (its best.safetensors), or a checkpoint file")
+    g.add_argument("--ckpt", nargs="+", help="a run's folder (its best.safetensors), or a checkpoint file; several: for --images")
     g.add_argument("--split", default="test", choices=datasets.SPLITS, help="default: test")
     g.add_argument("--dataset", help="another data set than the run's own: a name or a folder")
     g.add_argument("--data-root", help="folder that holds the data sets' folders (default: the run's)")
@@ -54,6 +54,9 @@ def parse(argv=None):
     g.add_argument("--target", help="folder of true masks for --pred; files are paired by stem")
     g.add_argument("--images", help="picture or folder of pictures to segment, with --prompt and --save-masks")
     g.add_argument("--prompt", help='what to segment in --images: "polyp"')
+    g.add_argument(
+        "--route", metavar="NAME", help="which of several --ckpt: a run's name (default: the one whose class word --prompt holds)"
+    )
     g.add_argument("--overlay", action="store_true", help="with --images: also write NAME.overlay.png")
     g = parser.add_argument_group("machine")
     g.add_argument("--batch-size", type=int, default=32, help="images at a time (default 32)")
@@ -218,6 +221,28 @@ def score_folders(args):
     print(report(summary))
 
 
+def route(args):
+    """The one of several checkpoints that --route names, or whose class word the prompt holds. Raises ValueError unless it is one."""
+    if not args.images:
+        raise ValueError("Several checkpoints are for --images, where one of them is chosen; evaluate them one by one.")
+    words, prompt = {}, (args.prompt or "").casefold()
+    for path in args.ckpt:
+        about = read_metadata(path)
+        source = datasets.DATASETS.get(about["dataset"])
+        words[path] = about.get("class_words") or ([source.word] if source and source.word else [])
+    names = {path: Path(path).name if Path(path).is_dir() else Path(path).stem for path in args.ckpt}
+    if args.route:
+        fitting, why = [path for path in args.ckpt if names[path] == args.route], f"There is no checkpoint '{args.route}' in --ckpt"
+    else:
+        fitting = [path for path in args.ckpt if any(word.casefold() in prompt for word in words[path])]
+        why = f"The prompt '{args.prompt}' holds the class word {'of several' if fitting else 'of no'} checkpoint"
+    if len(fitting) != 1:
+        known = ", ".join(f"{names[path]} ({', '.join(words[path]) or 'no class word'})" for path in args.ckpt)
+        raise ValueError(f"{why}. Known are {known}; choose one with --route NAME.")
+    print(f"Using '{fitting[0]}'.")
+    return fitting[0]
+
+
 def predict(args, predictor):
     """--images: masks for pictures without a ground truth."""
     if not args.prompt or not args.save_masks:
@@ -267,6 +292,7 @@ def main(argv=None):
         return score_folders(args)
     if not args.ckpt:
         raise ValueError("Name what to evaluate: --ckpt RUN_DIR_OR_FILE, or two folders of masks with --pred and --target.")
+    args.ckpt = args.ckpt[0] if len(args.ckpt) == 1 else route(args)
     if args.merge:
         model = load(args.ckpt, args.weights)
         save_merged(args.merge, model)

@@ -322,6 +322,7 @@ def train(args, after_epoch=None):
             "files that are split by their names, another --split-seed or train/ and val/ folders help."
         )
     print(f"{args.dataset}: " + ", ".join(f"{len(d)} {s}" for s, d in data.items()) + f" records at {size} x {size}")
+    about["class_words"] = sorted({r.class_word for d in data.values() for r in d.records if r.class_word})
     out = Path(args.out)
     job = Job(args, out, model, tokenizer, data, device, dtype)
     if args.resume and (out / "state.pt").is_file():

@@ -88,7 +88,7 @@ def test_broken_and_foreign_checkpoints(cli, trained, tmp_path):
     assert "not those of --peft shallow" in error()
     best.write_bytes(whole)
     rewrite(best, fingerprint="0123456789abcdef")
-    assert "was tuned on the base 'mini' (fingerprint 0123456789abcdef)" in error() and "is another base" in error()
+    assert "was tuned on the base 'mini' (clipseg, fingerprint 0123456789abcdef)" in error() and "is another base" in error()
     best.write_bytes((MINI / "model.safetensors").read_bytes())
     assert "is no checkpoint of this program" in error()
     best.unlink()

@@ -5,10 +5,11 @@ import warnings
 from kernels import dice_bce as dice_bce_loss
 
 from . import metrics
+from .bank import Bank, load_many
 from .checkpoint import load
 from .model import VLSM, build
 
 # `python -m vlsm.cris` runs a module that this package has imported already; that is meant so
 warnings.filterwarnings("ignore", "'vlsm.cris' found in sys.modules", RuntimeWarning)
 
-__all__ = ["VLSM", "build", "dice_bce_loss", "load", "metrics"]
+__all__ = ["Bank", "VLSM", "build", "dice_bce_loss", "load", "load_many", "metrics"]

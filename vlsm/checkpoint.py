@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from . import weights as weights_io
-from .model import build
+from .model import load_base, tune
 
 FORMAT = 1
 UMASK = os.umask(0)
@@ -73,9 +73,15 @@ def save_merged(folder, model):
         save_file(tensors, temporary, {"format": "pt"})
 
 
-def read_metadata(path):
-    """The metadata of a checkpoint as a dictionary. Raises FileNotFoundError or ValueError in words."""
+def _file(path):
+    """A checkpoint's file; of a run's folder the best one."""
     path = Path(path)
+    return path / "best.safetensors" if path.is_dir() else path
+
+
+def read_metadata(path):
+    """The metadata of a checkpoint, or of a run's best one, as a dictionary. Raises FileNotFoundError or ValueError in words."""
+    path = _file(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint '{path}'.")
     try:
@@ -88,23 +94,34 @@ def read_metadata(path):
     return {name: json.loads(value) for name, value in metadata.items()}
 
 
+def load_tensors(path):
+    """The tuned tensors of a checkpoint, or of a run's best one."""
+    return load_file(_file(path))
+
+
+def check_base(path, about, base):
+    """Raise ValueError unless the `Base` is the one that a checkpoint with the metadata `about` was tuned on."""
+    if (base.model, base.network.reference) != (about["model"], about["reference"]) or base.fingerprint != about["fingerprint"]:
+        kinds = [
+            f"{model}{' with --reference' * reference}"
+            for model, reference in ((about["model"], about["reference"]), (base.model, base.network.reference))
+        ]
+        raise ValueError(
+            f"'{_file(path)}' was tuned on the base '{about['weights']}' ({kinds[0]}, fingerprint {about['fingerprint']}), and "
+            f"'{base.weights}' is another base ({kinds[1]}, fingerprint {base.fingerprint}). Pass the right one with --weights."
+        )
+
+
 def load(path, weights=None):
     """The model of a run's checkpoint: its base (or `weights`, a folder or hub id holding the same base) and the trained tuner.
 
     The checkpoint's metadata stands in `model.about`. Raises ValueError if the base is not the one that was tuned.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "best.safetensors"
     about = read_metadata(path)
-    weights = weights or about["weights"]
-    model = build(about["model"], weights, about["method"], about["reference"], **about["options"])
-    if model.info["fingerprint"] != about["fingerprint"]:
-        raise ValueError(
-            f"'{path}' was tuned on the base '{about['weights']}' (fingerprint {about['fingerprint']}), and '{weights}' is another base "
-            f"(fingerprint {model.info['fingerprint']}). Pass the right one with --weights."
-        )
-    model.load_tuned(load_file(path))
+    base = load_base(about["model"], weights or about["weights"], about["reference"])
+    check_base(path, about, base)
+    model = tune(base, about["method"], **about["options"])
+    model.load_tuned(load_tensors(path))
     model.about = about
     return model
 

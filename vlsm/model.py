@@ -2,6 +2,8 @@
 
 import copy
 import re
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -159,18 +161,22 @@ def read_config(model, weights):
     return folder, raw, kind.Config.from_dict(raw)
 
 
-def build(model="clipseg", weights=None, method="none", reference=False, **options):
-    """A VLSM with frozen `weights` and a fresh tuner, in float32 on the CPU, in eval mode.
+@dataclass
+class Base:
+    """A network with its weights, before a method is chosen. `fresh`: names of what its checkpoint lacks, and started at random."""
 
-    model: a key of `NETWORKS`. weights: a local folder in Hugging Face layout, or a hub id (default: the model's own, if it has one);
-    "mini", an embedded CLIPSeg; "random:CONFIG.json", for tests and research. method: a key of
-    `vlsm.methods.METHODS`, or several ("dense+vpt"); options follow as keywords (`branches="vl", dim=64`; for one part of several:
-    `vpt=dict(context=8)`; `upsampler=True` for any). reference: do as the published code does where it departs from
-    its paper. Raises ValueError or FileNotFoundError with a sentence to act on.
-    """
+    network: nn.Module
+    model: str
+    weights: str
+    folder: Path
+    config: dict
+    fingerprint: str
+    fresh: frozenset
+
+
+def load_base(model="clipseg", weights=None, reference=False):
+    """The `Base` of a model's name and some weights; arguments and errors as those of `build`."""
     kind = network(model)
-    check_model(method, kind)
-    options = method_options(method, options)
     weights = weights or kind.default_weights
     folder, raw, config = read_config(model, weights)
     fresh = {}
@@ -188,16 +194,38 @@ def build(model="clipseg", weights=None, method="none", reference=False, **optio
         fresh = base.fresh(tensors)
         weights_io.load_strictly(base, {**tensors, **fresh}, f"The checkpoint in '{folder}'", given)
     base.settle()
-    tuner = make_tuner(method, config, reference, options)
-    if fresh and not set(fresh) <= set(tuner.base_parameters(base)):
+    return Base(base, model, str(weights), folder, raw, weights_io.fingerprint(tensors), frozenset(fresh))
+
+
+def tune(base, method="none", **options):
+    """A VLSM of a `Base`, which several may share, and a fresh tuner; arguments and errors as those of `build`."""
+    kind = type(base.network)
+    check_model(method, kind)
+    options, reference = method_options(method, options), base.network.reference
+    tuner = make_tuner(method, base.network.config, reference, options)
+    if not base.fresh <= set(tuner.base_parameters(base.network)):
         raise ValueError(
-            f"The weights in '{folder}' are {kind.name}'s frozen part alone; the rest starts at random, so --peft {method}, which does not "
-            "train it, would leave noise. Use --peft full or decoder."
+            f"The weights in '{base.folder}' are {kind.name}'s frozen part alone; the rest starts at random, so --peft {method}, which "
+            "does not train it, would leave noise. Use --peft full or decoder."
         )
-    for name, value in tuner.start(base, folder).items():
+    for name, value in tuner.start(base.network, base.folder).items():
         options[name] = {**options[name], **value} if isinstance(value, dict) else value
     info = dict(
-        model=model, weights=str(weights), fingerprint=weights_io.fingerprint(tensors),
-        method=method, options=options, reference=reference, folder=folder, config=raw,
+        model=base.model, weights=base.weights, fingerprint=base.fingerprint, method=method, options=options, reference=reference,
+        folder=base.folder, config=base.config,
     )  # fmt: skip
-    return VLSM(base, tuner, info).eval()
+    return VLSM(base.network, tuner, info).eval()
+
+
+def build(model="clipseg", weights=None, method="none", reference=False, **options):
+    """A VLSM with frozen `weights` and a fresh tuner, in float32 on the CPU, in eval mode.
+
+    model: a key of `NETWORKS`. weights: a local folder in Hugging Face layout, or a hub id (default: the model's own, if it has one);
+    "mini", an embedded CLIPSeg; "random:CONFIG.json", for tests and research. method: a key of
+    `vlsm.methods.METHODS`, or several ("dense+vpt"); options follow as keywords (`branches="vl", dim=64`; for one part of several:
+    `vpt=dict(context=8)`; `upsampler=True` for any). reference: do as the published code does where it departs from
+    its paper. Raises ValueError or FileNotFoundError with a sentence to act on.
+    """
+    check_model(method, network(model))
+    method_options(method, options)  # mistakes in them are said before anything is read
+    return tune(load_base(model, weights, reference), method, **options)
