@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -21,7 +22,9 @@ from vlsm.cache import ahead, parts_of
 from vlsm.checkpoint import read_metadata, replacing, save_merged, write_csv, write_text
 from vlsm.console import progress, speaking
 from vlsm.images import EXTENSIONS, normalise, picture_files, read_image, read_mask, resize_image
+from vlsm.paired import signed_rank
 from vlsm.prompts import prompt_of
+from vlsm.report import METRICS, collect, draw, in_words, table
 
 COLUMNS = ("image", "mask", "prompt", "dsc", "iou", "hd95")
 
@@ -33,7 +36,10 @@ def parse(argv=None):
         allow_abbrev=False,
     )
     g = parser.add_argument_group("what to evaluate")
-    g.add_argument("--ckpt", nargs="+", help="a run's folder (its best.safetensors), or a checkpoint file; several: for --images")
+    where = "a run's folder (its best.safetensors), a folder of runs (of --seeds), or a checkpoint file; several: for --images"
+    g.add_argument("--ckpt", nargs="+", help=where)
+    g.add_argument("--compare", nargs="+", metavar="CKPT", help="several runs on the same records: a sheet of pictures and a paired test")
+    g.add_argument("--report", metavar="DIR", help="the table of all evaluated runs below DIR, means over seeds, and two pictures")
     g.add_argument("--split", default="test", choices=datasets.SPLITS, help="default: test")
     g.add_argument("--dataset", help="another data set than the run's own: a name or a folder")
     g.add_argument("--data-root", help="folder that holds the data sets' folders (default: the run's)")
@@ -45,6 +51,7 @@ def parse(argv=None):
     g.add_argument("--weights", help="the base's folder or hub id, if it has moved")
     g = parser.add_argument_group("what to write")
     g.add_argument("--out", help="folder of metrics.csv and metrics.json (default: eval-SPLIT in the run's folder)")
+    g.add_argument("--format", default="md", choices=["md", "csv", "tex"], help="of --report (default: md)")
     g.add_argument("--save-masks", metavar="DIR", help="write predicted masks as 0/255 PNGs of original size, under the masks' own names")
     g.add_argument("--figure", type=int, metavar="N", help="write figure.png: N rows, the best, median and worst cases")
     merge = "instead of evaluating, write a plain folder of weights (Hugging Face's for CLIPSeg) with what lora, decoder or full has learnt"
@@ -142,33 +149,8 @@ def write_results(out, scores, summary, about):
     write_text(out / "metrics.json", json.dumps(dict(**summary, **about), indent=1))
 
 
-def report(summary):
-    """The summary in words, DSC and IoU in per cent."""
-
-    def line(name, s, factor, unit):
-        return f"{name:5} {factor * s['mean']:7.2f} +- {factor * s['std']:.2f} {unit}" if s["n"] else f"{name:5}     n/a"
-
-    d, i, h = summary["dsc"], summary["iou"], summary["hd95"]
-    total = h["n"] + h["n_undefined"]
-    lines = [line("DSC", d, 100, "%"), line("IoU", i, 100, "%")]
-    lines.append(line("HD95", h, 1, f"px at original size, over {h['n']}/{total} pairs where it is defined"))
-    if h["n_undefined"]:
-        lines.append(
-            f"      {h['mean_with_diagonal']:7.2f} px with the image's diagonal for the {h['n_undefined']} pairs with one empty mask"
-        )
-    empty = summary["empty_correct"]
-    if empty["n"]:
-        share = f"{empty['n']} empty ones: {100 * empty['mean']:.1f} % predicted exactly empty"
-        lines.append(
-            line(
-                "DSC", summary["dsc_nonempty"], 100, f"% over the {summary['dsc_nonempty']['n']} records whose truth is not empty; {share}"
-            )
-        )
-    return "\n".join(lines)
-
-
-def figure(data, scores, kept, rows, path):
-    """The best, median and worst cases by DSC, in equal parts."""
+def figure(data, scores, kept, rows, path, names=("prediction",)):
+    """The best, median and worst cases by DSC, in equal parts. kept: packed masks of each record; of several `names`, a list of these."""
     order = sorted(range(len(scores)), key=lambda i: -scores[i]["dsc"])
     rows = min(rows, len(order))
     third = [rows // 3 + (k < rows % 3) for k in (0, 2, 1)]  # best, median, worst
@@ -178,10 +160,19 @@ def figure(data, scores, kept, rows, path):
     page = []
     for i, kind in chosen:
         image, truth = read_image(data.records[i].image), read_mask(data.records[i].mask)
-        predicted = np.unpackbits(kept[i], count=truth.size).reshape(truth.shape).astype(bool)
-        page.append((image, truth, predicted, scores[i]["prompt"], f"{kind}: DSC {100 * scores[i]['dsc']:.1f}   {scores[i]['image']}"))
+        masks = [np.unpackbits(k[i], count=truth.size).reshape(truth.shape).astype(bool) for k in (kept if len(names) > 1 else [kept])]
+        page.append((image, truth, masks, scores[i]["prompt"], f"{kind}: DSC {100 * scores[i]['dsc']:.1f}   {scores[i]['image']}"))
     with replacing(path) as temporary:
-        pictures.sheet(page, temporary)
+        pictures.sheet(page, temporary, names)
+
+
+def write_report(args):
+    """--report: the table on the screen and in a file, and two pictures beside it."""
+    runs, out = collect(args.report, args.split), Path(args.out or args.report)
+    text = table(runs, args.format)
+    write_text(out / f"report.{args.format}", text)
+    drawn = draw(runs, out)
+    print(f"{text}\n{len(runs)} evaluations. Wrote {', '.join(map(str, [out / f'report.{args.format}', *drawn]))}")
 
 
 def score_folders(args):
@@ -218,7 +209,7 @@ def score_folders(args):
     summary = summarise(scores)
     if args.out:
         write_results(Path(args.out), scores, summary, dict(pred=args.pred, target=args.target))
-    print(report(summary))
+    print(in_words(summary))
 
 
 def route(args):
@@ -230,7 +221,7 @@ def route(args):
         about = read_metadata(path)
         source = datasets.DATASETS.get(about["dataset"])
         words[path] = about.get("class_words") or ([source.word] if source and source.word else [])
-    names = {path: Path(path).name if Path(path).is_dir() else Path(path).stem for path in args.ckpt}
+    names = {path: run_name(path) for path in args.ckpt}
     if args.route:
         fitting, why = [path for path in args.ckpt if names[path] == args.route], f"There is no checkpoint '{args.route}' in --ckpt"
     else:
@@ -290,6 +281,10 @@ def main(argv=None):
         if not (args.pred and args.target):
             raise ValueError("--pred and --target go together: the folder of predicted masks and that of true ones.")
         return score_folders(args)
+    if args.report:
+        return write_report(args)
+    if args.compare:
+        return compare(args)
     if not args.ckpt:
         raise ValueError("Name what to evaluate: --ckpt RUN_DIR_OR_FILE, or two folders of masks with --pred and --target.")
     args.ckpt = args.ckpt[0] if len(args.ckpt) == 1 else route(args)
@@ -299,27 +294,37 @@ def main(argv=None):
         also = "transformers loads it, and so does" if model.info["model"] == "clipseg" else "load it with"
         print(f"Wrote '{args.merge}'; {also} --weights {args.merge}.")
         return
-    predictor = Predictor(args)
     if args.images:
-        return predict(args, predictor)
+        return predict(args, Predictor(args))
+    runs = [] if (Path(args.ckpt) / "best.safetensors").is_file() else sorted(p.parent for p in Path(args.ckpt).glob("*/best.safetensors"))
+    if not runs:
+        return evaluate_run(args)
+    if args.out or args.save_masks:
+        raise ValueError(f"'{args.ckpt}' holds {len(runs)} runs, which --out and --save-masks would mix; evaluate them one by one.")
+    summaries = []
+    for run in runs:
+        args.ckpt = run
+        summaries.append(evaluate_run(args))
+    for name, (title, factor, _) in METRICS.items():
+        means = [factor * s[name]["mean"] for s in summaries if s[name]["mean"] is not None]
+        if means:
+            print(f"{title:8} {np.mean(means):7.2f} +- {np.std(means, ddof=1) if len(means) > 1 else 0:.2f} over {len(means)} runs")
 
+
+def evaluate_run(args):
+    """One run on a split of a data set: results written and printed; its summary."""
+    predictor = Predictor(args)
     about = predictor.about
     dataset, prompts = args.dataset or about["dataset"], args.prompts or about["prompts"]
     seed = about["recipe"]["seed"] if args.seed is None else args.seed
     run = Path(args.ckpt) if Path(args.ckpt).is_dir() else Path(args.ckpt).parent
     out = Path(args.out) if args.out else run / f"eval-{args.split}"
-    data = datasets.open_dataset(
-        dataset, [args.split], predictor.size, args.data_root or about["data_root"], args.cache_dir, about["split_seed"], prompts
-    )[args.split]  # fmt: skip
+    data = open_split(args, predictor, dataset, prompts)
+    trained, total = predictor.model.count()
     what = dict(
-        ckpt=str(args.ckpt),
-        dataset=dataset,
-        split=args.split,
-        upsample=args.upsample,
-        seed=seed,
-        weights=about["weights"],
-        method=about["method"],
-    )
+        ckpt=str(args.ckpt), dataset=dataset, split=args.split, upsample=args.upsample, seed=seed, weights=about["weights"],
+        method=about["method"], trained=trained, total=total,
+    )  # fmt: skip
     if args.all_prompts:
         return all_prompts(predictor, data, seed, args, out, what)
     scores, kept = evaluate(predictor, data, prompts, seed, args, args.save_masks)
@@ -327,8 +332,47 @@ def main(argv=None):
     write_results(out, scores, summary, dict(prompts=prompts, **what))
     if args.figure:
         figure(data, scores, kept, args.figure, out / "figure.png")
-    print(f"{dataset} {args.split}, {len(scores)} records, prompts: {prompts}\n{report(summary)}")
+    print(f"{dataset} {args.split}, {len(scores)} records, prompts: {prompts}\n{in_words(summary)}")
     print(f"Wrote {out / 'metrics.csv'} and metrics.json" + (", figure.png" if args.figure else ""))
+    return summary
+
+
+def open_split(args, predictor, dataset, prompts):
+    about = predictor.about
+    root = args.data_root or about["data_root"]
+    return datasets.open_dataset(dataset, [args.split], predictor.size, root, args.cache_dir, about["split_seed"], prompts)[args.split]
+
+
+def compare(args):
+    """--compare: the same records under several checkpoints; Wilcoxon's test of each pair's DSC, and a sheet of the first one's best,
+    median and worst cases.
+    """
+    if len(args.compare) < 2:
+        raise ValueError("--compare wants two checkpoints or more.")
+    args.figure, names, found, opened = args.figure or 6, [run_name(path) for path in args.compare], [], None
+    first = read_metadata(args.compare[0])
+    dataset, prompts = args.dataset or first["dataset"], args.prompts or first["prompts"]
+    seed = first["recipe"]["seed"] if args.seed is None else args.seed
+    for path in args.compare:
+        args.ckpt = path
+        predictor = Predictor(args)
+        opened = open_split(args, predictor, dataset, prompts)
+        found.append(evaluate(predictor, opened, prompts, seed, args))
+        d = np.array([s["dsc"] for s in found[-1][0]])
+        print(f"{names[len(found) - 1]:30} DSC {100 * d.mean():.2f} +- {100 * d.std(ddof=1):.2f} % over {len(d)} records")
+    for i, j in combinations(range(len(found)), 2):
+        a, b = ([s["dsc"] for s in found[k][0]] for k in (i, j))
+        p, n = signed_rank(a, b)
+        print(
+            f"{names[i]} - {names[j]}: {100 * (np.mean(a) - np.mean(b)):+.2f} points, p = {p:.2g} (signed ranks of {n} pairs that differ)"
+        )
+    out = Path(args.out or "compare.png")
+    figure(opened, found[0][0], [kept for _, kept in found], args.figure, out, names)
+    print(f"Wrote {out}")
+
+
+def run_name(path):
+    return Path(path).name if Path(path).is_dir() else Path(path).stem
 
 
 def all_prompts(predictor, data, seed, args, out, what):

@@ -4,6 +4,7 @@ The loop is written out below, in `train_epoch` and `main`: data -> model -> los
 """
 
 import argparse
+import copy
 import json
 import math
 import platform
@@ -50,7 +51,7 @@ FREE_ON_RESUME = {
     "epochs", "patience", "min_epochs", "sweep", "device", "data_root", "cache_dir", "weights", "kernels", "compile", "cache_gb",
     "data_device",
 }  # fmt: skip
-UNSAVED = {"out", "resume", "overwrite", "dry_run", "given", "sweep_space", "sweep_folder"}
+UNSAVED = {"out", "seeds", "resume", "overwrite", "dry_run", "given", "sweep_space", "sweep_folder"}
 
 
 def parse(argv=None):
@@ -98,6 +99,7 @@ def parse(argv=None):
         "--ce", choices=["logits", "reference"], help="cross entropy on logits (default), or on a second sigmoid as in the published code"
     )
     g.add_argument("--seed", type=int, default=42, help="of everything random (default 42)")
+    g.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="a run for each of these seeds, in one folder")
     g = parser.add_argument_group("search")
     trials = "search hyper-parameters in so many runs (needs: pip install optuna); what is given as an option is not searched"
     g.add_argument("--sweep", type=int, metavar="TRIALS", help=trials)
@@ -128,9 +130,20 @@ def _flags(argv):
     return {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
 
 
+def default_method(args):
+    return "dense" if args.model == "clipseg" else "full"
+
+
+def default_out(args, seed):
+    depth = f"depth{args.prompt_depth}" if args.prompt_depth else ""
+    model, method = "" if args.model == "clipseg" else args.model, args.peft or default_method(args)
+    parts = [Path(args.dataset).name, model, method, args.branches or "", str(args.dim or ""), depth, seed, "sweep" * bool(args.sweep)]
+    return str(Path("runs") / "-".join(p for p in parts if p))
+
+
 def complete(args):
     """Fill in what depends on other options, or on the run that is resumed. Raises ValueError for what cannot be."""
-    args.peft = args.peft or ("dense" if args.model == "clipseg" else "full")
+    args.peft = args.peft or default_method(args)
     names = methods.parts_of(args.peft)
     for name in ("epochs", "batch_size", "image_size", "patience", "sweep"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -139,12 +152,7 @@ def complete(args):
         raise ValueError(f"--cache-gb {args.cache_gb}: give 0 (nothing is kept) or more.")
     if args.resume and args.overwrite:
         raise ValueError("--resume goes on with a run and --overwrite deletes it; give one of them.")
-    if not args.out:
-        depth = f"depth{args.prompt_depth}" if args.prompt_depth else ""
-        model = "" if args.model == "clipseg" else args.model
-        parts = [Path(args.dataset).name, model, args.peft, args.branches or "", str(args.dim or ""), depth, f"seed{args.seed}"]
-        parts += ["sweep"] if args.sweep else []
-        args.out = str(Path("runs") / "-".join(p for p in parts if p))
+    args.out = args.out or default_out(args, f"seed{args.seed}")
     if args.resume:
         adopt(args)
     demo = args.dataset == "demo" and args.model == "clipseg"
@@ -357,8 +365,25 @@ def train(args, after_epoch=None):
     return job
 
 
+def each_seed(args):
+    """--seeds: the same run from several seeds, side by side in one folder. With --resume, those that are there go on."""
+    if args.sweep or "seed" in args.given:
+        raise ValueError(f"--seeds and {'--sweep' if args.sweep else '--seed'} exclude each other; leave one of them out.")
+    group = Path(args.out or default_out(args, "seeds"))
+    for seed in dict.fromkeys(args.seeds):
+        one, out = copy.copy(args), group / f"seed{seed}"
+        one.seed, one.out, one.given = seed, str(out), args.given | {"seed"}
+        one.resume = args.resume and (out / "config.json").is_file()
+        print(f"--seeds: {out}")
+        train(complete(one))
+    print(f"All seeds are done. Evaluate them with: python evaluate.py --ckpt {group}")
+
+
 def main(argv=None):
-    args = complete(parse(argv))
+    args = parse(argv)
+    if args.seeds:
+        return each_seed(args)
+    args = complete(args)
     if args.sweep:
         check_folder(args)
         sweep.run(args, make_folder, train)

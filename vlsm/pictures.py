@@ -38,21 +38,20 @@ def wrap(text, width, face):
     return [*lines, line]
 
 
-def sheet(rows, path, cell=220):
-    """Write a picture of rows (image, truth, prediction, prompt, caption): image, truth (green), prediction (blue), words under them.
-
-    image: uint8 `[H, W, 3]`; truth, prediction: bool `[H, W]`. Sizes may differ.
+def sheet(rows, path, names=("prediction",), cell=220):
+    """Write a picture of rows (image, truth, predictions, prompt, caption): image, truth (green), a prediction for each of `names` (blue),
+    words under them. image: uint8 `[H, W, 3]`; truth, predictions: bool `[H, W]`. Sizes may differ.
     """
-    face, bold, gap = font(13), font(15), 8
+    face, bold, gap, across = font(13), font(15), 8, 2 + len(names)
     tall = [round(cell * r[0].shape[0] / r[0].shape[1]) for r in rows]
-    words = [wrap(f'"{r[3]}"', 3 * cell + 2 * gap, face)[:2] for r in rows]
+    words = [wrap(f'"{r[3]}"', across * (cell + gap) - gap, face)[:2] for r in rows]
     heights = [h + 24 + 17 * len(w) + gap for h, w in zip(tall, words)]
-    page = Image.new("RGB", (3 * cell + 4 * gap, sum(heights) + 30), "white")
+    page = Image.new("RGB", (across * (cell + gap) + gap, sum(heights) + 30), "white")
     draw, y = ImageDraw.Draw(page), 26
-    for k, title in enumerate(("image", "ground truth", "prediction")):
+    for k, title in enumerate(("image", "ground truth", *names)):
         draw.text((gap + k * (cell + gap), 6), title, INK, bold)
-    for (image, truth, prediction, _, caption), h, lines, height in zip(rows, tall, words, heights):
-        for k, picture in enumerate((image, overlay(image, truth, GREEN), overlay(image, prediction, CYAN))):
+    for (image, truth, predictions, _, caption), h, lines, height in zip(rows, tall, words, heights):
+        for k, picture in enumerate((image, overlay(image, truth, GREEN), *(overlay(image, p, CYAN) for p in predictions))):
             page.paste(Image.fromarray(picture).resize((cell, h), Image.LANCZOS), (gap + k * (cell + gap), y))
         draw.text((gap, y + h + 3), caption, INK, bold)
         for n, line in enumerate(lines):
@@ -149,4 +148,79 @@ def scatter(columns, heights, marked, faint, title, path, log=()):
             x, y = panel.spot(places[i], heights[i])
             colour = ORANGE if i == marked else PALE if i in faint else BLUE
             draw.ellipse((x - 5, y - 5, x + 5, y + 5), colour, BLUE if i in faint else "white")
+    page.save(path, format="PNG")
+
+
+COLOURS = ((31, 90, 180), (220, 110, 20), (60, 160, 80), (150, 80, 170), (200, 50, 60), (90, 90, 100), (0, 160, 180), (180, 150, 20))
+
+
+def bars(groups, title, path):
+    """Write bars with error bars; groups: title of a group -> {label of a bar: something with mean and std, or None}."""
+    labels = list(dict.fromkeys(label for group in groups.values() for label in group))
+    face, wide, gap = font(13), 26, 30
+    width = max(560, 80 + len(groups) * (len(labels) * wide + gap))
+    legend = wrapped_legend(labels, width - 80, face)
+    page = Image.new("RGB", (width, 340 + 20 * len(legend)), "white")
+    draw, bottom, top = ImageDraw.Draw(page), 290, 40
+    found = [c for group in groups.values() for c in group.values() if c]
+    marks = ticks(0, max([c.mean + (c.std or 0) for c in found], default=1))
+    spot = lambda v: bottom - (bottom - top) * v / marks[-1]  # noqa: E731
+    draw.text((60, 10), title, INK, font(17))
+    for mark in marks:
+        draw.line((60, spot(mark), width - 20, spot(mark)), PALE)
+        draw.text((52, spot(mark)), f"{mark:g}", INK, face, anchor="rm")
+    for g, (name, group) in enumerate(groups.items()):
+        left = 70 + g * (len(labels) * wide + gap)
+        draw.text((left + len(labels) * wide / 2, bottom + 8), name, INK, face, anchor="mt")
+        for k, label in enumerate(labels):
+            cell = group.get(label)
+            if cell is None:
+                continue
+            x = left + k * wide
+            draw.rectangle((x, spot(cell.mean), x + wide - 4, bottom), COLOURS[k % len(COLOURS)])
+            if cell.std:
+                middle = x + (wide - 4) / 2
+                draw.line((middle, spot(cell.mean - cell.std), middle, spot(cell.mean + cell.std)), INK, 2)
+    for row, entries in enumerate(legend):
+        for x, k, label in entries:
+            y = bottom + 40 + 20 * row
+            draw.rectangle((60 + x, y - 5, 70 + x, y + 5), COLOURS[k % len(COLOURS)])
+            draw.text((75 + x, y), label, INK, face, anchor="lm")
+    page.save(path, format="PNG")
+
+
+def wrapped_legend(labels, width, face):
+    """Rows of (x, index, label) that fit a width."""
+    rows, x = [[]], 0
+    for k, label in enumerate(labels):
+        needed = face.getlength(label) + 40
+        if rows[-1] and x + needed > width:
+            rows.append([])
+            x = 0
+        rows[-1].append((x, k, label))
+        x += needed
+    return rows
+
+
+def against_parameters(groups, path):
+    """Write a panel for each data set: DSC against trained parameters, on a logarithmic axis; groups: name -> [(trained, DSC, label)].
+
+    Points without trained parameters stand at the left border.
+    """
+    across = min(3, len(groups))
+    page = Image.new("RGB", (across * Panel.W, -(-len(groups) // across) * Panel.H), "white")
+    draw = ImageDraw.Draw(page)
+    for k, (name, points) in enumerate(groups.items()):
+        powers = [np.log10(n) for n, _, _ in points if n] or [0.0]
+        first, last = int(np.floor(min(powers))), max(int(np.ceil(max(powers))), int(np.floor(min(powers))) + 1)
+        heights = [v for _, v, _ in points]
+        xs = [(e, f"1e{e}") for e in range(first, last + 1)]
+        panel = Panel(
+            draw, k % across, k // across, f"{name}: DSC in %", "trained parameters", xs, labelled(ticks(min(heights), max(heights)))
+        )
+        for n, value, label in points:
+            x, y = panel.spot(np.log10(n) if n else first, value)
+            draw.ellipse((x - 5, y - 5, x + 5, y + 5), ORANGE if not n else BLUE, "white")
+            right = x + 9 + font(12).getlength(label) > panel.right
+            draw.text((x - 9 if right else x + 9, y), label, INK, font(12), anchor="rm" if right else "lm")
     page.save(path, format="PNG")
