@@ -1,4 +1,5 @@
-"""Every data set: where its files lie, its prompts and splits. `python datasets.py --export demo DIR` writes the demo as files.
+"""Every data set: where its files lie, its prompts and splits. `python datasets.py --prepare NAME --src DOWNLOAD` makes its folder of a raw
+download, `--check NAME` looks it over, `--export demo DIR` writes the demo as files.
 
 Layout (MedVLSM's): DATA_ROOT/<folder>/images/..., masks/..., anns/{train,val,test}.json. A user's own folder needs images/ and masks/
 only, or train/ val/ test/ with these inside; README shows each.
@@ -14,11 +15,14 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
+from vlsm import check as checking
 from vlsm import demo
 from vlsm.cache import DataError, Record, open_split
 from vlsm.console import speaking
 from vlsm.images import picture_files
+from vlsm.prepare import prepare, read_descriptions
 from vlsm.prompts import class_word, prompt_of
+from vlsm.raw import READERS
 from vlsm.weights import read_json
 
 SPLITS = ("train", "val", "test")
@@ -47,6 +51,8 @@ DATASETS = {
     "cvc300": Source("cvc300_polyp", "https://github.com/DengPingFan/PraNet", "polyp"),
     "colondb": Source("colondb_polyp", "https://github.com/DengPingFan/PraNet", "polyp"),
     "etis": Source("etis_polyp", "https://github.com/DengPingFan/PraNet", "polyp"),
+    "cityscapes": Source("cityscapes", "https://www.cityscapes-dataset.com"),
+    "voc": Source("voc", "http://host.robots.ox.ac.uk/pascal/VOC/voc2012"),
 }
 
 
@@ -252,13 +258,49 @@ def export(name, folder):
     return root
 
 
+def check(dataset, data_root, split_seed, out):
+    """--check: print a data set's fingerprint and write a contact sheet. Raises as `records` does."""
+    parts = available_splits(dataset, data_root, split_seed)
+    if not parts:
+        raise ValueError(f"'{dataset}' has no annotation file (anns/train.json, val.json or test.json), so there is nothing to look at.")
+    splits = {part: records(dataset, part, data_root, split_seed) for part in parts}
+    splits = {part: found for part, found in splits.items() if found}
+    name = Path(dataset).name
+    print(checking.in_words(name, checking.look(splits)))
+    file = Path(out or f"{name}-check.png")
+    checking.contact_sheet(splits, file)
+    print(f"Wrote {file}")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Data sets for train.py and evaluate.py.")
-    parser.add_argument("--export", nargs=2, metavar=("demo", "DIR"), help="write the demo data set in MedVLSM's layout to DIR")
     parser.add_argument("--list", action="store_true", help="list the known data sets and where to download them")
+    parser.add_argument("--prepare", metavar="NAME", help=f"make a data set's folder of its download, --src: {', '.join(READERS)}")
+    parser.add_argument("--src", metavar="DOWNLOAD", help="folder or zip archive, as its publisher ships it; nothing is written there")
+    parser.add_argument("--data-root", default="data", help="folder that holds the data sets' folders (default: data)")
+    parser.add_argument("--anns", metavar="DIR", help="MedVLSM's annotation files: its data folder, or a data set's (default: made here)")
+    parser.add_argument("--describe", metavar="FILE.json", help="a list of general descriptions of the class, for prompts p7 to p9")
+    parser.add_argument("--check", metavar="NAME|PATH", help="print a data set's fingerprint, and write a contact sheet")
+    parser.add_argument("--split-seed", type=int, default=0, help="of the 80/10/10 split of your own folder (default 0)")
+    parser.add_argument("--out", metavar="FILE.png", help="of --check: the contact sheet (default: NAME-check.png)")
+    parser.add_argument("--export", nargs=2, metavar=("demo", "DIR"), help="write the demo data set in MedVLSM's layout to DIR")
     args = parser.parse_args(argv)
     if args.export:
         print(f"Wrote {export(*args.export)}. Train on it with: python train.py --dataset {args.export[1]}")
+    elif args.prepare:
+        if args.prepare not in READERS:
+            raise ValueError(f"--prepare '{args.prepare}' is not known. Choose one of: {', '.join(READERS)}.")
+        if not args.src:
+            raise ValueError("--prepare wants the download, folder or zip archive: --src DOWNLOAD.")
+        folder = DATASETS[args.prepare].folder
+        anns = Path(args.anns) if args.anns else None
+        if anns:  # MedVLSM's data folder, the data set's in it, or that one's anns
+            anns = next((anns / below for below in (f"{folder}/anns", folder) if (anns / below).is_dir()), anns)
+        texts = read_descriptions(args.describe) if args.describe else ()
+        prepare(args.prepare, args.src, Path(args.data_root) / folder, anns, texts)
+        print(f"Look at it with: python datasets.py --check {args.prepare} --data-root {args.data_root}")
+    elif args.check:
+        check(args.check, args.data_root, args.split_seed, args.out)
     elif args.list:
         for name, source in DATASETS.items():
             print(f"{name:13} {source.folder:15} {source.url}")

@@ -150,7 +150,7 @@ def test_merged_weights_are_the_network(cli, arguments, tmp_path, model):
 def test_a_tiny_one_learns_the_demo(cli, demo, tmp_path, model):
     """From random weights: better than calling everything foreground."""
     common = ["--model", model, "--weights", TINY[model], "--dataset", demo, "--lr", "1e-3"]
-    code, _, err = cli("train", *common, "--epochs", 12, "--out", tmp_path / "run")
+    code, _, err = cli("train", *common, "--image-size", 64, "--epochs", 10, "--out", tmp_path / "run")
     assert code == 0, err
     code, _, err = cli("evaluate", "--ckpt", tmp_path / "run")
     assert code == 0, err
