@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import datasets
-from vlsm import load, metrics, pictures, runtime
+from vlsm import load, metrics, parallel, pictures, runtime
 from vlsm.cache import ahead, parts_of
 from vlsm.checkpoint import read_metadata, replacing, save_merged, write_csv, write_text
 from vlsm.console import progress, speaking
@@ -76,8 +76,10 @@ class Predictor:
     """A checkpoint, ready to segment uint8 pictures of the model's size."""
 
     def __init__(self, args):
-        self.device, self.dtype = runtime.choose(args.device, args.amp)
-        self.model = runtime.place(load(args.ckpt, args.weights), self.device, self.dtype, args.kernels, args.compile)
+        self.device, self.dtype = runtime.choose(parallel.start(args.device), args.amp)
+        with parallel.first_here():
+            model = load(args.ckpt, args.weights)
+        self.model = runtime.place(model, self.device, self.dtype, args.kernels, args.compile)
         self.about = self.model.about
         self.size = self.about["image_size"]
         self.tokenizer = self.model.tokenizer()
@@ -120,7 +122,8 @@ def evaluate(predictor, data, prompts, seed, args, masks_dir=None):
         def read(part):  # original masks, while the network works on the part before
             return list(pool.map(lambda i: torch.from_numpy(read_mask(data.records[i].mask)), part))
 
-        for part, present in ahead(read, parts_of(range(count), args.batch_size)):
+        own = [part for _, part in parallel.own(parts_of(range(count), args.batch_size))]
+        for part, present in ahead(read, own):
             texts = [prompt_of(data.records[i], i, prompts, seed) for i in part]
             logits = predictor.logits(data.batch(list(part))[0], texts)
             truth = [t.to(predictor.device) for t in present]
@@ -132,6 +135,10 @@ def evaluate(predictor, data, prompts, seed, args, masks_dir=None):
                 if args.figure:
                     kept.append(np.packbits(mask.cpu().numpy()))
             bar.update(len(part))
+    if parallel.world() > 1:
+        places = [i for part in own for i in part]
+        together = parallel.gather(list(zip(places, scores, kept or [None] * len(scores))))
+        scores, kept = [row for _, row, _ in together], [mask for *_, mask in together]
     return scores, kept
 
 
@@ -329,6 +336,8 @@ def evaluate_run(args):
         return all_prompts(predictor, data, seed, args, out, what)
     scores, kept = evaluate(predictor, data, prompts, seed, args, args.save_masks)
     summary = summarise(scores)
+    if parallel.rank():
+        return summary
     write_results(out, scores, summary, dict(prompts=prompts, **what))
     if args.figure:
         figure(data, scores, kept, args.figure, out / "figure.png")
@@ -339,8 +348,9 @@ def evaluate_run(args):
 
 def open_split(args, predictor, dataset, prompts):
     about = predictor.about
-    root = args.data_root or about["data_root"]
-    return datasets.open_dataset(dataset, [args.split], predictor.size, root, args.cache_dir, about["split_seed"], prompts)[args.split]
+    where = args.data_root or about["data_root"], args.cache_dir, about["split_seed"]
+    with parallel.first_here():
+        return datasets.open_dataset(dataset, [args.split], predictor.size, *where, prompts)[args.split]
 
 
 def compare(args):

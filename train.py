@@ -5,10 +5,9 @@ The loop is written out below, in `train_epoch` and `main`: data -> model -> los
 
 import argparse
 import copy
-import json
 import math
+import os
 import platform
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -17,10 +16,12 @@ import torch
 from tqdm import tqdm
 
 import datasets
-from vlsm import build, methods, pictures, runtime, sweep
+from vlsm import build, methods, parallel, pictures, runtime, sweep
 from vlsm.augment import augment
-from vlsm.checkpoint import load_state, replacing, save_state, save_tuned, write_csv, write_text
+from vlsm.cache import parts_of
+from vlsm.checkpoint import load_state, replacing, save_state, save_tuned, write_csv
 from vlsm.console import Interrupt, progress, speaking
+from vlsm.folder import adopt, check_folder, default_method, default_out, make_folder
 from vlsm.job import Job
 from vlsm.learners import Learner
 from vlsm.methods import METHODS
@@ -46,12 +47,6 @@ RECIPE = (
     "dice_weight", "bce_weight", "ce", "augment", "amp", "seed",
 )  # fmt: skip
 COLUMNS = ("epoch", "train_loss", "train_dsc", "val_loss", "val_dsc", "val_iou", "lr", "seconds", "images_per_second")
-# Options that may differ when a run is resumed; all others would make it another run.
-FREE_ON_RESUME = {
-    "epochs", "patience", "min_epochs", "sweep", "device", "data_root", "cache_dir", "weights", "kernels", "compile", "cache_gb",
-    "data_device",
-}  # fmt: skip
-UNSAVED = {"out", "seeds", "resume", "overwrite", "dry_run", "given", "sweep_space", "sweep_folder"}
 
 
 def parse(argv=None):
@@ -130,17 +125,6 @@ def _flags(argv):
     return {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
 
 
-def default_method(args):
-    return "dense" if args.model == "clipseg" else "full"
-
-
-def default_out(args, seed):
-    depth = f"depth{args.prompt_depth}" if args.prompt_depth else ""
-    model, method = "" if args.model == "clipseg" else args.model, args.peft or default_method(args)
-    parts = [Path(args.dataset).name, model, method, args.branches or "", str(args.dim or ""), depth, seed, "sweep" * bool(args.sweep)]
-    return str(Path("runs") / "-".join(p for p in parts if p))
-
-
 def complete(args):
     """Fill in what depends on other options, or on the run that is resumed. Raises ValueError for what cannot be."""
     args.peft = args.peft or default_method(args)
@@ -170,49 +154,6 @@ def complete(args):
     return args
 
 
-def adopt(args):
-    """Take the options of the run in --out; refuse those on the command line that would make it another run."""
-    file = Path(args.out) / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"There is no run to resume in '{args.out}' (no config.json). Name its folder with --out.")
-    for name, value in read_json(file)["options"].items():
-        if name not in args.given:
-            setattr(args, name, value)
-        elif name not in FREE_ON_RESUME and getattr(args, name) != value:
-            given = getattr(args, name)
-            raise ValueError(
-                f"--{name.replace('_', '-')} {given} differs from the run in '{args.out}', which has {value}. Use another --out."
-            )
-
-
-def check_folder(args):
-    """Refuse a folder that holds another run, or something else, before any work is done."""
-    out = Path(args.out)
-    if args.resume or not out.exists() or not any(out.iterdir()):
-        return
-    if not args.overwrite:
-        raise FileExistsError(
-            f"'{out}' exists and is not empty. Use --resume to go on with that run, --overwrite to delete it, or another --out."
-        )
-    if not (out / "config.json").is_file():
-        raise FileExistsError(
-            f"'{out}' holds no run of this program (no config.json), so --overwrite does not delete it. Use another --out."
-        )
-
-
-def make_folder(args, about):
-    """The run's folder with its config.json; with --overwrite, without what was there."""
-    out = Path(args.out)
-    if args.overwrite and out.exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    for left in out.glob(".*.tmp"):  # of a run that was killed while writing
-        left.unlink()
-    options = {k: v for k, v in vars(args).items() if k not in UNSAVED}
-    write_text(out / "config.json", json.dumps(dict(options=options, **about), indent=1))
-    return out
-
-
 def model_size(model, asked):
     """Side of the pictures: as asked for, else the network's own, else that of the weights' own processor, else the paper's 352."""
     config, file = model.base.config, model.info["folder"] / "preprocessor_config.json"
@@ -240,46 +181,61 @@ def train_epoch(job, epoch, interrupt):
         loss, dice = numbers.read()
         job.refuse_nonfinite(loss, f"loss became {loss} in epoch {epoch}, step {step}")
         loss_sum, dsc_sum, seen = loss_sum + loss * n, dsc_sum + dice, seen + n
-        bar.set_postfix(loss=f"{loss_sum / seen:.3f}", DSC=f"{100 * dsc_sum / seen:.1f}", refresh=False)
-        bar.update(n)
+        bar.set_postfix(loss=f"{loss_sum / max(seen, 1):.3f}", DSC=f"{100 * dsc_sum / max(seen, 1):.1f}", refresh=False)
+        bar.update(len(parts[step - 1]))
 
-    changed = None
+    changed, parts = None, parts_of(order, args.batch_size)
+    if parallel.world() > 1:  # dropout's draws: each process its own, whatever was drawn before
+        torch.manual_seed(seed * 1_000_003 + parallel.rank())
+    shares = [parallel.share(part) for part in parts]
+    mine = [rows or part[:1] for (rows, _), part in zip(shares, parts)]  # one without rows takes part with weight 0
     with progress(records, f"epoch {epoch}/{args.epochs}") as bar:
-        for step, (indices, pixels, masks) in enumerate(job.batches("train", order), 1):
+        for step, (indices, pixels, masks) in enumerate(job.batches("train", mine), 1):
+            (rows, weight), size = shares[step - 1], len(parts[step - 1])
             if args.augment:
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + (step - 1) * args.batch_size)
-                pixels, masks, changed = augment(pixels, masks, generator)
+                part = slice(parallel.rank(), None, parallel.world()) if rows else slice(0, 1)
+                pixels, masks, changed = augment(pixels, masks, generator, size, part)
             logits, loss = job.forward("train", indices, pixels, masks, args.seed, epoch, changed=changed)
             job.optimizer.zero_grad(set_to_none=True)
-            job.scaler.scale(loss).backward()
+            job.scaler.scale(loss if weight == 1 else loss * weight).backward()
+            parallel.average(p.grad for p in job.tuned.values() if p.grad is not None)
             job.scaler.unscale_(job.optimizer)
             norm = torch.nn.utils.clip_grad_norm_(job.tuned.values(), args.clip or math.inf)
             if not job.checked and loss.isfinite() and (job.dtype != torch.float16 or norm.isfinite()):  # fp16 seeks its scale first
-                tqdm.write(job.model.check_gradients())
+                said = job.model.check_gradients()
+                if not parallel.rank():
+                    tqdm.write(said)
                 job.checked = True
             job.scaler.step(job.optimizer)
             job.scaler.update()
-            scores = dsc(logits.detach()[:, 0] > 0, masks[:, 0] > 0).sum()
+            scores = dsc(logits.detach()[:, 0] > 0, masks[:, 0] > 0).sum() * bool(rows)
             numbers = runtime.Later(torch.stack([loss.detach().double(), scores]))
             if before:  # the step before: waiting for this one's numbers would leave a GPU without work
                 settle(*before)
-            before = step, len(indices), numbers
+            before = step, len(rows), numbers
             interrupt.leave(f"Interrupted in epoch {epoch}; {job.saved()}")
         settle(*before)
+    parallel.average(job.model.base.get_buffer(name) for name in job.model.moving)
+    loss_sum, dsc_sum, seen = parallel.total([loss_sum, dsc_sum, seen], job.device)
     return loss_sum / seen, dsc_sum / seen
 
 
 @torch.no_grad()
 def validate(job):
-    """(loss, DSC, IoU): means over the validation records, at the model's size."""
+    """(loss, DSC, IoU): means over the validation records, at the model's size. Each batch is one process's."""
     job.model.eval()
-    loss_sum, scores, count = 0.0, [], len(job.data["val"])
-    for indices, pixels, masks in job.batches("val", list(range(count))):
+    found, count = [], len(job.data["val"])
+    own = parallel.own(parts_of(list(range(count)), job.args.batch_size))
+    for (number, _), (indices, pixels, masks) in zip(own, job.batches("val", [part for _, part in own])):
         logits, loss = job.forward("val", indices, pixels, masks, job.args.seed)
-        loss_sum += loss.double() * len(indices)
         predicted, truth = logits[:, 0] > 0, masks[:, 0] > 0
-        scores.append(torch.stack([dsc(predicted, truth), iou(predicted, truth)], 1))
-    return loss_sum.item() / count, *torch.cat(scores).mean(0).tolist()
+        scores = torch.stack([dsc(predicted, truth), iou(predicted, truth)], 1)
+        found.append((number, loss.double() * len(indices), scores))
+    if parallel.world() > 1:
+        found = parallel.gather([(number, loss.cpu(), scores.cpu()) for number, loss, scores in found])
+    loss_sum = sum(loss for _, loss, _ in found)
+    return loss_sum.item() / count, *torch.cat([scores for _, _, scores in found]).mean(0).tolist()
 
 
 def describe_run(args, size, model):
@@ -292,6 +248,8 @@ def describe_run(args, size, model):
 
 def save_epoch(job, about, better):
     """Write every file of the run. state.pt comes last: until it is there, a resumed run repeats this epoch and writes the same."""
+    if parallel.rank():
+        return
     for name in ["last"] + ["best"] * better:
         save_tuned(job.out / f"{name}.safetensors", job.model, **about, best_val_dsc=job.best, epoch=len(job.history))
     write_csv(job.out / "log.csv", [COLUMNS, *([row[name] for name in COLUMNS] for row in job.history)])
@@ -302,9 +260,12 @@ def save_epoch(job, about, better):
 
 def train(args, after_epoch=None):
     """One run, from its options to its last epoch; the `Job`, or None where nothing was trained. `after_epoch` is called with the job."""
-    device, dtype = runtime.choose(args.device, args.amp)
+    device, dtype = runtime.choose(parallel.start(args.device), args.amp)
+    if args.batch_size < parallel.world():
+        raise ValueError(f"--batch-size {args.batch_size} is the whole batch, and there are {parallel.world()} processes to share it.")
     torch.manual_seed(args.seed)
-    model = build(args.model, args.weights, args.peft, args.reference, **methods.given(args))
+    with parallel.first_here():
+        model = build(args.model, args.weights, args.peft, args.reference, **methods.given(args))
     size = model_size(model, args.image_size)
     if is_random(args.weights):
         print(f"{args.weights}: random weights, for tests and research: nothing in them is pretrained.", file=sys.stderr)
@@ -314,6 +275,7 @@ def train(args, after_epoch=None):
     if args.dry_run:
         return
     check_folder(args)
+    parallel.barrier()
     about = describe_run(args, size, model)
     if args.peft == "none":
         out = make_folder(args, about)
@@ -323,7 +285,9 @@ def train(args, after_epoch=None):
 
     tokenizer = model.tokenizer()
     splits = datasets.available_splits(args.dataset, args.data_root, args.split_seed) or ["train", "val"]
-    data = datasets.open_dataset(args.dataset, splits, size, args.data_root, args.cache_dir, args.split_seed, args.prompts, args.skip_bad)
+    where = args.data_root, args.cache_dir, args.split_seed
+    with parallel.first_here():
+        data = datasets.open_dataset(args.dataset, splits, size, *where, args.prompts, args.skip_bad)
     if not {"train", "val"} <= set(data):
         raise ValueError(
             f"'{args.dataset}' has records for {' and '.join(data)} only; training needs train and val. If it is a folder of a few "
@@ -337,7 +301,8 @@ def train(args, after_epoch=None):
         job.resume(load_state(out / "state.pt"))
         print(f"Resuming '{out}' after epoch {len(job.history)} (best validation DSC {100 * job.best:.2f})")
     job.prepare()
-    make_folder(args, about)  # after the state was accepted: a wrong --weights must not enter config.json
+    if not parallel.rank():
+        make_folder(args, about)  # after the state was accepted: a wrong --weights must not enter config.json
 
     with Interrupt() as interrupt:
         for epoch in range(len(job.history) + 1, args.epochs + 1):
@@ -385,8 +350,10 @@ def main(argv=None):
         return each_seed(args)
     args = complete(args)
     if args.sweep:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("--sweep runs one trial after another in one process; start it without torchrun.")
         check_folder(args)
-        sweep.run(args, make_folder, train)
+        sweep.run(args, train)
     else:
         train(args)
 

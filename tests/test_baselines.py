@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import evaluate
 import vlsm
 from tests.conftest import ROOT, rows, same_tensors
 from tests.test_frozen import split
@@ -22,6 +23,7 @@ CPU = torch.device("cpu")
     "model, method, reference, images, prompts",
     [
         ("cris", "decoder", True, False, True),  # published: statistics drift in the frozen encoder, with every batch
+        ("cris", "decoder", False, False, True),  # a random start learns its statistics in the neck
         ("cris", "coop", False, True, False),
         ("cris", "cocoop", False, True, False),
         ("cris", "full", False, False, False),
@@ -83,6 +85,17 @@ def test_train_resume_evaluate(cli, arguments, tmp_path, model, method):
     assert len(rows(tmp_path / "parts" / "eval-test" / "metrics.csv")) == 6
     about = json.loads((tmp_path / "parts" / "config.json").read_text())
     assert about["mean"] == pytest.approx([0.48145466, 0.4578275, 0.40821073]) and about["image_size"] == 64
+
+
+@pytest.mark.parametrize("model", ["cris", "san"])
+def test_evaluation_normalises_as_training_did(cli, arguments, tmp_path, model):
+    assert cli("train", *arguments(model, "--epochs", 1))[0] == 0
+    args = evaluate.parse(["--ckpt", str(tmp_path / "run"), "--device", "cpu"])
+    args.ckpt = tmp_path / "run"
+    vlm, pixels = vlsm.load(tmp_path / "run"), torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        want = vlm(normalise(pixels, None, vlm.base.mean, vlm.base.std), *vlm.tokenizer()(["a disk", "x"]))
+    torch.testing.assert_close(evaluate.Predictor(args).logits(pixels, ["a disk", "x"]), want)
 
 
 @pytest.mark.parametrize("model", ["cris", "san"])

@@ -110,7 +110,7 @@ def test_trials_below_the_median_are_pruned_and_the_best_wins(tmp_path, capsys, 
             rates.append(lr)
         return 0.5 - 0.05 * rates.index(lr) + 0.01 * epoch  # each trial is worse than the one before
 
-    sweep.run(args, train.make_folder, fake(score))
+    sweep.run(args, fake(score))
     table = rows(tmp_path / "s" / "sweep.csv")
     assert [r["state"] for r in table] == ["complete"] * 5 + ["pruned"] * 3 and [int(r["epochs"]) for r in table] == [8] * 5 + [5] * 3
     assert "--ckpt " + str(tmp_path / "s" / "trial-000") in capsys.readouterr().out
@@ -127,9 +127,9 @@ def test_a_trial_that_was_interrupted_behind_its_last_epoch_counts(tmp_path):
         raise SystemExit(130)
 
     with pytest.raises(SystemExit):
-        sweep.run(arguments(tmp_path, "--sweep", "1"), train.make_folder, interrupted)
+        sweep.run(arguments(tmp_path, "--sweep", "1"), interrupted)
     again = arguments(tmp_path, "--sweep", "1", "--resume")
-    sweep.run(again, train.make_folder, lambda args, after_epoch: finished)
+    sweep.run(again, lambda args, after_epoch: finished)
     (row,) = rows(tmp_path / "s" / "sweep.csv")
     assert (row["state"], row["val_dsc"], row["epochs"]) == ("complete", "40.00", "2")
 
@@ -144,14 +144,14 @@ def test_trials_that_diverge_are_set_aside(tmp_path, capsys):
             raise Diverged("The loss became nan")
         return fake(lambda lr, epoch: 0.5, 2)(args, after_epoch)
 
-    sweep.run(arguments(tmp_path), train.make_folder, diverging)
+    sweep.run(arguments(tmp_path), diverging)
     assert len(rows(tmp_path / "s" / "sweep.csv")) == 4 and "failed: The loss became nan" in capsys.readouterr().out
 
     def always(args, after_epoch):
         raise Diverged("The loss became nan")
 
     with pytest.raises(ValueError, match="No trial finished an epoch"):
-        sweep.run(arguments(tmp_path / "2"), train.make_folder, always)
+        sweep.run(arguments(tmp_path / "2"), always)
 
 
 @pytest.mark.parametrize(

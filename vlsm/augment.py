@@ -25,16 +25,17 @@ def affine_matrices(n, generator):
     return torch.stack([cos / sx, -sin / sx, tx, sin / sy, cos / sy, ty], 1).view(n, 2, 3)
 
 
-def augment(pixels, masks, generator):
+def augment(pixels, masks, generator, total=None, mine=slice(None)):
     """uint8 pixels `[B, 3, S, S]` and masks 0/1 `[B, 1, S, S]` -> float pixels 0..255, uint8 masks, and which of the pictures are changed
-    (bool `[B]` on the CPU). `generator`: a CPU generator.
+    (bool `[B]` on the CPU). `generator`: a CPU generator. Of a batch of `total` pictures these may be the part `mine` (a slice), which then
+    gets what it would get among all.
     """
-    B, device = len(pixels), pixels.device
+    n, device = total or len(pixels), pixels.device
     pixels, masks = pixels.float(), masks.clone()
-    moved = torch.rand(B, generator=generator) < PROBABILITY
-    matrices = affine_matrices(B, generator)
-    lit = torch.rand(B, generator=generator) < PROBABILITY
-    alpha, beta = uniform(B, 0.9, 1.1, generator), uniform(B, -0.1, 0.1, generator)
+    moved = (torch.rand(n, generator=generator) < PROBABILITY)[mine]
+    matrices = affine_matrices(n, generator)[mine]
+    lit = (torch.rand(n, generator=generator) < PROBABILITY)[mine]
+    alpha, beta = uniform(n, 0.9, 1.1, generator)[mine], uniform(n, -0.1, 0.1, generator)[mine]
     if moved.any():
         rows = moved.nonzero()[:, 0].to(device)
         grid = F.affine_grid(matrices[moved].to(device), [len(rows), 1, *pixels.shape[2:]], align_corners=False)

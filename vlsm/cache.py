@@ -81,6 +81,8 @@ def parts_of(order, size):
 
 def ahead(read, parts):
     """(part, read(part)) of each part; a thread reads the next one while one is in use."""
+    if not parts:
+        return
     with ThreadPoolExecutor(1) as reader:
         coming = reader.submit(read, parts[0])
         for part, after in zip(parts, [*parts[1:], None]):

@@ -38,7 +38,6 @@ class Attention(nn.Module):
             weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
             parts = [F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases)]
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in parts)  # each [B, heads, N, D/heads]
-        mask = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
         dropout = self.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
         return self.out_proj(out.transpose(1, 2).flatten(2))

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from . import parallel
+
 
 @contextmanager
 def speaking():
@@ -29,13 +31,13 @@ def speaking():
 def progress(work, what, unit="img"):
     """A progress bar over an iterable, or over a number of things to `update`; none where stderr is not a terminal."""
     size = dict(total=work) if isinstance(work, int) else dict(iterable=work)
-    return tqdm(**size, desc=what, unit=unit, leave=False, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    return tqdm(**size, desc=what, unit=unit, leave=False, disable=bool(parallel.rank()) or not sys.stderr.isatty(), dynamic_ncols=True)
 
 
 def _leave(message):
     if os.environ.get("VLSM_TRACEBACK"):
         raise
-    print(f"error: {message}", file=sys.stderr)
+    print(f"{f'process {parallel.rank()}: ' if parallel.rank() else ''}error: {message}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from . import runtime
+from . import parallel, runtime
 from .console import progress
 from .images import normalise
 
@@ -136,7 +136,8 @@ class Frozen:
             return None
         count = len(data.images)
         found = _joined(*self._encode(data, slice(0, batch_size)))
-        places = {place: SHARE * free for place, free in room(self.device, self.folder).items()}
+        share = {"GPU": SHARE, "RAM": SHARE / parallel.on_this_machine(), "disk": SHARE / parallel.on_this_machine()}
+        places = {place: share[place] * free for place, free in room(self.device, self.folder).items()}
         if self.cache_gb is None and self.dtype is None:
             places.pop("disk", None)  # would round what float32 computes, which nobody asked for
         left = math.inf if self.cache_gb is None else self.cache_gb * GB - sum(sum(s.bytes().values()) for s in self.stores.values())

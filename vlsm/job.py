@@ -10,7 +10,7 @@ import torch
 from kernels import dice_bce
 
 from . import runtime
-from .cache import feed, parts_of
+from .cache import feed
 from .frozen import Frozen
 from .model import VLSM
 from .prompts import prompt_of
@@ -110,11 +110,11 @@ class Job:
                 for data in self.data.values():
                     data.move(self.device)
 
-    def batches(self, split, order):
-        """(indices, pixels or None, masks) of the records in some order, on the device."""
+    def batches(self, split, parts):
+        """(indices, pixels or None, masks) of parts of a split's records, on the device."""
         data = self.data[split]
         with_pixels = (self.args.augment and split == "train") or self.frozen.needs_pixels(split, data)
-        return feed(data, parts_of(order, self.args.batch_size), self.device, with_pixels)
+        return feed(data, parts, self.device, with_pixels)
 
     def forward(self, split, indices, pixels, masks, *seed, changed=None):
         """(logits, loss) of some records; their prompts are drawn by `seed`; `changed`: which of the pictures augmentation altered."""

@@ -13,6 +13,7 @@ import torch
 
 from . import pictures
 from .checkpoint import replacing, write_csv
+from .folder import make_folder
 from .job import Diverged
 from .learners import Learner
 from .methods import METHODS, check_model, given, make_tuner, method_options, parts_of, takes
@@ -112,8 +113,8 @@ def open_study(optuna, out, new):
     return study
 
 
-def run(args, make_folder, train):
-    """--sweep: so many trials; one that was interrupted goes on first. `make_folder` and `train` are train.py's."""
+def run(args, train):
+    """--sweep: so many trials; one that was interrupted goes on first. `train` is train.py's."""
     try:
         import optuna
     except ImportError as error:

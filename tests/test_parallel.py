@@ -1,0 +1,109 @@
+"""Two processes over gloo give what one gives: losses, weights, metrics, files; and go on where the other number stopped."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT, rows, without_dim
+from vlsm import parallel
+from vlsm.augment import augment
+
+SINGLE = dict(os.environ, OMP_NUM_THREADS="1")
+
+
+def torchrun(program, *argv, processes=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0", "--standalone"]
+    done = subprocess.run(
+        [*command, ROOT / f"{program}.py", *map(str, argv), "--device", "cpu"], capture_output=True, text=True, env=SINGLE, cwd=ROOT
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def losses(out):
+    return [[float(row[k]) for k in ("train_loss", "train_dsc", "val_loss", "val_dsc", "val_iou")] for row in rows(out / "log.csv")]
+
+
+def options(quick, *more):
+    """Batches of 7 of 24 records: parts of 4 and 3, and at the end 2 and 1."""
+    at = quick.index("--batch-size")
+    return [*quick[:at], "--batch-size", 7, *quick[at + 2 : -2], *more]
+
+
+@pytest.mark.parametrize("more", [[], ["--augment"], ["--peft", "shallow"]])
+def test_two_processes_train_as_one(cli, quick, tmp_path, more):
+    argv = options(quick, "--epochs", 2, *more)
+    code, said, err = torchrun("train", *argv, "--out", tmp_path / "two")
+    assert code == 0, err
+    assert said.count("epoch   2/2") == 1 and err.count("gradients at the first step") + said.count("gradients at the first step") == 1
+    assert cli("train", *argv, "--out", tmp_path / "one")[0] == 0
+    for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
+    one, two = (load_file(tmp_path / name / "last.safetensors") for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=2e-4, rtol=1e-2, msg=name)
+
+
+def test_metrics_are_exactly_those_of_one_process(cli, quick, trained, tmp_path):
+    argv = ["--ckpt", trained, "--batch-size", 2, "--figure", 3]
+    code, said, err = torchrun("evaluate", *argv, "--out", tmp_path / "two", "--save-masks", tmp_path / "masks2")
+    assert code == 0, err
+    assert said.count("6 records") == 1
+    assert cli("evaluate", *argv, "--out", tmp_path / "one", "--save-masks", tmp_path / "masks1")[0] == 0
+    for name in ("metrics.csv", "figure.png"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert one == two
+    masks = [{p.name: p.read_bytes() for p in (tmp_path / name).glob("*.png")} for name in ("masks1", "masks2")]
+    assert len(masks[0]) == 6 and masks[0] == masks[1]
+
+
+def test_a_run_goes_on_with_another_number_of_processes(cli, quick, tmp_path):
+    argv = options(quick, "--epochs")
+    assert cli("train", *argv, 3, "--out", tmp_path / "straight")[0] == 0
+    assert cli("train", *argv, 1, "--out", tmp_path / "parts")[0] == 0
+    code, _, err = torchrun("train", "--out", tmp_path / "parts", "--resume", "--epochs", 2)
+    assert code == 0, err
+    assert cli("train", "--out", tmp_path / "parts", "--resume", "--epochs", 3)[0] == 0
+    for a, b in zip(losses(tmp_path / "straight"), losses(tmp_path / "parts"), strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+
+
+def test_statistics_that_move_are_the_same_everywhere(tmp_path, folder):
+    weights = f"random:{ROOT / 'tests' / 'tiny' / 'cris.json'}"
+    argv = ["--model", "cris", "--weights", weights, "--dataset", folder, "--image-size", 64, "--batch-size", 7, "--epochs", 1]
+    code, _, err = torchrun("train", *argv, "--out", tmp_path / "run")
+    assert code == 0, err
+    tensors = load_file(tmp_path / "run" / "last.safetensors")
+    assert tensors["neck.aggr.1.running_mean"].any() and all(t.isfinite().all() for t in tensors.values())
+
+
+def test_mistakes_stop_all(quick, tmp_path):
+    for more, sentence in ((["--batch-size", 1], "there are 2 processes to share it"), (["--sweep", 2], "start it without torchrun")):
+        code, _, err = torchrun("train", *without_dim(quick), *more)
+        assert code != 0 and sentence in err, err
+        assert not (tmp_path / "run").exists()
+
+
+def test_one_process_needs_nothing():
+    assert (parallel.world(), parallel.rank(), parallel.start("auto")) == (1, 0, "auto")
+    assert parallel.share([3, 1, 2]) == ([3, 1, 2], 1.0) and parallel.own(["a", "b"]) == [(0, "a"), (1, "b")]
+    tensor = torch.randn(3)
+    before = tensor.clone()
+    parallel.average([tensor])
+    assert torch.equal(tensor, before) and parallel.total([1.5, 2], None) == [1.5, 2]
+    assert parallel.gather([(1, "b"), (0, "a")]) == [(0, "a"), (1, "b")]
+
+
+def test_a_part_of_a_batch_is_augmented_as_in_the_whole():
+    pixels, masks = torch.randint(0, 256, (7, 3, 16, 16), dtype=torch.uint8), torch.randint(0, 2, (7, 1, 16, 16), dtype=torch.uint8)
+    whole = augment(pixels, masks, torch.Generator().manual_seed(3))
+    assert 0 < whole[2].sum() < 7
+    for k in (0, 1, 2):
+        part = slice(k, None, 3)
+        found = augment(pixels[part], masks[part], torch.Generator().manual_seed(3), 7, part)
+        assert all(torch.equal(a, b[part]) for a, b in zip(found, whole))
