@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import json
 import os
+import random
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -96,10 +97,13 @@ def _locate(dataset, data_root):
     return root, Source(root.name, "") if (root / "anns").is_dir() else None
 
 
-def open_dataset(dataset, splits, size, data_root="data", cache_dir=None, split_seed=0, prompts="random", skip_bad=False, say=print):
+def open_dataset(
+    dataset, splits, size, data_root="data", cache_dir=None, split_seed=0, prompts="random", skip_bad=False, limit_train=1.0, say=print
+):
     """`{split: Decoded}` at `size` pixels: checked, resized, cached. All problems of all splits are raised together as one ValueError.
 
-    skip_bad: go on without the records that cannot be used, and say how many they are.
+    skip_bad: go on without the records that cannot be used, and say how many they are; limit_train: the share of the training records
+    to take, always the same ones, of which a smaller share takes some.
     """
     ready, troubles = {}, []
     for split in splits:
@@ -111,6 +115,9 @@ def open_dataset(dataset, splits, size, data_root="data", cache_dir=None, split_
                     f"The {split} split of '{dataset}' is empty. If its files are split by a hash of their names, a handful of them can "
                     "leave a part empty: try another --split-seed, or train/, val/ and test/ folders."
                 )
+            if split == "train" and limit_train < 1:
+                order = random.Random(0).sample(range(len(found)), len(found))
+                found = [found[i] for i in sorted(order[: max(1, round(limit_train * len(found)))])]
             for i, record in enumerate(found):
                 prompt_of(record, i, prompts, 0)  # a key that is not there is found here, not in the middle of an epoch
             try:

@@ -24,7 +24,7 @@ from vlsm.console import progress, speaking
 from vlsm.images import EXTENSIONS, normalise, picture_files, read_image, read_mask, resize_image
 from vlsm.paired import signed_rank
 from vlsm.prompts import prompt_of
-from vlsm.report import METRICS, collect, draw, in_words, table
+from vlsm.report import METRICS, collect, draw, in_words, published, table
 
 COLUMNS = ("image", "mask", "prompt", "dsc", "iou", "hd95")
 
@@ -52,6 +52,9 @@ def parse(argv=None):
     g = parser.add_argument_group("what to write")
     g.add_argument("--out", help="folder of metrics.csv and metrics.json (default: eval-SPLIT in the run's folder)")
     g.add_argument("--format", default="md", choices=["md", "csv", "tex"], help="of --report (default: md)")
+    layout = "of --report: a row for each data set and metric (default, as VLSM-Adapter prints them), or for each method (as TuneVLSeg)"
+    g.add_argument("--layout", default="datasets", choices=["datasets", "methods"], help=layout)
+    g.add_argument("--published", metavar="FILE.json", help="a paper's figures beside ours; see vlsm/report.py")
     g.add_argument("--save-masks", metavar="DIR", help="write predicted masks as 0/255 PNGs of original size, under the masks' own names")
     g.add_argument("--figure", type=int, metavar="N", help="write figure.png: N rows, the best, median and worst cases")
     merge = "instead of evaluating, write a plain folder of weights (Hugging Face's for CLIPSeg) with what lora, decoder or full has learnt"
@@ -176,7 +179,7 @@ def figure(data, scores, kept, rows, path, names=("prediction",)):
 def write_report(args):
     """--report: the table on the screen and in a file, and two pictures beside it."""
     runs, out = collect(args.report, args.split), Path(args.out or args.report)
-    text = table(runs, args.format)
+    text = table(runs, args.format, args.layout, published(args.published) if args.published else None)
     write_text(out / f"report.{args.format}", text)
     drawn = draw(runs, out)
     print(f"{text}\n{len(runs)} evaluations. Wrote {', '.join(map(str, [out / f'report.{args.format}', *drawn]))}")

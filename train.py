@@ -61,6 +61,8 @@ def parse(argv=None):
     g.add_argument("--image-size", type=int, help="side in pixels (default: the base's own: 352 for CLIPSeg, 416 CRIS, 640 SAN)")
     augmentation = "scale, shift, rotate, brighten a little (default: with prompt learners only, as published)"
     g.add_argument("--augment", action=argparse.BooleanOptionalAction, help=augmentation)
+    share = "train on this share of the training records, always the same ones (default 1)"
+    g.add_argument("--limit-train", type=float, default=1.0, metavar="FRACTION", help=share)
     g.add_argument("--skip-bad", action="store_true", help="train without the records that cannot be used, instead of stopping")
     g.add_argument("--split-seed", type=int, default=0, help="of the 80/10/10 split of your own folder (default 0)")
     g.add_argument("--cache-dir", default=datasets.default_cache(), help="folder of the decoded pictures (default: %(default)s)")
@@ -104,6 +106,7 @@ def parse(argv=None):
     g.add_argument("--out", help="folder of the run (default: runs/<dataset>-<method>-...)")
     g.add_argument("--resume", action="store_true", help="go on where the run in that folder was stopped, with its options")
     g.add_argument("--overwrite", action="store_true", help="delete the run that is in that folder")
+    g.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard (needs: pip install tensorboard)")
     g.add_argument("--dry-run", action="store_true", help="print the numbers of parameters and stop")
     runtime.add_arguments(g)
     g.add_argument(
@@ -132,6 +135,8 @@ def complete(args):
     for name in ("epochs", "batch_size", "image_size", "patience", "sweep"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 1 or more.")
+    if not 0 < args.limit_train <= 1:
+        raise ValueError(f"--limit-train {args.limit_train}: give more than 0 and at most 1.")
     if args.cache_gb is not None and not args.cache_gb >= 0:
         raise ValueError(f"--cache-gb {args.cache_gb}: give 0 (nothing is kept) or more.")
     if args.resume and args.overwrite:
@@ -258,6 +263,15 @@ def save_epoch(job, about, better):
     save_state(job.out / "state.pt", job.state())
 
 
+def open_tensorboard(out, done):
+    """A writer beside the run's other files; what was logged after epoch `done`, by a run that then was killed, is left out."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("--tensorboard needs a package that is not here: pip install tensorboard.") from None
+    return SummaryWriter(str(out / "tensorboard"), purge_step=done + 1, flush_secs=20)
+
+
 def train(args, after_epoch=None):
     """One run, from its options to its last epoch; the `Job`, or None where nothing was trained. `after_epoch` is called with the job."""
     device, dtype = runtime.choose(parallel.start(args.device), args.amp)
@@ -287,7 +301,7 @@ def train(args, after_epoch=None):
     splits = datasets.available_splits(args.dataset, args.data_root, args.split_seed) or ["train", "val"]
     where = args.data_root, args.cache_dir, args.split_seed
     with parallel.first_here():
-        data = datasets.open_dataset(args.dataset, splits, size, *where, args.prompts, args.skip_bad)
+        data = datasets.open_dataset(args.dataset, splits, size, *where, args.prompts, args.skip_bad, args.limit_train)
     if not {"train", "val"} <= set(data):
         raise ValueError(
             f"'{args.dataset}' has records for {' and '.join(data)} only; training needs train and val. If it is a folder of a few "
@@ -304,6 +318,7 @@ def train(args, after_epoch=None):
     if not parallel.rank():
         make_folder(args, about)  # after the state was accepted: a wrong --weights must not enter config.json
 
+    writer = open_tensorboard(out, len(job.history)) if args.tensorboard and not parallel.rank() else None
     with Interrupt() as interrupt:
         for epoch in range(len(job.history) + 1, args.epochs + 1):
             if epoch > args.min_epochs and job.stalled >= args.patience:
@@ -317,6 +332,8 @@ def train(args, after_epoch=None):
             job.refuse_nonfinite(val_loss, f"validation loss became {val_loss} after epoch {epoch}")
             row = (epoch, loss, train_dsc, val_loss, val_dsc, val_iou, lr, round(seconds, 2), round(speed, 1))
             better = job.note(dict(zip(COLUMNS, row)))
+            for name, value in zip(COLUMNS[1:], row[1:]) if writer else ():
+                writer.add_scalar(name, value, epoch)
             save_epoch(job, about, better)
             print(
                 f"epoch {epoch:3d}/{args.epochs}  loss {loss:.4f}  DSC {100 * train_dsc:.2f}  val loss {val_loss:.4f}  "

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import datasets
 import vlsm
+from tests.conftest import ROOT
 from tests.test_learners import LEARNERS, SMALL, TINY, build, restated
 from tests.test_tuners import REAL, batch, count
 from vlsm.images import normalise
@@ -200,3 +201,17 @@ def test_each_method_beats_its_zero_shot_on_the_demo(cli, demo, tmp_path):
     start = dsc("none")
     for method in (*LEARNERS, "lora", "dense+vpt"):
         assert dsc(method, "--epochs", 3, "--lr", 5e-3) > start + 0.1, method
+
+
+def test_the_method_that_readme_adds(monkeypatch):
+    """Its code as it stands there: built, counted, its frozen parts kept, combined with another."""
+    from vlsm import methods
+
+    text = (ROOT / "README.md").read_text().split("<!-- example -->")[1].split("```python")[1].split("```")[0]
+    monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))
+    exec(text, {})
+    model = vlsm.build("clipseg", "mini", "scale", start=0.9)
+    assert model.count()[0] == 3 * 128 and set(model.tuned_state_dict()) == {f"scale.{k}" for k in range(3)}
+    model(torch.randn(2, 3, 48, 48), *model.tokenizer()(["a", "b"])).square().mean().backward()
+    assert "3 of 3 trained tensors finite and non-zero" in model.check_gradients()
+    assert vlsm.build("clipseg", "mini", "dense+scale").count()[0] == 174_144 + 3 * 128

@@ -55,6 +55,28 @@ def test_csv_and_latex():
     assert tex.startswith(r"\begin{tabular}{llrr}") and tex.endswith("\\end{tabular}\n")
 
 
+def test_a_row_for_each_method():
+    lines = table(RUNS, layout="methods").splitlines()
+    assert lines[0] == "| method | trained | kvasir DSC % | kvasir IoU % | isic_x DSC % | isic_x IoU % |"
+    assert lines[2] == "| coop J9 | 20 k | 75.00 | **50.00** | **90.00** | **81.00** |"
+    assert lines[3] == "| dense vl 64 | 2.97 M | **81.00** ± 1.41 | **50.00** ± 0.00 |  |  |"
+
+
+def test_a_papers_figures_are_marked_and_never_in_bold(tmp_path):
+    file = tmp_path / "paper.json"
+    row = dict(dataset="kvasir", method="dense vl 64", trained=3_000_000, dsc=89.1, dsc_std=0.2, hd95=5)
+    file.write_text(json.dumps(dict(source="A paper, Table 1", rows=[row])))
+    lines = table(RUNS, papers=report.published(file)).splitlines()
+    assert lines[0].endswith("| dense vl 64 (2.97 M) | dense vl 64 † (3 M) |") and lines[-1] == "† A paper, Table 1"
+    assert lines[2] == "| kvasir | DSC % | 75.00 | **81.00** ± 1.41 | 89.10 ± 0.20 |"
+    assert lines[3].endswith("**50.00** ± 0.00 |  |") and lines[4].endswith("| **10.00** ± 1.41 | 5.00 |")
+    assert r"dense vl 64$^\dagger$ & 3 M & 89.10" in table(RUNS, "tex", "methods", report.published(file))
+    for wrong in ("[]", "{}", '{"source": "x", "rows": [{"dataset": "a"}]}'):
+        file.write_text(wrong)
+        with pytest.raises(ValueError, match="paper.json"):
+            report.published(file)
+
+
 def test_runs_of_other_recipes_are_told_apart():
     a, b = json.dumps(dict(lr=1e-3, clip=0.5)), json.dumps(dict(lr=1e-4, clip=0.5))
     given = [run("k", "dense", 1, dsc, recipe=recipe) for dsc, recipe in ((0.5, a), (0.6, b), (0.7, b))]

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -73,17 +74,29 @@ def save_merged(folder, model):
         save_file(tensors, temporary, {"format": "pt"})
 
 
-def _file(path):
-    """A checkpoint's file; of a run's folder the best one."""
-    path = Path(path)
-    return path / "best.safetensors" if path.is_dir() else path
+def locate(path):
+    """A checkpoint's file: of a run's folder the best one, of a hub repository `owner/name` the one there, downloaded and cached.
+
+    Raises FileNotFoundError where there is none.
+    """
+    file = Path(path) / "best.safetensors" if Path(path).is_dir() else Path(path)
+    if file.is_file():
+        return file
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not file.suffix == ".safetensors" and not Path(path).parent.is_dir():
+        from huggingface_hub import hf_hub_download
+
+        try:
+            return Path(hf_hub_download(str(path), "best.safetensors"))
+        except Exception as error:  # the hub raises a dozen unrelated types
+            raise FileNotFoundError(
+                f"There is no checkpoint '{path}' here, and none of that name could be fetched from the hub ({type(error).__name__})."
+            ) from error
+    raise FileNotFoundError(f"There is no checkpoint '{file}'.")
 
 
 def read_metadata(path):
     """The metadata of a checkpoint, or of a run's best one, as a dictionary. Raises FileNotFoundError or ValueError in words."""
-    path = _file(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no checkpoint '{path}'.")
+    path = locate(path)
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -96,7 +109,7 @@ def read_metadata(path):
 
 def load_tensors(path):
     """The tuned tensors of a checkpoint, or of a run's best one."""
-    return load_file(_file(path))
+    return load_file(locate(path))
 
 
 def check_base(path, about, base):
@@ -107,7 +120,7 @@ def check_base(path, about, base):
             for model, reference in ((about["model"], about["reference"]), (base.model, base.network.reference))
         ]
         raise ValueError(
-            f"'{_file(path)}' was tuned on the base '{about['weights']}' ({kinds[0]}, fingerprint {about['fingerprint']}), and "
+            f"'{locate(path)}' was tuned on the base '{about['weights']}' ({kinds[0]}, fingerprint {about['fingerprint']}), and "
             f"'{base.weights}' is another base ({kinds[1]}, fingerprint {base.fingerprint}). Pass the right one with --weights."
         )
 

@@ -13,6 +13,7 @@ from .checkpoint import read_metadata, replacing
 from .weights import read_json
 
 METRICS = {"dsc": ("DSC %", 100, max), "iou": ("IoU %", 100, max), "hd95": ("HD95 px", 1, min)}  # name, factor, what is better
+THEIRS = " †"  # behind the method's name where a figure is a paper's
 MODELS = {"clipseg": "", "cris": "CRIS ", "san": "SAN "}
 
 
@@ -110,28 +111,75 @@ def count(n):
     return str(n) if n < 1000 else f"{n / 1e3:.3g} k" if n < 1e6 else f"{n / 1e6:.3g} M"
 
 
-def table(runs, kind="md"):
-    """The table as text, Table 1's way: a row for each data set and metric, a column for each method with its trained parameters in the
-    head, mean (and standard deviation over seeds), the best in bold; what was not run is empty. kind: md, csv or tex.
+def published(file):
+    """The cells, the methods' trained parameters and the source of a JSON file with a paper's figures.
+
+    {"source": "...", "rows": [{"dataset": "kvasir", "method": "dense vl 64", "trained": 2974464, "dsc": 89.1, "dsc_std": 0.3, "iou": ...,
+    "hd95": ...}, ...]}; DSC and IoU in per cent, what is not known left out. Raises ValueError for a file of another kind.
+    """
+    cells, trained = {}, {}
+    found = read_json(file)
+    if not isinstance(found.get("source"), str) or not isinstance(found.get("rows"), list):
+        raise ValueError(f"'{file}' should hold a source (a text) and rows (a list).")
+    for i, row in enumerate(found["rows"]):
+        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("dataset", "method")):
+            raise ValueError(f"'{file}', row {i}: dataset and method are texts, and one of them is missing.")
+        label = row["method"] + THEIRS
+        trained[label] = int(row.get("trained", 0))
+        for metric in METRICS:
+            if row.get(metric) is not None:
+                cells[row["dataset"], label, metric] = Cell(float(row[metric]), row.get(f"{metric}_std"), 1)
+    return cells, trained, found["source"]
+
+
+def table(runs, kind="md", layout="datasets", papers=None):
+    """The table as text: mean (and standard deviation over seeds), the best of ours in bold; what was not run is empty.
+
+    kind: md, csv or tex. layout: "datasets", a row for each data set and metric, a column for each method with its trained parameters
+    in the head (VLSM-Adapter's Table 1); "methods", the other way round, without HD95 (TuneVLSeg's way). papers: what `published`
+    returns; these columns or rows are marked.
     """
     names, labels, cells, trained = tabulate(runs)
-    rows = [["data set", "metric", *(f"{label} ({count(trained[label])})" for label in labels)]]
+    best = {}
     for name in names:
-        for metric, (title, _, better) in METRICS.items():
-            present = [cells[name, label, metric] for label in labels if (name, label, metric) in cells]
-            best = better((round(cell.mean, 2) for cell in present), default=None)
-            rows.append([name, title, *(_cell(cells.get((name, label, metric)), best, kind) for label in labels)])
+        for metric, (_, _, better) in METRICS.items():
+            present = [round(cells[name, label, metric].mean, 2) for label in labels if (name, label, metric) in cells]
+            best[name, metric] = better(present, default=None)
+    if papers:
+        cells, trained = {**cells, **papers[0]}, {**trained, **papers[1]}
+        labels = sorted(trained, key=lambda k: (trained[k], k))
+
+    def show(name, label, metric):
+        ours = None if label.endswith(THEIRS) else best[name, metric]
+        return _cell(cells.get((name, label, metric)), ours, kind)
+
+    if layout == "methods":
+        columns = [(name, metric) for name in names for metric in ("dsc", "iou")]
+        rows = [["method", "trained", *(f"{name} {METRICS[metric][0]}" for name, metric in columns)]]
+        rows += [[label, count(trained[label]), *(show(name, label, metric) for name, metric in columns)] for label in labels]
+    else:
+        rows = [["data set", "metric", *(f"{label} ({count(trained[label])})" for label in labels)]]
+        pairs = [(name, metric) for name in names for metric in METRICS]
+        rows += [[name, METRICS[metric][0], *(show(name, label, metric) for label in labels)] for name, metric in pairs]
+    return _format(rows, kind) + (f"\n{THEIRS.strip()} {papers[2]}\n" if papers and kind == "md" else "")
+
+
+def _format(rows, kind):
+    """Rows of texts, the first of which is the head, as markdown, CSV or LaTeX (booktabs)."""
+    right = len(rows[0]) - 2
     if kind == "csv":
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(rows)
         return text.getvalue()
     if kind == "tex":
-        escaped = [[cell.replace("%", r"\%").replace("_", r"\_") for cell in row] for row in rows]
-        lines = [" & ".join(row) + r" \\" for row in escaped]
+        signs = {"%": r"\%", "_": r"\_", THEIRS: r"$^\dagger$"}
+        lines = [" & ".join(row) + r" \\" for row in rows]
+        for sign, escaped in signs.items():
+            lines = [line.replace(sign, escaped) for line in lines]
         body = "\n".join([r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"])
-        return rf"\begin{{tabular}}{{ll{'r' * len(labels)}}}" + f"\n{body}\n" + r"\end{tabular}" + "\n"
+        return rf"\begin{{tabular}}{{ll{'r' * right}}}" + f"\n{body}\n" + r"\end{tabular}" + "\n"
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "| --- | --- |" + " ---: |" * len(labels), *lines[1:]]) + "\n"
+    return "\n".join([lines[0], "| --- | --- |" + " ---: |" * right, *lines[1:]]) + "\n"
 
 
 def _cell(cell, best, kind):
