@@ -292,6 +292,8 @@ def train(args, after_epoch=None):
     parallel.barrier()
     about = describe_run(args, size, model)
     if args.peft == "none":
+        if parallel.rank():
+            return
         out = make_folder(args, about)
         save_tuned(out / "best.safetensors", model, **about, best_val_dsc=None)
         print(f"Nothing to train. Wrote {out / 'best.safetensors'}; evaluate it with: python evaluate.py --ckpt {out}")

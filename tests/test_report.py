@@ -81,6 +81,7 @@ def test_runs_of_other_recipes_are_told_apart():
     a, b = json.dumps(dict(lr=1e-3, clip=0.5)), json.dumps(dict(lr=1e-4, clip=0.5))
     given = [run("k", "dense", 1, dsc, recipe=recipe) for dsc, recipe in ((0.5, a), (0.6, b), (0.7, b))]
     runs = report._told_apart(given)
+    assert {r.label for r in report._told_apart([given[0], run("other", "dense", 1, 0.6, recipe=b)])} == {"dense"}
     assert [(r.label, r.scores["dsc"]) for r in runs] == [("dense (lr 0.001)", 0.5), ("dense (lr 0.0001)", 0.6)]
 
 

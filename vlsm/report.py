@@ -61,11 +61,9 @@ def collect(root, split="test", say=print):
             left += 1
             continue
         scores = {name: metrics[name]["mean"] for name in METRICS}
-        recipe = json.dumps(
-            {k: v for k, v in about["recipe"].items() if k != "seed"} | dict(weights=about["weights"], size=about["image_size"])
-        )
-        seed = about["recipe"]["seed"]
-        found.append(Run(folder, Path(metrics["dataset"]).name, label_of(about), recipe, seed, metrics["trained"], scores))
+        recipe = dict(about["recipe"], weights=about["weights"], image_size=about["image_size"])
+        seed, name = recipe.pop("seed"), Path(metrics["dataset"]).name
+        found.append(Run(folder, name, label_of(about), json.dumps(recipe), seed, metrics["trained"], scores))
     if left:
         say(f"{left} evaluations were written by an older version and are left out; evaluate these runs again.")
     if not found:
@@ -74,12 +72,14 @@ def collect(root, split="test", say=print):
 
 
 def _told_apart(runs):
-    """Runs of one label whose recipes differ get what differs into their labels; of equal ones with one seed, the first alone counts."""
+    """Runs on one data set under one label whose recipes differ get what differs into their labels; of equal ones with one seed, the first
+    alone counts.
+    """
     recipes, out, seen = defaultdict(set), [], set()
     for run in runs:
-        recipes[run.label].add(run.recipe)
+        recipes[run.dataset, run.label].add(run.recipe)
     for run in runs:
-        others = [json.loads(r) for r in recipes[run.label]]
+        others = [json.loads(r) for r in recipes[run.dataset, run.label]]
         mine = json.loads(run.recipe)
         differ = [k for k in mine if len({json.dumps(o.get(k)) for o in others}) > 1]
         label = run.label + (f" ({', '.join(f'{k} {mine[k]}' for k in differ)})" if differ else "")
