@@ -97,10 +97,11 @@ def _saved(path):
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         except Exception:  # of the older format, or damaged
             names = re.findall(r"GLOBAL ([\w.]+)", str(error))
-        asked = f"it asks for {', '.join(names[:5])}" if names else str(error).splitlines()[0][:200]
+        if not names:
+            raise ValueError("is no checkpoint, or is damaged. Nothing in it was run. Is the file complete?") from error
         raise ValueError(
-            f"holds more than tensors, or is damaged ({asked}). It is refused, and nothing in it was run. Save its state dictionary alone, "
-            "where you trust it: torch.save(checkpoint['state_dict'], FILE)."
+            f"holds more than tensors: it asks for {', '.join(names[:5])}. It is refused, and nothing in it was run. Save its state "
+            "dictionary alone, where you trust it: torch.save(checkpoint['state_dict'], FILE)."
         ) from error
 
 
