@@ -393,7 +393,26 @@ def test_run_lengths():
         for share in (0.0, 0.02, 0.5, 1.0):
             mask = rng.uniform(size=shape) < share
             assert (raw.from_runs(counts_string(mask), shape) == mask).all()
+    for wrong in ([2, 3], [10**9, 1], [7, -1]):
+        with pytest.raises(ValueError, match="do not fill 3 x 2 pixels"):
+            raw.from_runs(wrong, (2, 3))
     assert (raw.from_runs([2, 3, 1], (2, 3)) == [[0, 1, 1], [0, 1, 0]]).all()
+
+
+def test_names_in_a_download_cannot_leave_the_folder(cli, tmp_path):
+    layout = Layout()
+    chexlocalize(layout)
+    file = "CheXlocalize/gt_segmentations_val.json"
+    found = json.loads(layout.files[file])
+    first = next(iter(found.values()))
+    first["../../../escaped"] = first["Edema"]
+    first["Cut"] = dict(first["Edema"], counts="04")
+    layout.files[file] = json.dumps(found).encode()
+    code, said, err = cli(
+        "datasets", "--prepare", "chexlocalize", "--src", layout.write(tmp_path / "raw"), "--data-root", tmp_path / "data"
+    )
+    assert code == 0 and "leaves the data set's folder" in said and "run lengths that do not fill 28 x 20 pixels: 1" in said, err
+    assert not list(tmp_path.glob("*escaped*")) and not list((tmp_path / "data").rglob("*escaped*"))
 
 
 def test_nifti_asks_for_its_reader_or_reads(tmp_path, monkeypatch):

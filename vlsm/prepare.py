@@ -31,6 +31,8 @@ class Writer:
         self.root, self.counts = Path(root), Counter()
 
     def write(self, name, data):
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ValueError(f"the name '{name}' leaves the data set's folder")
         path = self.root / name
         if path.is_file() and path.read_bytes() == data:
             self.counts["unchanged"] += 1

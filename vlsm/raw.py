@@ -224,8 +224,10 @@ def decode_counts(text):
 
 
 def from_runs(counts, size):
-    """bool `[H, W]` of run lengths, background first, down the columns."""
+    """bool `[H, W]` of run lengths, background first, down the columns. Raises ValueError where they do not fill the picture."""
     counts = decode_counts(counts) if isinstance(counts, str) else counts
+    if min(counts, default=0) < 0 or sum(counts) != size[0] * size[1]:
+        raise ValueError(f"run lengths that do not fill {size[1]} x {size[0]} pixels")
     values = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
     return values.reshape(size[1], size[0]).T
 
@@ -240,7 +242,11 @@ def chexlocalize(d):
                 continue
             masks = []
             for word, run in sorted(classes.items()):
-                mask = from_runs(run["counts"], run["size"])
+                try:
+                    mask = from_runs(run["counts"], run["size"])
+                except ValueError as error:
+                    d.skip(f"{key} {word}", str(error))
+                    continue
                 if mask.any():
                     words = word.lower()
                     masks.append((f"{key}_{words.replace(' ', '_')}.png", mask, words))
