@@ -362,7 +362,10 @@ def compare(args):
     """
     if len(args.compare) < 2:
         raise ValueError("--compare wants two checkpoints or more.")
-    args.figure, names, found, opened = args.figure or 6, [run_name(path) for path in args.compare], [], None
+    args.figure, found, opened = args.figure or 6, [], None
+    names = [run_name(path) for path in args.compare]
+    if len(set(names)) < len(names):  # runs of --seeds
+        names = [f"{Path(path).absolute().parent.name}/{name}" for path, name in zip(args.compare, names)]
     first = read_metadata(args.compare[0])
     dataset, prompts = args.dataset or first["dataset"], args.prompts or first["prompts"]
     seed = first["recipe"]["seed"] if args.seed is None else args.seed

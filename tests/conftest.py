@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,25 @@ def without_dim(options):
 def same_tensors(a, b):
     a, b = load_file(a), load_file(b)
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def same_tensors_nearly(a, b, **bars):
+    """The last checkpoints of two runs agree."""
+    a, b = (load_file(run / "last.safetensors") for run in (a, b))
+    assert list(a) == list(b)
+    for name, tensor in a.items():
+        torch.testing.assert_close(b[name], tensor, msg=name, **bars)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """`--compile on` without building C++, which takes minutes; what torch counts of its graphs."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile_module(self, backend="aot_eager", **how))
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return torch._dynamo.utils.counters
 
 
 @pytest.fixture(autouse=True)

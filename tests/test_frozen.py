@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import vlsm
-from tests.conftest import rows, same_tensors, without_dim
+from tests.conftest import rows, same_tensors, same_tensors_nearly, without_dim
 from vlsm import frozen, runtime
 from vlsm.cache import Record, feed, open_split
 from vlsm.frozen import Frozen, Store
@@ -215,19 +215,10 @@ def test_what_cannot_be_on_a_cpu(cli, quick, monkeypatch):
     assert code == 2 and "C++ compiler" in err
 
 
-def test_compiled_training_agrees(cli, quick, tmp_path, monkeypatch):
+def test_compiled_training_agrees(cli, quick, tmp_path, graphs):
     """The same run, its layers compiled: few graphs for all of them, and the same numbers. (No C++ is built, which takes minutes.)"""
-    compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile_module(self, backend="aot_eager", **how))
-    monkeypatch.setattr(shutil, "which", lambda name: name)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
     for mode in ("off", "on"):
         code, _, err = cli("train", *quick, "--epochs", 2, "--compile", mode, "--out", tmp_path / mode)
         assert code == 0, err
-    found = torch._dynamo.utils.counters
-    assert 0 < found["stats"]["unique_graphs"] <= 14 and not found["graph_break"], found
-    off, on = (load_file(tmp_path / mode / "last.safetensors") for mode in ("off", "on"))
-    assert list(off) == list(on)
-    for name, tensor in off.items():
-        torch.testing.assert_close(on[name], tensor, atol=1e-4, rtol=1e-3, msg=name)
+    assert 0 < graphs["stats"]["unique_graphs"] <= 14 and not graphs["graph_break"], graphs
+    same_tensors_nearly(tmp_path / "off", tmp_path / "on", atol=1e-4, rtol=1e-3)

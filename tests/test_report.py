@@ -148,8 +148,9 @@ def test_comparison_on_the_same_records(cli, group, tmp_path):
     code, said, err = cli("evaluate", "--compare", group / "dense" / "seed1", group / "decoder", "--figure", 3, "--out", out)
     assert code == 0, err
     assert "seed1 - decoder: " in said and " points, p = " in said and "over 6 records" in said
-    page = Image.open(out)
-    assert page.width == 4 * 228 + 8
+    assert Image.open(out).width == 4 * 228 + 8
+    code, said, err = cli("evaluate", "--compare", *[group / "dense" / "seed1"] * 2, "--out", out)
+    assert code == 0 and "dense/seed1 - dense/seed1: +0.00 points, p = 1 " in said, err
     code, _, err = cli("evaluate", "--compare", group / "decoder")
     assert code == 2 and "two checkpoints or more" in err
 
