@@ -107,7 +107,7 @@ def test_other_bases_are_refused(tmp_path):
 def test_evaluate_routes_by_name_and_by_word(cli, quick, folder, tmp_path):
     """Three runs; pictures go to the one that is named, or whose class word the prompt holds."""
     runs = []
-    for peft, word in (("decoder", "disk"), ("lora", "polyp"), ("dense", "foot ulcer")):
+    for peft, word in (("decoder", "disk"), ("lora", "polyp"), ("dense", "Foot ulcer")):
         for split in ("train", "val", "test"):
             file = folder / "anns" / f"{split}.json"
             file.write_text(file.read_text().replace('"p1": "disk"', f'"p1": "{word}"').replace('"p1": "polyp"', f'"p1": "{word}"'))
@@ -126,7 +126,7 @@ def test_evaluate_routes_by_name_and_by_word(cli, quick, folder, tmp_path):
     code, said, err = predict("z", "--prompt", "two foot ulcers", "--route", "run-decoder")
     assert code == 0 and "run-decoder" in said, err
     code, _, err = predict("n", "--prompt", "a shoe")
-    assert code == 2 and "run-decoder (disk), run-lora (polyp), run-dense (foot ulcer)" in err and "--route NAME" in err
+    assert code == 2 and "run-decoder (disk), run-lora (polyp), run-dense (Foot ulcer)" in err and "--route NAME" in err
     code, _, err = predict("n", "--prompt", "a polyp on a disk")
     assert code == 2 and "of several" in err
     code, _, err = predict("n", "--prompt", "a polyp", "--route", "kvasir")

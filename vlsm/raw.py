@@ -58,8 +58,7 @@ class Download:
             names = (i.filename for i in self.archive.infolist() if not i.is_dir())
         else:
             raise FileNotFoundError(f"'{self.path}' is neither a folder nor a zip archive. Name the download with --src.")
-        hidden = ("__MACOSX/", ".")
-        self.names = sorted(n for n in names if not n.startswith(hidden) and not PurePosixPath(n).name.startswith("."))
+        self.names = sorted(n for n in names if not PurePosixPath(n).name.startswith("."))  # such as macOS adds to archives
 
     def read(self, name):
         return self.archive.read(name) if self.archive else (self.path / name).read_bytes()
