@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT, rows, without_dim
+from tests.conftest import ROOT, rows
 from vlsm import parallel
 from vlsm.augment import augment
 
@@ -85,11 +85,16 @@ def test_statistics_that_move_are_those_of_all(cli, tmp_path, folder):
     torch.testing.assert_close(two, one, atol=1e-5, rtol=1e-5)
 
 
-def test_mistakes_stop_all(quick, tmp_path):
-    for more, sentence in ((["--batch-size", 1], "there are 2 processes to share it"), (["--sweep", 2], "start it without torchrun")):
-        code, _, err = torchrun("train", *without_dim(quick), *more)
-        assert code != 0 and sentence in err, err
-        assert not (tmp_path / "run").exists()
+def test_mistakes_are_sentences(cli, quick, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = cli("train", *quick, "--sweep", 2)
+    assert code == 2 and "start it without torchrun" in err
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setattr(parallel, "world", lambda: 16)
+    monkeypatch.setattr(parallel, "rank", lambda: 0)
+    code, _, err = cli("train", *quick)
+    assert code == 2 and "--batch-size 8 is the whole batch, and there are 16 processes to share it" in err
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_process_needs_nothing():
