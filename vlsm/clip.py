@@ -12,6 +12,7 @@ from torch import nn
 from .network import ACTIVATIONS, TextEncoder, patch_tokens
 
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+NUMBERS = ("input_resolution", "context_length", "vocab_size")  # that OpenAI's files hold as tensors
 
 
 def noise(*shape, std=0.02):

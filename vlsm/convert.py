@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 
 from . import archives
 from .checkpoint import replacing, write_text
+from .clip import NUMBERS
 from .cris import CRIS, CRISConfig
 from .weights import differences, looks_like, read_json
 
 TOKENIZER_FILES = ("vocab.json", "merges.txt")
 OPENAI_RN50 = "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762"  # SHA-256 of RN50.pt, from its address
-NUMBERS = ("input_resolution", "context_length", "vocab_size")  # that OpenAI's files hold as tensors
 
 
 def own_names(given):

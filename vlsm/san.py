@@ -13,14 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .clip import CLIP, MEAN, STD, VisionTransformer, from_hugging_face, noise
+from .clip import CLIP, MEAN, NUMBERS, STD, VisionTransformer, from_hugging_face, noise
 from .network import HIGHEST, VISION_DEFAULTS, EncoderConfig, Network, positions
 
 SIDE, CLIP_PART = "side_adapter_network.", "clip_model."
 HIDDEN = -100.0  # the published bias of what a mask's token must not see
 FUSION, FUSION_REFERENCE = {0: 0, 1: 3, 2: 6, 3: 9}, {0: 0, 3: 1, 6: 2, 9: 3}  # side block -> CLIP layer; the published code inverts it
 ALIASES = ("clip_visual_extractor.", "clip_rec_head.")  # second names of CLIP's tensors in published checkpoints
-NUMBERS = ("input_resolution", "context_length", "vocab_size")  # that OpenAI's files hold as tensors
 SYNONYMS = dict(width="hidden_size", layers="num_hidden_layers", heads="num_attention_heads", context_length="max_position_embeddings")
 
 
