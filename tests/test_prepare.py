@@ -254,6 +254,25 @@ def test_what_is_skipped_is_said(prepared):
     assert not (root / "masks" / "cju4.png").exists()
 
 
+@pytest.mark.parametrize(
+    "name, file, records",
+    [
+        ("kvasir", "Kvasir-SEG/masks/cju2.jpg", 9), ("bkai", "train_gt/train_gt/2a.png", 9),
+        ("isic", "ISBI2016_ISIC_Part1_Test_GroundTruth/ISIC_Te0001_Segmentation.png", 12), ("cvc300", "TestDataset/CVC-300/masks/1.png", 2),
+        ("busi", "Dataset_BUSI_with_GT/benign/benign (2)_mask_1.png", 9), ("camus", "training/patient0002/patient0002_2CH_ED.zraw", 69),
+        ("camus", "training/patient0003/patient0003_4CH_ES_gt.mhd", 69),
+        ("cityscapes", "gtFine/val/lindau/lindau_000001_000019_gtFine_labelIds.png", 36),
+        ("voc", "VOCdevkit/VOC2012/SegmentationClass/2007_000003.png", 24),
+    ],
+)  # fmt: skip
+def test_a_damaged_mask_costs_its_own_records_alone(prepared, name, file, records):
+    def spoil(x):
+        x.files[file] = x.files[file][: len(x.files[file]) // 2]
+
+    _, _, said = prepared(name, spoil=spoil)
+    assert f"and {records} masks from" in said and "skipped, unusable (" in said
+
+
 def test_splits_keep_patients_together(prepared, tmp_path):
     for name, key in (("camus", lambda r: r.name.split("_")[0]), ("chexlocalize", lambda r: r.name.split("_")[0])):
         prepared(name)

@@ -59,10 +59,8 @@ def prepare(name, source, root, anns=None, descriptions=(), say=print):
         raise ValueError(f"'{root}' lies in the download '{source}', where nothing is written. Choose another --data-root.")
     with progress(None, f"preparing {name}") as bar:
         for sample in READERS[name](download):
-            try:
+            with download.skipping(sample.name):
                 entries += _write(name, download, writer, sample, descriptions, made=anns is None)
-            except (OSError, ValueError) as error:
-                download.skip(sample.name, f"unusable ({error})")
             bar.update()
     if not entries:
         some = ", ".join(download.names[:5]) or "nothing"

@@ -3,11 +3,14 @@
 A reader is a function of a `Download` that yields `Sample`s. It never writes; what it cannot use it hands to `skip(name, reason)`.
 """
 
+import gzip
 import io
 import json
 import re
 import zipfile
+import zlib
 from collections import defaultdict
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -45,6 +48,10 @@ class Sample:
     below: str = ""
 
 
+class NeedsPackage(ValueError):
+    """A file that only an optional package reads."""
+
+
 class Download:
     """The files of a folder or of a zip archive, by their paths within it; nothing is ever written there. Raises FileNotFoundError."""
 
@@ -79,6 +86,16 @@ class Download:
     def skip(self, name, reason):
         self.skipped[reason].append(name)
 
+    @contextmanager
+    def skipping(self, name):
+        """Skip a file where what is done with it finds it damaged, and go on with the next."""
+        try:
+            yield
+        except NeedsPackage:
+            raise
+        except (OSError, ValueError, KeyError, EOFError, zlib.error) as error:
+            self.skip(name, f"unusable ({str(error) or type(error).__name__})")
+
     def pixels(self, name):
         """A picture as Pillow has it, palette indices and label ids untouched; TIFFs that Pillow refuses are read strip by strip."""
         data = self.read(name)
@@ -104,7 +121,8 @@ def _pairs(d, images, masks, word, split=None):
         if stem not in masks or stem not in images:
             d.skip(images.get(stem) or masks[stem], "image without mask" if stem in images else "mask without image")
             continue
-        yield Sample(PurePosixPath(images[stem]).name, images[stem], [(f"{stem}.png", d.mask(masks[stem]), word)], split)
+        with d.skipping(masks[stem]):
+            yield Sample(PurePosixPath(images[stem]).name, images[stem], [(f"{stem}.png", d.mask(masks[stem]), word)], split)
 
 
 PICTURE = r"[^/]+\.(?:jpe?g|png|tiff?|bmp)"
@@ -118,9 +136,10 @@ def clinicdb(d):
     """PNG and TIF may both be there; TIFs become PNGs."""
     kind = r"[^/]+\.png" if d.find(r"Original/[^/]+\.png") else r"[^/]+\.tiff?"
     for sample in _pairs(d, rf"Original/{kind}", rf"Ground[ _]Truth/{kind}", "polyp"):
-        if not sample.name.lower().endswith(".png"):
-            sample.name, sample.image = f"{PurePosixPath(sample.name).stem}.png", d.pixels(sample.image)
-        yield sample
+        with d.skipping(sample.name):
+            if not sample.name.lower().endswith(".png"):
+                sample.name, sample.image = f"{PurePosixPath(sample.name).stem}.png", d.pixels(sample.image)
+            yield sample
 
 
 def bkai(d):
@@ -136,8 +155,9 @@ def isic(d):
             if f"{stem}_Segmentation" not in masks:
                 d.skip(image, "image without mask")
                 continue
-            mask = d.mask(masks[f"{stem}_Segmentation"])
-            yield Sample(PurePosixPath(image).name, image, [(f"{stem}_Segmentation.png", mask, "skin lesion")], split)
+            with d.skipping(masks[f"{stem}_Segmentation"]):
+                mask = d.mask(masks[f"{stem}_Segmentation"])
+                yield Sample(PurePosixPath(image).name, image, [(f"{stem}_Segmentation.png", mask, "skin lesion")], split)
 
 
 def dfu(d):
@@ -150,12 +170,13 @@ def busi(d):
     for name, match in d.find(r"(benign|malignant|normal)/(\1 \(\d+\))_mask(?:_\d+)?\.png"):
         masks[match[2].lower()].append(name)
     for name, match in d.find(r"(benign|malignant|normal)/(\1 \((\d+)\))\.png"):
-        parts = [d.mask(m) for m in masks[match[2].lower()]]
-        if not parts or any(p.shape != parts[0].shape for p in parts):
-            d.skip(name, "image without mask" if not parts else "masks of different size")
-            continue
-        out = f"{match[3]}_{match[1].lower()}.png"
-        yield Sample(out, name, [(out, np.any(parts, 0), "tumor")])
+        with d.skipping(name):
+            parts = [d.mask(m) for m in masks[match[2].lower()]]
+            if not parts or any(p.shape != parts[0].shape for p in parts):
+                d.skip(name, "image without mask" if not parts else "masks of different size")
+                continue
+            out = f"{match[3]}_{match[1].lower()}.png"
+            yield Sample(out, name, [(out, np.any(parts, 0), "tumor")])
 
 
 def read_mhd(d, name):
@@ -165,8 +186,6 @@ def read_mhd(d, name):
     size, kind = [int(n) for n in fields["DimSize"].split()], MHD_TYPES[fields["ElementType"]]
     data = d.read((PurePosixPath(name).parent / PurePosixPath(fields["ElementDataFile"]).name).as_posix())
     if fields.get("CompressedData", "False").lower() == "true":
-        import zlib
-
         data = zlib.decompress(data)
     order = ">" if fields.get("BinaryDataByteOrderMSB", fields.get("ElementByteOrderMSB", "False")).lower() == "true" else "<"
     return np.frombuffer(data, order + kind)[: int(np.prod(size))].reshape(size[::-1])
@@ -177,14 +196,12 @@ def read_nifti(d, name):
     try:
         import nibabel
     except ImportError:
-        raise ValueError(f"'{name}' is a NIfTI file, which needs: pip install nibabel. (CAMUS's .mhd files are read without it.)") from None
+        raise NeedsPackage(
+            f"'{name}' is a NIfTI file, which needs: pip install nibabel. (CAMUS's .mhd files are read without it.)"
+        ) from None
     data = d.read(name)
-    kind = nibabel.Nifti1Image.from_bytes
-    if name.endswith(".gz"):
-        import gzip
-
-        data = gzip.decompress(data)
-    return np.asarray(kind(data).dataobj).T
+    data = gzip.decompress(data) if name.endswith(".gz") else data
+    return np.asarray(nibabel.Nifti1Image.from_bytes(data).dataobj).T
 
 
 def camus(d):
@@ -196,13 +213,14 @@ def camus(d):
             d.skip(name, "image without mask")
             continue
         test = bool(re.search(r"(^|/)test(ing)?/", name, re.I))
-        image, labels = (np.squeeze(read[match[2].lower()](d, n)) for n in (name, side))
-        stem = match[1]
-        top = max(float(image.max()), 1.0)
-        image = (image * (255 / top if top > 255 else 1)).astype(np.uint8)
-        masks = [(f"mask_{k}/{stem}_gt.png", labels == k, word) for k, word in CAMUS.items()]
-        below = "test" if test else "train"
-        yield Sample(f"{stem}.png", image, masks, "test" if test else None, stem.split("_")[0], below)
+        with d.skipping(name):
+            image, labels = (np.squeeze(read[match[2].lower()](d, n)) for n in (name, side))
+            stem = match[1]
+            top = max(float(image.max()), 1.0)
+            image = (image * (255 / top if top > 255 else 1)).astype(np.uint8)
+            masks = [(f"mask_{k}/{stem}_gt.png", labels == k, word) for k, word in CAMUS.items()]
+            below = "test" if test else "train"
+            yield Sample(f"{stem}.png", image, masks, "test" if test else None, stem.split("_")[0], below)
 
 
 def decode_counts(text):
@@ -240,17 +258,17 @@ def chexlocalize(d):
                 d.skip(key, "segmentation without image")
                 continue
             masks = []
-            for word, run in sorted(classes.items()):
-                try:
-                    mask = from_runs(run["counts"], run["size"])
-                except ValueError as error:
-                    d.skip(f"{key} {word}", str(error))
-                    continue
-                if mask.any():
-                    words = word.lower()
-                    masks.append((f"{key}_{words.replace(' ', '_')}.png", mask, words))
-            if masks:
-                yield Sample(f"{key}.jpg", images[key], masks, group=key.split("_")[0])
+            with d.skipping(key):
+                for word, run in sorted(classes.items()):
+                    try:
+                        mask, words = from_runs(run["counts"], run["size"]), word.lower()
+                    except ValueError as error:  # one class of several
+                        d.skip(f"{key} {word}", str(error))
+                        continue
+                    if mask.any():
+                        masks.append((f"{key}_{words.replace(' ', '_')}.png", mask, words))
+                if masks:
+                    yield Sample(f"{key}.jpg", images[key], masks, group=key.split("_")[0])
 
 
 def _test_polyps(folder):
@@ -260,6 +278,12 @@ def _test_polyps(folder):
     return reader
 
 
+def _present(labels, words, stem):
+    """A mask for each class that a picture of class numbers holds."""
+    found = set(np.unique(labels).tolist())
+    return [(f"{word}/{stem}.png", labels == k, word) for k, word in words.items() if k in found]
+
+
 def cityscapes(d):
     """leftImg8bit/{train,val}/CITY/*_leftImg8bit.png with gtFine/...gtFine_labelIds.png; a mask for each of 19 classes that is there."""
     truths = {m[2]: name for name, m in d.find(r"(?:gtFine/)?(train|val)/[^/]+/([^/]+)_gtFine_labelIds\.png")}
@@ -267,9 +291,9 @@ def cityscapes(d):
         if match[2] not in truths:
             d.skip(name, "image without mask")
             continue
-        labels = d.pixels(truths[match[2]])
-        masks = [(f"{word}/{match[2]}.png", labels == k, word) for k, word in CITYSCAPES.items() if (labels == k).any()]
-        yield Sample(f"{match[2]}.png", name, masks, "test" if match[1].lower() == "val" else None)
+        with d.skipping(truths[match[2]]):
+            masks = _present(d.pixels(truths[match[2]]), CITYSCAPES, match[2])
+            yield Sample(f"{match[2]}.png", name, masks, "test" if match[1].lower() == "val" else None)
 
 
 def voc(d):
@@ -281,12 +305,12 @@ def voc(d):
                 if stem not in images or stem not in truths:
                     d.skip(stem, "listed, but without image or mask")
                     continue
-                labels = d.pixels(truths[stem])
-                if labels.ndim != 2:
-                    d.skip(truths[stem], "no palette picture")
-                    continue
-                masks = [(f"{word}/{stem}.png", labels == k, word) for k, word in enumerate(VOC, 1) if (labels == k).any()]
-                yield Sample(f"{stem}.jpg", images[stem], masks, split)
+                with d.skipping(truths[stem]):
+                    labels = d.pixels(truths[stem])
+                    if labels.ndim != 2:
+                        d.skip(truths[stem], "no palette picture")
+                        continue
+                    yield Sample(f"{stem}.jpg", images[stem], _present(labels, dict(enumerate(VOC, 1)), stem), split)
 
 
 READERS = {
