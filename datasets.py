@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import random
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -17,13 +18,14 @@ import numpy as np
 from PIL import Image
 
 from vlsm import check as checking
-from vlsm import demo
+from vlsm import demo, parallel
 from vlsm.cache import DataError, Record, open_split
 from vlsm.console import speaking
 from vlsm.images import picture_files
 from vlsm.prepare import prepare, read_descriptions
 from vlsm.prompts import class_word, prompt_of
 from vlsm.raw import READERS
+from vlsm.shards import open_share
 from vlsm.weights import read_json
 
 SPLITS = ("train", "val", "test")
@@ -98,45 +100,56 @@ def _locate(dataset, data_root):
 
 
 def open_dataset(
-    dataset, splits, size, data_root="data", cache_dir=None, split_seed=0, prompts="random", skip_bad=False, limit_train=1.0, say=print
-):
+    dataset, splits, size, data_root="data", cache_dir=None, split_seed=0, prompts="random", skip_bad=False, limit_train=1.0, shard=False,
+    say=print,
+):  # fmt: skip
     """`{split: Decoded}` at `size` pixels: checked, resized, cached. All problems of all splits are raised together as one ValueError.
 
     skip_bad: go on without the records that cannot be used, and say how many they are; limit_train: the share of the training records
-    to take, always the same ones, of which a smaller share takes some.
+    to take, always the same ones, of which a smaller share takes some; shard: several processes hold a share of the pictures each, where
+    else each machine holds them all.
     """
+    shard = shard and parallel.world() > 1
+    opened, turns = (open_share, nullcontext()) if shard else (open_split, parallel.first_here())
     ready, troubles = {}, []
-    for split in splits:
-        label = f"{Path(dataset).name} {split}"
-        try:
-            found = records(dataset, split, data_root, split_seed)
-            if not found:
-                raise ValueError(
-                    f"The {split} split of '{dataset}' is empty. If its files are split by a hash of their names, a handful of them can "
-                    "leave a part empty: try another --split-seed, or train/, val/ and test/ folders."
-                )
-            if split == "train" and limit_train < 1:
-                order = random.Random(0).sample(range(len(found)), len(found))
-                found = [found[i] for i in sorted(order[: max(1, round(limit_train * len(found)))])]
-            for i, record in enumerate(found):
-                prompt_of(record, i, prompts, 0)  # a key that is not there is found here, not in the middle of an epoch
+    with turns:
+        for split in splits:
+            label = f"{Path(dataset).name} {split}"
             try:
-                ready[split] = open_split(found, size, cache_dir, label)
-            except DataError as error:
-                if not skip_bad or len(error.bad) == len(found):
-                    raise
-                say(f"{label}: {error}\n  --skip-bad: dropped {len(error.bad)} of {len(found)} records.")
-                bad = set(error.bad)
-                ready[split] = open_split([r for i, r in enumerate(found) if i not in bad], size, cache_dir, label)
-        except (ValueError, FileNotFoundError) as error:
-            if str(error) not in troubles:
-                troubles.append(f"{label}: {error}" if isinstance(error, DataError) else str(error))
+                found = _chosen(dataset, split, data_root, split_seed, prompts, limit_train)
+                try:
+                    ready[split] = opened(found, size, cache_dir, label)
+                except DataError as error:
+                    if not skip_bad or len(error.bad) == len(found):
+                        raise
+                    say(f"{label}: {error}\n  --skip-bad: dropped {len(error.bad)} of {len(found)} records.")
+                    bad = set(error.bad)
+                    ready[split] = opened([r for i, r in enumerate(found) if i not in bad], size, cache_dir, label)
+            except (ValueError, FileNotFoundError) as error:
+                if str(error) not in troubles:
+                    troubles.append(f"{label}: {error}" if isinstance(error, DataError) else str(error))
     if troubles:
         hint = (
             "\nMend the files, or pass --skip-bad to go on without these records." if any("records cannot" in t for t in troubles) else ""
         )
         raise ValueError("\n".join(troubles) + hint)
     return ready
+
+
+def _chosen(dataset, split, data_root, split_seed, prompts, limit_train):
+    """The records of a split that take part. Raises ValueError where there are none, or one lacks the prompt that is asked for."""
+    found = records(dataset, split, data_root, split_seed)
+    if not found:
+        raise ValueError(
+            f"The {split} split of '{dataset}' is empty. If its files are split by a hash of their names, a handful of them can "
+            "leave a part empty: try another --split-seed, or train/, val/ and test/ folders."
+        )
+    if split == "train" and limit_train < 1:
+        order = random.Random(0).sample(range(len(found)), len(found))
+        found = [found[i] for i in sorted(order[: max(1, round(limit_train * len(found)))])]
+    for i, record in enumerate(found):
+        prompt_of(record, i, prompts, 0)  # a key that is not there is found here, not in the middle of an epoch
+    return found
 
 
 def _where_to_get(name, source, root):

@@ -71,6 +71,7 @@ def parse(argv=None):
     g = parser.add_argument_group("machine")
     g.add_argument("--batch-size", type=int, default=32, help="images at a time (default 32)")
     g.add_argument("--cache-dir", default=datasets.default_cache(), help="folder of the decoded pictures (default: %(default)s)")
+    g.add_argument("--shard-cache", action="store_true", help="of several processes (torchrun) each keeps a share of the pictures")
     runtime.add_arguments(g)
     return parser.parse_args(argv)
 
@@ -126,9 +127,12 @@ def evaluate(predictor, data, prompts, seed, args, masks_dir=None):
             return list(pool.map(lambda i: torch.from_numpy(read_mask(data.records[i].mask)), part))
 
         own = [part for _, part in parallel.own(parts_of(range(count), args.batch_size))]
-        for part, present in ahead(read, own):
+        for part, present in ahead(read, data.rounds(own)):
+            pixels = data.batch(list(part))[0]
+            if not part:
+                continue
             texts = [prompt_of(data.records[i], i, prompts, seed) for i in part]
-            logits = predictor.logits(data.batch(list(part))[0], texts)
+            logits = predictor.logits(pixels, texts)
             truth = [t.to(predictor.device) for t in present]
             predicted = [enlarge(z, t.shape, args.upsample) for z, t in zip(logits, truth)]
             for i, text, row, mask in zip(part, texts, score(list(zip(predicted, truth))), predicted):
@@ -352,8 +356,7 @@ def evaluate_run(args):
 def open_split(args, predictor, dataset, prompts):
     about = predictor.about
     where = args.data_root or about["data_root"], args.cache_dir, about["split_seed"]
-    with parallel.first_here():
-        return datasets.open_dataset(dataset, [args.split], predictor.size, *where, prompts)[args.split]
+    return datasets.open_dataset(dataset, [args.split], predictor.size, *where, prompts, shard=args.shard_cache)[args.split]
 
 
 def compare(args):

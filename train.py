@@ -66,6 +66,8 @@ def parse(argv=None):
     g.add_argument("--skip-bad", action="store_true", help="train without the records that cannot be used, instead of stopping")
     g.add_argument("--split-seed", type=int, default=0, help="of the 80/10/10 split of your own folder (default 0)")
     g.add_argument("--cache-dir", default=datasets.default_cache(), help="folder of the decoded pictures (default: %(default)s)")
+    sharded = "of several processes (torchrun) each decodes and keeps a share of the pictures, and passes on what a batch needs"
+    g.add_argument("--shard-cache", action="store_true", help=sharded)
     g = parser.add_argument_group("model and method")
     g.add_argument("--model", default="clipseg", choices=NETWORKS, help="clipseg (default), cris or san")
     default = f"mini for the demo, else {NETWORKS['clipseg'].default_weights}; san: {NETWORKS['san'].default_weights}"
@@ -144,6 +146,8 @@ def complete(args):
     args.out = args.out or default_out(args, f"seed{args.seed}")
     if args.resume:
         adopt(args)
+    if args.shard_cache and args.data_device == "cuda":
+        raise ValueError("--shard-cache passes pictures between processes, which --data-device cuda cannot hold; leave one of them out.")
     demo = args.dataset == "demo" and args.model == "clipseg"
     args.weights = args.weights or ("mini" if demo else network(args.model).default_weights)
     learner = issubclass(METHODS[names[0]], Learner)
@@ -232,7 +236,8 @@ def validate(job):
     job.model.eval()
     found, count = [], len(job.data["val"])
     own = parallel.own(parts_of(list(range(count)), job.args.batch_size))
-    for (number, _), (indices, pixels, masks) in zip(own, job.batches("val", [part for _, part in own])):
+    # batches first: those of a sharded split go on, without records, while other processes want pictures
+    for (indices, pixels, masks), (number, _) in zip(job.batches("val", [part for _, part in own]), own):
         logits, loss = job.forward("val", indices, pixels, masks, job.args.seed)
         predicted, truth = logits[:, 0] > 0, masks[:, 0] > 0
         scores = torch.stack([dsc(predicted, truth), iou(predicted, truth)], 1)
@@ -302,8 +307,7 @@ def train(args, after_epoch=None):
     tokenizer = model.tokenizer()
     splits = datasets.available_splits(args.dataset, args.data_root, args.split_seed) or ["train", "val"]
     where = args.data_root, args.cache_dir, args.split_seed
-    with parallel.first_here():
-        data = datasets.open_dataset(args.dataset, splits, size, *where, args.prompts, args.skip_bad, args.limit_train)
+    data = datasets.open_dataset(args.dataset, splits, size, *where, args.prompts, args.skip_bad, args.limit_train, args.shard_cache)
     if not {"train", "val"} <= set(data):
         raise ValueError(
             f"'{args.dataset}' has records for {' and '.join(data)} only; training needs train and val. If it is a folder of a few "

@@ -2,26 +2,34 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import datasets
 from tests.conftest import ROOT, rows
-from vlsm import parallel
+from vlsm import parallel, shards
 from vlsm.augment import augment
+from vlsm.cache import DataError
 
 SINGLE = dict(os.environ, OMP_NUM_THREADS="1")
 
 
 def torchrun(program, *argv, processes=2):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0", "--standalone"]
-    done = subprocess.run(
-        [*command, ROOT / f"{program}.py", *map(str, argv), "--device", "cpu"], capture_output=True, text=True, env=SINGLE, cwd=ROOT
-    )
-    return done.returncode, done.stdout, done.stderr
+    command += [ROOT / f"{program}.py", *map(str, argv), "--device", "cpu"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=SINGLE, cwd=ROOT) as running:
+        try:
+            said, err = running.communicate(timeout=240)
+        finally:
+            running.terminate()  # processes that wait for each other; it ends its own
+    return running.returncode, said, err
 
 
 def losses(out):
@@ -34,13 +42,24 @@ def options(quick, *more):
     return [*quick[:at], "--batch-size", 7, *quick[at + 2 : -2], *more]
 
 
-@pytest.mark.parametrize("more", [["--batch-size", 23], ["--augment"], ["--peft", "shallow"]])
-def test_two_processes_train_as_one(cli, quick, tmp_path, more):
+CASES = [
+    (["--batch-size", 23], False),
+    (["--augment"], False),
+    (["--peft", "shallow"], False),
+    (["--batch-size", 2], True),
+    (["--peft", "shallow"], True),
+]
+
+
+@pytest.mark.parametrize("more, shard", CASES)
+def test_two_processes_train_as_one(cli, quick, tmp_path, more, shard):
     argv = options(quick, "--epochs", 2, *more)
-    code, said, err = torchrun("train", *argv, "--out", tmp_path / "two")
+    code, said, err = torchrun("train", *argv, "--out", tmp_path / "two", *["--shard-cache"] * shard, "--cache-dir", tmp_path / "cache")
     assert code == 0, err
     assert said.count("epoch   2/2") == 1 and err.count("gradients at the first step") + said.count("gradients at the first step") == 1
     assert cli("train", *argv, "--out", tmp_path / "one")[0] == 0
+    files = sorted((tmp_path / "cache").glob("*-train-*.images.npy"))
+    assert [len(np.load(file, mmap_mode="r")) for file in files] == ([12, 12] if shard else [24])
     for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert a == pytest.approx(b, abs=1e-5)
     one, two = (load_file(tmp_path / name / "last.safetensors") for name in ("one", "two"))
@@ -48,9 +67,10 @@ def test_two_processes_train_as_one(cli, quick, tmp_path, more):
         torch.testing.assert_close(two[name], tensor, atol=2e-4, rtol=1e-2, msg=name)
 
 
-def test_metrics_are_exactly_those_of_one_process(cli, quick, trained, tmp_path):
-    argv = ["--ckpt", trained, "--batch-size", 2, "--figure", 3]
-    code, said, err = torchrun("evaluate", *argv, "--out", tmp_path / "two", "--save-masks", tmp_path / "masks2")
+@pytest.mark.parametrize("shard", [[], ["--shard-cache"]])
+def test_metrics_are_exactly_those_of_one_process(cli, quick, trained, tmp_path, shard):
+    argv = ["--ckpt", trained, "--batch-size", 2, "--figure", 3]  # 6 records: two batches for one process, one for the other
+    code, said, err = torchrun("evaluate", *argv, "--out", tmp_path / "two", "--save-masks", tmp_path / "masks2", *shard)
     assert code == 0, err
     assert said.count("6 records") == 1
     assert cli("evaluate", *argv, "--out", tmp_path / "one", "--save-masks", tmp_path / "masks1")[0] == 0
@@ -60,6 +80,28 @@ def test_metrics_are_exactly_those_of_one_process(cli, quick, trained, tmp_path)
     assert one == two
     masks = [{p.name: p.read_bytes() for p in (tmp_path / name).glob("*.png")} for name in ("masks1", "masks2")]
     assert len(masks[0]) == 6 and masks[0] == masks[1]
+
+
+def test_problems_in_one_share_are_said_by_all(demo, tmp_path, monkeypatch):
+    """Two processes take turns here: each notes what it gives the other, then hears of both."""
+    shutil.copytree(demo, tmp_path / "bad")
+    records = datasets.records(str(tmp_path / "bad"), "val")
+    for i in (3, 4, 7):
+        Path(records[i].mask).write_text("no picture")
+    monkeypatch.setattr(parallel, "world", lambda: 2)
+    notes, messages = [], []
+    for hear in (lambda given: notes.append(given) or [given], lambda given: notes):
+        monkeypatch.setattr(parallel, "every", hear)
+        for rank in (0, 1):
+            monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+            with pytest.raises(DataError) as caught:
+                shards.open_share(records, 32, None, "bad val")
+            messages.append((caught.value.bad, str(caught.value)))
+    assert [bad for bad, _ in messages[:2]] == [[4], [3, 7]]
+    assert messages[2] == messages[3] and messages[2][0] == [3, 4, 7] and "3 of 48 records cannot be used" in messages[2][1]
+    monkeypatch.setattr(parallel, "every", lambda given: [given, ({}, "the disk of another is full")])
+    with pytest.raises(ValueError, match="the disk of another is full"):
+        shards.open_share(records, 32, None, "bad val")
 
 
 def test_a_run_goes_on_with_another_number_of_processes(cli, quick, tmp_path):
@@ -89,6 +131,8 @@ def test_mistakes_are_sentences(cli, quick, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = cli("train", *quick, "--sweep", 2)
     assert code == 2 and "start it without torchrun" in err
+    code, _, err = cli("train", *quick, "--shard-cache", "--data-device", "cuda")
+    assert code == 2 and "leave one of them out" in err
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setattr(parallel, "world", lambda: 16)
     monkeypatch.setattr(parallel, "rank", lambda: 0)

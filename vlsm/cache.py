@@ -39,7 +39,7 @@ class DataError(ValueError):
     """All that is wrong with a data set, grouped, in one message. `bad`: indices of the records it concerns."""
 
     def __init__(self, problems, total):
-        self.bad = sorted({i for hits in problems.values() for i, _ in hits})
+        self.problems, self.bad = problems, sorted({i for hits in problems.values() for i, _ in hits})
         lines = [f"{len(self.bad)} of {total} records cannot be used:"]
         for kind, hits in problems.items():
             names = list(dict.fromkeys(name for _, name in hits))
@@ -55,10 +55,27 @@ class Decoded:
 
     def __init__(self, records, images, masks, image_of):
         self.records, self.images, self.masks, self.image_of = records, images, masks, np.asarray(image_of)
+        self.count, self.side, self.nbytes = len(images), masks.shape[-1], images.nbytes + masks.nbytes
         self.resident = None
 
     def __len__(self):
         return len(self.records)
+
+    def pictures(self, rows):
+        """uint8 `[n, 3, S, S]` of some images (not records): a range."""
+        return torch.from_numpy(np.array(self.images[rows.start : rows.stop]))
+
+    def foreground(self):
+        """Whether any mask has some; as a rule the first one tells."""
+        return any(mask.any() for mask in self.masks)
+
+    def least(self, n):
+        """The least of a number over the processes that call `pictures` together: here this one alone."""
+        return n
+
+    def rounds(self, parts):
+        """What `batch` is to be called for, in turn, where this process wants these parts."""
+        return parts
 
     def move(self, device):
         """Copy all pixels to a device, from where `batch` then takes them."""
@@ -101,8 +118,9 @@ def feed(data, parts, device, with_pixels=True):
             batch = [t if t is None else t.pin_memory() for t in batch]
         return batch
 
-    for part, batch in ahead(read, parts):
-        yield part, *(t if t is None else t.to(device, non_blocking=True) for t in batch)
+    for part, batch in ahead(read, data.rounds(parts)):
+        if part:
+            yield part, *(t if t is None else t.to(device, non_blocking=True) for t in batch)
 
 
 def image_index(records):
@@ -127,7 +145,7 @@ def _stamp(path):
 
 
 def _decode(job):
-    """One record: (index, problem or None, image `[3, S, S]` or None, mask `[S, S]`, whether the mask has foreground)."""
+    """One record: its index, and (image `[3, S, S]` or None, mask `[S, S]`), or (kind of problem, name)."""
     i, record, size, with_image = job
     if record.problem:
         return i, (record.problem, record.name)
@@ -147,7 +165,7 @@ def _decode(job):
         (h, w), (mh, mw) = image.shape[:2], mask.shape
         return i, ("image and mask of different size", f"{record.name} ({w} x {h}, mask {mw} x {mh})")
     small = resize_image(image, size).transpose(2, 0, 1) if with_image else None
-    return i, (small, resize_mask(mask, size), bool(mask.any()))
+    return i, (small, resize_mask(mask, size))
 
 
 def _reason(error):
@@ -161,23 +179,26 @@ def decode(records, images, masks, workers, label):
     """Read, check and resize all records into the arrays, in parallel processes. Raises DataError, all problems at once."""
     first, image_of = image_index(records)
     size = masks.shape[-1]
-    owners, problems, foreground = set(first), defaultdict(list), 0
+    owners, problems = set(first), defaultdict(list)
     jobs = [(i, r, size, i in owners) for i, r in enumerate(records)]
     with progress(len(jobs), f"reading {label}") as bar:
         for i, result in _parallel(jobs, workers):
             bar.update()
-            if len(result) == 2:
+            if isinstance(result[0], str):
                 problems[result[0]].append((i, result[1]))
                 continue
-            image, masks[i], has = result
-            foreground += has
+            image, masks[i] = result
             if image is not None:
                 images[image_of[i]] = image
     if problems:
         raise DataError(problems, len(records))
+
+
+def refuse_empty(foreground, count, label):
+    """Raise ValueError where none of so many masks has foreground."""
     if not foreground:
         raise ValueError(
-            f"Every mask of {label} is empty ({len(records)} masks): there is nothing to learn. Foreground must be brighter than 127; "
+            f"Every mask of {label} is empty ({count} masks): there is nothing to learn. Foreground must be brighter than 127; "
             "do the files hold 0 and 1 instead of 0 and 255?"
         )
 
@@ -196,12 +217,22 @@ def _parallel(jobs, workers):
 def open_split(records, size, folder, label, workers=None):
     """A `Decoded` split, from the cache in `folder` where it is there and fits, else decoded and (with a folder) cached.
 
+    Raises DataError for records that cannot be used, ValueError where no mask has foreground at this size.
+    """
+    data = open_cached(records, size, folder, label, workers)
+    refuse_empty(data.foreground(), len(data), label)
+    return data
+
+
+def open_cached(records, size, folder, label, workers=None):
+    """`open_split` without its look at the masks; there may be no records.
+
     The key covers every file's name, size and modification time and the size asked for. A broken cache file is made anew.
     """
     workers = workers if workers is not None else min(16, os.cpu_count() or 1)
     _, image_of = image_index(records)
-    shapes = [(max(image_of) + 1, 3, size, size), (len(records), size, size)]
-    if folder is None or any(isinstance(r.image, np.ndarray) for r in records):  # no cache, or in memory already
+    shapes = [(max(image_of, default=-1) + 1, 3, size, size), (len(records), size, size)]
+    if folder is None or not records or any(isinstance(r.image, np.ndarray) for r in records):  # no cache, or in memory already
         arrays = [np.empty(shape, np.uint8) for shape in shapes]
         decode(records, *arrays, workers, label)
         return Decoded(records, *arrays, image_of)

@@ -16,6 +16,7 @@ def speaking():
     """Turn a user's mistake into a sentence on stderr and exit code 2; with VLSM_TRACEBACK=1 the traceback comes too."""
     try:
         yield
+        parallel.leave()
     except (ValueError, FileNotFoundError, FileExistsError, PermissionError) as error:
         _leave(str(error))
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ from .weights import read_json
 # Options that may differ when a run is resumed; all others would make it another run.
 FREE_ON_RESUME = {
     "epochs", "patience", "min_epochs", "sweep", "device", "data_root", "cache_dir", "weights", "kernels", "compile", "cache_gb",
-    "data_device", "tensorboard",
+    "data_device", "shard_cache", "tensorboard",
 }  # fmt: skip
 UNSAVED = {"out", "seeds", "resume", "overwrite", "dry_run", "given", "sweep_space", "sweep_folder"}
 

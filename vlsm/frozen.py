@@ -9,7 +9,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -134,8 +133,8 @@ class Frozen:
         """
         if not self.images or self.cache_gb == 0:
             return None
-        count = len(data.images)
-        found = _joined(*self._encode(data, slice(0, batch_size)))
+        count = data.count
+        found = _joined(*self._encode(data, range(min(batch_size, count))))
         share = {"GPU": SHARE, "RAM": SHARE / parallel.on_this_machine(), "disk": SHARE / parallel.on_this_machine()}
         places = {place: share[place] * free for place, free in room(self.device, self.folder).items()}
         if self.cache_gb is None and self.dtype is None:
@@ -147,9 +146,10 @@ class Frozen:
         self.stores[name] = store = Store(
             count, [t.shape[1:] for t in found], self.dtype or torch.float32, self.device, places, self.folder
         )
+        store.held = data.least(store.held)
         with progress(store.held, f"encoding {name}") as bar:
             for first in range(0, store.held, batch_size):
-                rows = slice(first, min(first + batch_size, store.held))
+                rows = range(first, min(first + batch_size, store.held))
                 store.put(first, _joined(*self._encode(data, rows)) if first else found)
                 bar.update(rows.stop - first)
         kept = ", ".join(f"{n / GB:.2g} GB {'on' if place == 'disk' else 'in'} {place}" for place, n in store.bytes().items())
@@ -158,12 +158,12 @@ class Frozen:
         return f"{name}: the frozen image encoder's output is kept for {store.held} of {count} images ({kept or 'no room'}){note}"
 
     def _encode(self, data, rows):
-        pixels = torch.from_numpy(np.array(data.images[rows])).to(self.device)
+        pixels = data.pictures(rows).to(self.device)
         with runtime.autocast(self.device, self.dtype):
             return self.model.base.encode_image(self._normalise(pixels), self.model.tuner)
 
     def needs_pixels(self, name, data):
-        return self.model.base.reads_pixels or name not in self.stores or self.stores[name].held < len(data.images)
+        return self.model.base.reads_pixels or name not in self.stores or self.stores[name].held < data.count
 
     def _normalise(self, pixels):
         """In memory that the next batch overwrites: the backward pass of this one is over by then."""
@@ -202,7 +202,7 @@ class Frozen:
         pixels: uint8 or float 0..255 `[B, 3, S, S]`, None where `needs_pixels` says so; changed: bool `[B]` on the CPU, images that
         augmentation has altered.
         """
-        size, base, tuner = data.masks.shape[-1], self.model.base, self.model.tuner
+        size, base, tuner = data.side, self.model.base, self.model.tuner
         with runtime.autocast(self.device, self.dtype):
             contexts = tuner.contexts()
             pixels = None if pixels is None else self._normalise(pixels)

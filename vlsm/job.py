@@ -105,7 +105,7 @@ class Job:
             if kept:
                 print(kept)
         if self.device.type == "cuda" and args.data_device != "cpu":
-            size = sum(d.images.nbytes + d.masks.nbytes for d in self.data.values())
+            size = sum(d.nbytes for d in self.data.values())
             if args.data_device == "cuda" or size < torch.cuda.mem_get_info(self.device)[0] / 4:
                 for data in self.data.values():
                     data.move(self.device)

@@ -24,6 +24,13 @@ def start(device):
     return f"cuda:{local_rank()}" if cuda and device in ("auto", "cuda") else device
 
 
+def leave():
+    """At the end of a program: wait for the others and close the connections, on which their threads may still be reading."""
+    if world() > 1:
+        barrier()
+        dist.destroy_process_group()
+
+
 def world():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
@@ -90,10 +97,15 @@ def total(numbers, device):
     return sums.tolist()
 
 
+def every(value):
+    """What each process gives here, by their numbers."""
+    if world() == 1:
+        return [value]
+    found = [None] * world()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def gather(items):
     """What all processes have found, (number, ...) each, in the order of the numbers."""
-    if world() > 1:
-        found = [None] * world()
-        dist.all_gather_object(found, items)
-        items = [item for part in found for item in part]
-    return sorted(items, key=lambda item: item[0])
+    return sorted((item for part in every(items) for item in part), key=lambda item: item[0])
