@@ -377,7 +377,7 @@ def test_a_package_named_datasets_does_no_harm(tmp_path, shadow):
     assert done.returncode == 0 and "parameters are trained" in done.stdout, done.stderr
 
 
-def test_help_fits_its_purpose():
-    for program in ("train.py", "evaluate.py", "datasets.py"):
-        done = subprocess.run([sys.executable, program, "--help"], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0 and "default" in done.stdout or program == "datasets.py"
+def test_help_fits_its_purpose(cli):
+    for program in ("train", "evaluate", "datasets"):
+        code, said, _ = cli(program, "--help")
+        assert code == 0 and "default" in said
