@@ -370,14 +370,20 @@ def test_names_in_a_download_cannot_leave_the_folder(cli, tmp_path):
 def test_the_look_at_a_data_set(prepared, cli, tmp_path):
     _, root, _ = prepared("busi")
     train = json.loads((root / "anns" / "train.json").read_text())
+    val = json.loads((root / "anns" / "val.json").read_text())
     test = json.loads((root / "anns" / "test.json").read_text())
     (root / "images" / test[0]["img_name"]).write_bytes((root / "images" / train[0]["img_name"]).read_bytes())
     (root / "images" / train[2]["img_name"]).write_bytes(b"x")
+    nearly = read_image(root / "images" / train[1]["img_name"]).copy()
+    nearly[:2, :2] ^= 8
+    Image.fromarray(nearly).save(root / "images" / val[0]["img_name"])
     out = tmp_path / "sheet.png"
     code, said, err = cli("datasets", "--check", "busi", "--data-root", tmp_path / "data", "--out", out)
     assert code == 0, err
     assert "busi train: 8 records of 8 images" in said and "28 x 20 (7)" in said and "prompts: p0, p1, p2" in said
     assert f"WARNING: 1 pictures are in train and in test ({train[0]['img_name']} = {test[0]['img_name']})" in said
+    assert f"NOTE: 1 of 1 pictures in val look nearly like one in train ({val[0]['img_name']} ~ {train[1]['img_name']})" in said
+    assert said.count("NOTE") == 1  # a picture that is the same has its warning
     assert f"UNREADABLE: 1 ({train[2]['img_name']}" in said
     empty = sum(int(line.split(":")[1]) for line in said.splitlines() if "empty masks" in line)
     assert empty in (0, 1) and Image.open(out).width == 2 * 228 + 8

@@ -1,10 +1,11 @@
-"""A data set at a glance: counts, sizes, mask areas, empty masks, pictures that two splits share, prompts; and a contact sheet."""
+"""A data set at a glance: counts, sizes, mask areas, empty masks, pictures that two splits share or nearly do, prompts; a contact sheet."""
 
 import hashlib
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from . import pictures
 from .cache import image_index
@@ -14,6 +15,7 @@ from .images import read_image, read_mask
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 ON_THE_SHEET = 8
+THUMBNAIL, ALIKE = 16, 0.99  # side of the thumbnails, and their correlation from which on two pictures are taken for frames of one video
 
 
 def look(splits):
@@ -22,7 +24,7 @@ def look(splits):
     for part, records in splits.items():
         first, _ = image_index(records)
         seen = dict(records=len(records), images=len(first), sizes=Counter(), areas=[], hashes={}, unreadable=[])
-        seen.update(prompts=Counter(), words=[])
+        seen.update(prompts=Counter(), words=[], thumbnails=[])
         owners = set(first)
         for i, record in enumerate(progress(records, f"looking at {part}")):
             try:
@@ -30,6 +32,7 @@ def look(splits):
                     image = read_image(record.image)
                     seen["sizes"][image.shape[1], image.shape[0]] += 1
                     seen["hashes"][hashlib.blake2b(image.tobytes(), digest_size=16).digest()] = record.name
+                    seen["thumbnails"].append((record.name, _thumbnail(image)))
                 seen["areas"].append(float(read_mask(record.mask).mean()))
             except OSError:
                 seen["unreadable"].append(record.name)
@@ -54,6 +57,31 @@ def shared(found):
     return dict(twice)
 
 
+def _thumbnail(image):
+    """A picture's colours on a coarse grid, of mean 0 and length 1: the product of two is their correlation. One colour: zeros."""
+    small = np.asarray(Image.fromarray(image).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX), np.float32).ravel()
+    small -= small.mean()
+    return small / max(np.linalg.norm(small), 1e-6)
+
+
+def alike(found):
+    """{(split, earlier split): [(name, the other's most like it), ...]}, the most alike first; without those that are the same."""
+    same, parts, out = shared(found), list(found), {}
+    for k, part in enumerate(parts):
+        for other in parts[:k]:
+            twice = {name for _, name in same.get((other, part), [])}
+            theirs, pairs = found[other]["thumbnails"], []
+            mine = [(name, small) for name, small in found[part]["thumbnails"] if name not in twice]
+            for first in range(0, len(mine) if theirs else 0, 512):
+                names, smalls = zip(*mine[first : first + 512])
+                product = np.stack(smalls) @ np.stack([small for _, small in theirs]).T
+                best = zip(product.max(1).tolist(), names, product.argmax(1).tolist())
+                pairs += [(value, name, theirs[i][0]) for value, name, i in best if value > ALIKE]
+            if pairs:
+                out[part, other] = [(name, like) for _, name, like in sorted(pairs, reverse=True)]
+    return out
+
+
 def in_words(name, found):
     """The fingerprint as text; leakage is said last."""
     lines = []
@@ -76,6 +104,14 @@ def in_words(name, found):
         some = ", ".join(a if a == b else f"{a} = {b}" for a, b in names[:3])
         more = ", ..." if len(names) > 3 else ""
         lines.append(f"WARNING: {len(names)} pictures are in {part} and in {other} ({some}{more}): results would leak.")
+    for (part, other), names in alike(found).items():
+        some = ", ".join(f"{a} ~ {b}" for a, b in names[:3])
+        more = ", ..." if len(names) > 3 else ""
+        total = found[part]["images"]
+        lines.append(
+            f"NOTE: {len(names)} of {total} pictures in {part} look nearly like one in {other} ({some}{more}): frames of one video, or one "
+            "patient's? Scores on them flatter."
+        )
     return "\n".join(lines)
 
 
