@@ -9,20 +9,19 @@ import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 
 import datasets
 from vlsm import load, metrics, parallel, pictures, runtime
 from vlsm.cache import ahead, parts_of
 from vlsm.checkpoint import read_metadata, replacing, save_merged, write_csv, write_text
 from vlsm.console import progress, speaking
-from vlsm.images import EXTENSIONS, normalise, picture_files, read_image, read_mask, resize_image
+from vlsm.images import picture_files, read_image, read_mask
 from vlsm.paired import signed_rank
+from vlsm.predict import Predictor, enlarge, predict, save_mask
 from vlsm.prompts import prompt_of
 from vlsm.report import METRICS, collect, draw, in_words, published, table
 
@@ -76,33 +75,6 @@ def parse(argv=None):
     return parser.parse_args(argv)
 
 
-class Predictor:
-    """A checkpoint, ready to segment uint8 pictures of the model's size."""
-
-    def __init__(self, args):
-        self.device, self.dtype = runtime.choose(parallel.start(args.device), args.amp)
-        with parallel.first_here():
-            model = load(args.ckpt, args.weights)
-        self.model = runtime.place(model, self.device, self.dtype, args.kernels, args.compile)
-        self.about = self.model.about
-        self.size = self.about["image_size"]
-        self.tokenizer = self.model.tokenizer()
-
-    @torch.inference_mode()
-    def logits(self, pixels, prompts):
-        """uint8 `[B, 3, S, S]` and B prompts -> float32 logits `[B, 1, S, S]`, on the device."""
-        with runtime.autocast(self.device, self.dtype):
-            pixels = normalise(pixels.to(self.device), mean=self.about["mean"], std=self.about["std"])
-            return self.model(pixels, *self.tokenizer(prompts)).float()
-
-
-def enlarge(logits, shape, how):
-    """Logits `[1, S, S]` -> bool mask of the original `shape` (h, w)."""
-    if how == "mask":
-        return F.interpolate((logits[None] > 0).float(), shape, mode="nearest-exact")[0, 0] > 0
-    return F.interpolate(logits[None], shape, mode="bilinear", align_corners=False)[0, 0] > 0
-
-
 def score(pairs):
     """Per-record scores of (prediction, truth) pairs of bool masks, as dictionaries."""
     predicted, truth = zip(*pairs)
@@ -147,13 +119,6 @@ def evaluate(predictor, data, prompts, seed, args, masks_dir=None):
         together = parallel.gather(list(zip(places, scores, kept or [None] * len(scores))))
         scores, kept = [row for _, row, _ in together], [mask for *_, mask in together]
     return scores, kept
-
-
-def save_mask(mask, folder, name):
-    """Write a bool mask as a 0/255 PNG under the name of the true mask (its ending becomes .png: JPEG would blur it)."""
-    path = Path(folder) / PurePosixPath(name).with_suffix(".png")
-    with replacing(path) as temporary:
-        Image.fromarray(mask.cpu().numpy().astype(np.uint8) * 255).save(temporary, format="PNG")
 
 
 def write_results(out, scores, summary, about):
@@ -248,45 +213,6 @@ def route(args):
     return fitting[0]
 
 
-def predict(args, predictor):
-    """--images: masks for pictures without a ground truth."""
-    if not args.prompt or not args.save_masks:
-        raise ValueError('--images needs --prompt "what to segment" and --save-masks DIR.')
-    root = Path(args.images)
-    if not root.exists():
-        raise FileNotFoundError(f"There is no picture or folder '{root}'.")
-    files = [root] if root.is_file() else picture_files(root)
-    names = [p.name if root.is_file() else p.relative_to(root).as_posix() for p in files]
-    targets = [str(PurePosixPath(n).with_suffix(".png")) for n in names]
-    if not files:
-        raise ValueError(f"'{root}' holds no pictures ({', '.join(EXTENSIONS)}).")
-    if len(set(targets)) < len(targets):
-        twice = next(t for t in targets if targets.count(t) > 1)
-        raise ValueError(f"Several pictures would be written to '{twice}'; rename them so that their stems differ.")
-    with ThreadPoolExecutor(4) as pool, progress(len(files), "segmenting") as bar:
-        for start in range(0, len(files), args.batch_size):
-            part = slice(start, start + args.batch_size)
-            images = list(pool.map(read_picture, files[part]))
-            small = torch.stack([torch.from_numpy(resize_image(i, predictor.size).transpose(2, 0, 1)) for i in images])
-            logits = predictor.logits(small, [args.prompt] * len(images))
-            for image, name, z in zip(images, targets[part], logits):
-                mask = enlarge(z, image.shape[:2], args.upsample)
-                save_mask(mask, args.save_masks, name)
-                if args.overlay:
-                    path = Path(args.save_masks) / PurePosixPath(name).with_suffix(".overlay.png")
-                    with replacing(path) as temporary:
-                        Image.fromarray(pictures.overlay(image, mask.cpu().numpy(), pictures.CYAN)).save(temporary, format="PNG")
-            bar.update(len(images))
-    print(f"Wrote {len(files)} masks to '{args.save_masks}'.")
-
-
-def read_picture(path):
-    try:
-        return read_image(path)
-    except OSError as error:
-        raise ValueError(f"'{path}' cannot be read as a picture ({error}).") from error
-
-
 def main(argv=None):
     args = parse(argv)
     if args.batch_size < 1:
@@ -315,18 +241,21 @@ def main(argv=None):
         return evaluate_run(args)
     if args.out or args.save_masks:
         raise ValueError(f"'{args.ckpt}' holds {len(runs)} runs, which --out and --save-masks would mix; evaluate them one by one.")
-    summaries = []
+    found = []
     for run in runs:
         args.ckpt = run
-        summaries.append(evaluate_run(args))
-    for name, (title, factor, _) in METRICS.items():
-        means = [factor * s[name]["mean"] for s in summaries if s[name]["mean"] is not None]
-        if means:
-            print(f"{title:8} {np.mean(means):7.2f} +- {np.std(means, ddof=1) if len(means) > 1 else 0:.2f} over {len(means)} runs")
+        found.append(evaluate_run(args))
+    for key in found[0] if args.all_prompts else [""]:
+        summaries = [table[key] for table in found] if key else found
+        for name, (title, factor, _) in METRICS.items():
+            means = [factor * s[name]["mean"] for s in summaries if s[name]["mean"] is not None]
+            if means:
+                spread = np.std(means, ddof=1) if len(means) > 1 else 0
+                print(f"{key}{' ' * bool(key)}{title:8} {np.mean(means):7.2f} +- {spread:.2f} over {len(means)} runs")
 
 
 def evaluate_run(args):
-    """One run on a split of a data set: results written and printed; its summary."""
+    """One run on a split of a data set: results written and printed; its summary, or with --all-prompts that of each key."""
     predictor = Predictor(args)
     about = predictor.about
     dataset, prompts = args.dataset or about["dataset"], args.prompts or about["prompts"]
@@ -385,6 +314,8 @@ def compare(args):
         print(
             f"{names[i]} - {names[j]}: {100 * (np.mean(a) - np.mean(b)):+.2f} points, p = {p:.2g} (signed ranks of {n} pairs that differ)"
         )
+    if parallel.rank():
+        return
     out = Path(args.out or "compare.png")
     figure(opened, found[0][0], [kept for _, kept in found], args.figure, out, names)
     print(f"Wrote {out}")
@@ -403,13 +334,17 @@ def all_prompts(predictor, data, seed, args, out, what):
     for key in keys:
         scores, _ = evaluate(predictor, data, key, seed, args)
         table[key] = summarise(scores)
-        write_results(out / key, scores, table[key], dict(prompts=key, **what))
+        if not parallel.rank():
+            write_results(out / key, scores, table[key], dict(prompts=key, **what))
+    if parallel.rank():
+        return table
     print(f"{'prompt':8}{'DSC %':>8}{'IoU %':>8}{'HD95 px':>9}   an example")
     for key, s in table.items():
         hd = "n/a" if s["hd95"]["mean"] is None else f"{s['hd95']['mean']:.2f}"
         example = prompt_of(data.records[0], 0, key, seed)
         print(f"{key:8}{100 * s['dsc']['mean']:8.2f}{100 * s['iou']['mean']:8.2f}{hd:>9}   {example[:70]}")
     write_text(out / "prompts.json", json.dumps(dict(prompts=table, **what), indent=1))
+    return table
 
 
 if __name__ == "__main__":

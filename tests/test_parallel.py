@@ -141,6 +141,20 @@ def test_mistakes_are_sentences(cli, quick, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+def test_pictures_without_truth_are_shared_out(cli, folder, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel, "world", lambda: 2)
+    monkeypatch.setattr(parallel, "leave", lambda: None)
+    monkeypatch.setattr(parallel, "barrier", lambda: None)
+    written = []
+    for rank in (0, 1):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        argv = ["--images", folder / "images", "--prompt", "polyp", "--save-masks", tmp_path / str(rank), "--batch-size", 7]
+        code, _, err = cli("evaluate", "--ckpt", trained, *argv)
+        assert code == 0, err
+        written.append({p.name for p in (tmp_path / str(rank)).iterdir()})
+    assert not written[0] & written[1] and written[0] | written[1] == {p.name for p in (folder / "images").iterdir()}
+
+
 def test_one_process_needs_nothing():
     assert (parallel.world(), parallel.rank(), parallel.start("auto")) == (1, 0, "auto")
     assert parallel.share([3, 1, 2]) == ([3, 1, 2], 1.0) and parallel.own(["a", "b"]) == [(0, "a"), (1, "b")]

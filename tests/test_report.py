@@ -116,6 +116,13 @@ def group(cli, quick, tmp_path):
     return tmp_path / "runs"
 
 
+def test_each_prompt_over_the_seeds(cli, group):
+    code, said, err = cli("evaluate", "--ckpt", group / "dense", "--all-prompts")
+    assert code == 0, err
+    scores = [json.loads((group / "dense" / f"seed{s}" / "eval-test" / "p1" / "metrics.json").read_text())["dsc"]["mean"] for s in (1, 2)]
+    assert f"p1 DSC %    {100 * np.mean(scores):7.2f} +- {100 * np.std(scores, ddof=1):.2f} over 2 runs" in said
+
+
 def test_a_report_of_runs(cli, group):
     for kind in ("md", "csv", "tex"):
         code, said, err = cli("evaluate", "--report", group, "--format", kind)

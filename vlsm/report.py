@@ -114,8 +114,8 @@ def count(n):
 def published(file):
     """The cells, the methods' trained parameters and the source of a JSON file with a paper's figures.
 
-    {"source": "...", "rows": [{"dataset": "kvasir", "method": "dense vl 64", "trained": 2974464, "dsc": 89.1, "dsc_std": 0.3, "iou": ...,
-    "hd95": ...}, ...]}; DSC and IoU in per cent, what is not known left out. Raises ValueError for a file of another kind.
+    {"source": "...", "rows": [{"dataset": "kvasir", "method": "dense vl 64", "trained": 2974464, "dsc": ..., "dsc_std": ..., "iou":
+    ..., "hd95": ...}, ...]}; DSC and IoU in per cent, what is not known left out. Raises ValueError for a file of another kind.
     """
     cells, trained = {}, {}
     found = read_json(file)
