@@ -68,7 +68,7 @@ def prepare(name, source, root, anns=None, descriptions=(), say=print):
     if anns is None:
         splits = split(name, entries)
         for part, rows in splits.items():
-            found = [{k: v for k, v in e.items() if k not in ("split", "group")} for e in rows]
+            found = [{k: v for k, v in e.items() if k not in ("split", "group", "below")} for e in rows]
             writer.write(f"anns/{part}.json", json.dumps(found, indent=1).encode())
     else:
         splits = published(anns, writer, entries)
