@@ -70,13 +70,16 @@ def alike(found):
     for k, part in enumerate(parts):
         for other in parts[:k]:
             twice = {name for _, name in same.get((other, part), [])}
-            theirs, pairs = found[other]["thumbnails"], []
             mine = [(name, small) for name, small in found[part]["thumbnails"] if name not in twice]
-            for first in range(0, len(mine) if theirs else 0, 512):
-                names, smalls = zip(*mine[first : first + 512])
-                product = np.stack(smalls) @ np.stack([small for _, small in theirs]).T
+            if not mine or not found[other]["thumbnails"]:
+                continue
+            theirs, those = zip(*found[other]["thumbnails"])
+            those, pairs = np.stack(those).T, []
+            for first in range(0, len(mine), 512):
+                names, these = zip(*mine[first : first + 512])
+                product = np.stack(these) @ those
                 best = zip(product.max(1).tolist(), names, product.argmax(1).tolist())
-                pairs += [(value, name, theirs[i][0]) for value, name, i in best if value > ALIKE]
+                pairs += [(value, name, theirs[i]) for value, name, i in best if value > ALIKE]
             if pairs:
                 out[part, other] = [(name, like) for _, name, like in sorted(pairs, reverse=True)]
     return out
