@@ -19,6 +19,7 @@ from vlsm import load, metrics, parallel, pictures, runtime
 from vlsm.cache import ahead, parts_of
 from vlsm.checkpoint import read_metadata, replacing, save_merged, write_csv, write_text
 from vlsm.console import progress, speaking
+from vlsm.export import NEEDS, to_onnx
 from vlsm.images import picture_files, read_image, read_mask
 from vlsm.paired import signed_rank
 from vlsm.predict import Predictor, enlarge, predict, save_mask
@@ -58,6 +59,8 @@ def parse(argv=None):
     g.add_argument("--figure", type=int, metavar="N", help="write figure.png: N rows, the best, median and worst cases")
     merge = "instead of evaluating, write a plain folder of weights (Hugging Face's for CLIPSeg) with what lora, decoder or full has learnt"
     g.add_argument("--merge", metavar="DIR", help=merge)
+    onnx = f"instead of evaluating, write the network with --prompt built in, for other programs (needs: pip install {NEEDS})"
+    g.add_argument("--export", metavar="FILE.onnx", help=onnx)
     g = parser.add_argument_group("other inputs")
     g.add_argument("--pred", help="folder of predicted masks, scored without a network against --target")
     g.add_argument("--target", help="folder of true masks for --pred; files are paired by stem")
@@ -234,6 +237,8 @@ def main(argv=None):
         also = "transformers loads it, and so does" if model.info["model"] == "clipseg" else "load it with"
         print(f"Wrote '{args.merge}'; {also} --weights {args.merge}.")
         return
+    if args.export:
+        return export(args)
     if args.images:
         return predict(args, Predictor(args))
     runs = [] if (Path(args.ckpt) / "best.safetensors").is_file() else sorted(p.parent for p in Path(args.ckpt).glob("*/best.safetensors"))
@@ -252,6 +257,17 @@ def main(argv=None):
             if means:
                 spread = np.std(means, ddof=1) if len(means) > 1 else 0
                 print(f"{key}{' ' * bool(key)}{title:8} {np.mean(means):7.2f} +- {spread:.2f} over {len(means)} runs")
+
+
+def export(args):
+    """--export: one prompt's network as a file for other programs, compared with PyTorch before it is kept."""
+    if not args.prompt:
+        raise ValueError('--export builds one prompt into the file; name it: --prompt "polyp".')
+    model = load(args.ckpt, args.weights)
+    size, about = model.about["image_size"], {name: model.about[name] for name in ("model", "weights", "method", "dataset", "image_size")}
+    gap = to_onnx(model, args.prompt, size, args.export, dict(prompt=args.prompt, **about))
+    print(f"Wrote '{args.export}' for \"{args.prompt}\"; ONNX Runtime's logits differ from PyTorch's by at most {gap:.1g}.")
+    print(f"pixels float32 [batch, 3, {size}, {size}] (RGB, 0 to 255) -> logits [batch, 1, {size}, {size}], foreground where above 0")
 
 
 def evaluate_run(args):

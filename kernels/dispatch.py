@@ -23,6 +23,7 @@ import torch
 AVAILABLE = hasattr(triton, "cdiv")
 INTERPRETED = AVAILABLE and os.environ.get("TRITON_INTERPRET") == "1"
 MODES = ("auto", "triton", "torch")
+exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # before PyTorch 2.7 nobody can ask
 _chosen = "auto"
 
 

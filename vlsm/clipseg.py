@@ -291,7 +291,7 @@ class CLIPSeg(Network):
     def encode_text(self, input_ids, attention_mask, tuner, contexts=()):
         """(conditional embedding `[B, P]`, and the pooled token's state `[B, D]` after each extract layer) of prompts `[B, T]`."""
         states, end, _ = self.read(input_ids, attention_mask, tuner, contexts)
-        rows = torch.arange(len(end), device=end.device)
+        rows = torch.arange(end.shape[0], device=end.device)
         pooled = [x[rows, end] for x in states]
         cond = self.clip.text_projection(self.clip.text_model.final_layer_norm(pooled[-1]))
         return cond, *(pooled[i] for i in self.config.extract_layers if i < len(pooled))

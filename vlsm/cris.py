@@ -340,7 +340,7 @@ class CRIS(Network):
             contexts = [contexts[0], *contexts]
         states, end, seen = self.read(input_ids, attention_mask, tuner, contexts)
         words = self.backbone.ln_final(states[-1])
-        state = words[torch.arange(len(end), device=end.device), end] @ self.backbone.text_projection
+        state = words[torch.arange(end.shape[0], device=end.device), end] @ self.backbone.text_projection
         if published:
             return state, words, input_ids.to(words.device) != 0
         visible = torch.arange(words.shape[1], device=end.device) <= end[:, None]
@@ -348,7 +348,7 @@ class CRIS(Network):
 
     def decode(self, activations, text, size, tuner, pixel_values=None):
         state, words, visible = text
-        if len(state) == 1 and self.neck.txt_proj[1].training:
+        if self.neck.txt_proj[1].training and len(state) == 1:
             raise ValueError(
                 "With --reference BatchNorm takes the statistics of a batch, and this batch holds one picture. Choose a --batch-size that "
                 "leaves no single one at an epoch's end."

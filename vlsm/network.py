@@ -80,7 +80,7 @@ def patch_tokens(patches, class_embedding, position_embedding):
 
 def put(x, at, contexts, over=0):
     """Tokens x `[B, S, D]` with contexts `[n, D]` or `[B, n, D]` at position `at`, in the place of the `over` tokens there."""
-    contexts = contexts.to(x.dtype).expand(len(x), -1, -1)
+    contexts = contexts.to(x.dtype).expand(x.shape[0], -1, -1)
     return torch.cat([x[:, :at], contexts, x[:, at + over :]], 1)
 
 
@@ -237,7 +237,7 @@ class Network(nn.Module):
         n = contexts[0].shape[-2] if contexts else 0
         input_ids = input_ids.to(encoder.tokens.weight.device)
         seen = None if attention_mask is None else attention_mask.to(input_ids.device).bool()
-        end, rows, keep = self.end_of_text(input_ids), torch.arange(len(input_ids), device=input_ids.device), limit - n
+        end, rows, keep = self.end_of_text(input_ids), torch.arange(input_ids.shape[0], device=input_ids.device), limit - n
         if input_ids.shape[1] > keep:
             if not n:
                 raise ValueError(f"A prompt has {input_ids.shape[1]} tokens; the text encoder takes at most {limit}.")

@@ -279,7 +279,7 @@ class SAN(Network):
         """The prompts' embeddings, a tuple of one tensor `[B, P]`."""
         with self._gradients():
             states, end, _ = self.read(input_ids, None if self.reference else attention_mask, tuner)
-            pooled = states[-1][torch.arange(len(end), device=end.device), end]
+            pooled = states[-1][torch.arange(end.shape[0], device=end.device), end]
             return (self.clip_model.ln_final(pooled) @ self.clip_model.text_projection,)
 
     def name_masks(self, bias, features, grid):
@@ -289,8 +289,7 @@ class SAN(Network):
         visual, split = self.clip_model.visual, self.config.split_layer
         B, heads, Q = bias.shape[:3]
         bias = F.adaptive_max_pool2d(bias.flatten(1, 2), grid).view(B, heads, Q, -1)  # [B, heads, Q, L]
-        own = torch.full((Q, Q + 1), HIDDEN, device=bias.device, dtype=bias.dtype)
-        own.fill_diagonal_(0.0)
+        own = HIDDEN * (1 - torch.eye(Q, Q + 1, device=bias.device, dtype=bias.dtype))
         mask = torch.cat([own.expand(B, heads, -1, -1), bias], 3)  # [B, heads, Q, Q+1+L]
         x = features[split][:, :1].expand(-1, Q, -1)
         for i in range(split, self.config.vision.num_hidden_layers):
