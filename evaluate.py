@@ -305,8 +305,8 @@ def open_split(args, predictor, dataset, prompts):
 
 
 def compare(args):
-    """--compare: the same records under several checkpoints; Wilcoxon's test of each pair's DSC, and a sheet of the first one's best,
-    median and worst cases.
+    """--compare: the same records under several checkpoints, each with its own run's prompts unless --prompts says otherwise; Wilcoxon's
+    test of each pair's DSC, and a sheet of the first one's best, median and worst cases.
     """
     if len(args.compare) < 2:
         raise ValueError("--compare wants two checkpoints or more.")
@@ -315,15 +315,16 @@ def compare(args):
     if len(set(names)) < len(names):  # runs of --seeds
         names = [f"{Path(path).absolute().parent.name}/{name}" for path, name in zip(args.compare, names)]
     first = read_metadata(args.compare[0])
-    dataset, prompts = args.dataset or first["dataset"], args.prompts or first["prompts"]
-    seed = first["recipe"]["seed"] if args.seed is None else args.seed
+    dataset, seed = args.dataset or first["dataset"], first["recipe"]["seed"] if args.seed is None else args.seed
     for path in args.compare:
         args.ckpt = path
         predictor = Predictor(args)
+        prompts = args.prompts or predictor.about["prompts"]
         opened = open_split(args, predictor, dataset, prompts)
         found.append(evaluate(predictor, opened, prompts, seed, args))
         d = np.array([s["dsc"] for s in found[-1][0]])
-        print(f"{names[len(found) - 1]:30} DSC {100 * d.mean():.2f} +- {100 * d.std(ddof=1):.2f} % over {len(d)} records")
+        score = f"DSC {100 * d.mean():.2f} +- {100 * d.std(ddof=1):.2f} %"
+        print(f"{names[len(found) - 1]:30} {score} over {len(d)} records, prompts: {prompts}")
     for i, j in combinations(range(len(found)), 2):
         a, b = ([s["dsc"] for s in found[k][0]] for k in (i, j))
         p, n = signed_rank(a, b)

@@ -218,9 +218,19 @@ def against_parameters(groups, path):
         panel = Panel(
             draw, k % across, k // across, f"{name}: DSC in %", "trained parameters", xs, labelled(ticks(min(heights), max(heights)))
         )
-        for n, value, label in points:
-            x, y = panel.spot(np.log10(n) if n else first, value)
-            draw.ellipse((x - 5, y - 5, x + 5, y + 5), ORANGE if not n else BLUE, "white")
-            right = x + 9 + font(12).getlength(label) > panel.right
-            draw.text((x - 9 if right else x + 9, y), label, INK, font(12), anchor="rm" if right else "lm")
+        spots = [panel.spot(np.log10(n) if n else first, value) for n, value, _ in points]
+        taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in spots]
+        for box, (n, _, _) in zip(list(taken), points):
+            draw.ellipse(box, ORANGE if not n else BLUE, "white")
+        for (x, y), (_, _, label) in zip(spots, points):
+            places = ((x + 9, y), "lm"), ((x - 9, y), "rm"), ((x, y - 8), "mb"), ((x, y + 8), "mt")
+            boxes = [draw.textbbox(at, label, font(12), anchor=anchor) for at, anchor in places]
+            inside = [k for k, box in enumerate(boxes) if box[0] > panel.left and box[2] < panel.right] or [0]
+            at, anchor = places[next((k for k in inside if not any(_overlap(boxes[k], other) for other in taken)), inside[0])]
+            draw.text(at, label, INK, font(12), anchor=anchor)
+            taken.append(draw.textbbox(at, label, font(12), anchor=anchor))
     page.save(path, format="PNG")
+
+
+def _overlap(a, b):
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
