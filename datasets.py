@@ -21,7 +21,7 @@ from vlsm import check as checking
 from vlsm import demo, parallel
 from vlsm.cache import DataError, Record, open_split
 from vlsm.console import speaking
-from vlsm.images import picture_files
+from vlsm.images import leaves_folder, picture_files
 from vlsm.prepare import prepare, read_descriptions
 from vlsm.prompts import class_word, prompt_of
 from vlsm.raw import READERS
@@ -206,7 +206,7 @@ def _annotated(root, split, source):
             if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
                 raise ValueError(f"'{path}', record {i}: the key '{key}' is missing or is no {'text' if kind is str else 'object'}.")
         for name in (entry["img_name"], entry["mask_name"]):
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
+            if leaves_folder(name):
                 raise ValueError(f"'{path}', record {i}: the file name '{name}' leaves the data set's folder; that is refused.")
         prompts = entry["prompts"]
         for key, value in prompts.items():

@@ -250,13 +250,13 @@ def main(argv=None):
     for run in runs:
         args.ckpt = run
         found.append(evaluate_run(args))
-    for key in found[0] if args.all_prompts else [""]:
-        summaries = [table[key] for table in found] if key else found
+    groups = {f"{key} ": [table[key] for table in found] for key in found[0]} if args.all_prompts else {"": found}
+    for key, summaries in groups.items():
         for name, (title, factor, _) in METRICS.items():
             means = [factor * s[name]["mean"] for s in summaries if s[name]["mean"] is not None]
             if means:
                 spread = np.std(means, ddof=1) if len(means) > 1 else 0
-                print(f"{key}{' ' * bool(key)}{title:8} {np.mean(means):7.2f} +- {spread:.2f} over {len(means)} runs")
+                print(f"{key}{title:8} {np.mean(means):7.2f} +- {spread:.2f} over {len(means)} runs")
 
 
 def export(args):

@@ -32,7 +32,8 @@ class Segmenter(nn.Module):
                 self.register_buffer(f"text{k}", value)
 
     def forward(self, pixels):
-        x, contexts = (pixels - self.mean) / self.std, self.tuner.contexts()
+        x = (pixels - self.mean) / self.std  # images.normalise goes image by image, which would fix their number in the file
+        contexts = self.tuner.contexts()
         activations, features = self.base.encode_image(x, self.tuner, contexts.vision)
         if self.count:
             text = tuple(t.expand(x.shape[0], *t.shape[1:]) for t in (getattr(self, f"text{k}") for k in range(self.count)))

@@ -1,5 +1,7 @@
 """Pixels: reading whatever picture formats users have, resizing, and the base's normalisation."""
 
+from pathlib import PurePosixPath
+
 import numpy as np
 import torch
 from PIL import Image
@@ -11,6 +13,12 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 def picture_files(root):
     """The picture files below a folder, sorted by path."""
     return sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS)
+
+
+def leaves_folder(name):
+    """Whether a file's name, from an annotation file or a download, leads out of the folder that it is meant for, on any system."""
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts or "\\" in str(name)
 
 
 def read_image(source):

@@ -220,15 +220,15 @@ def against_parameters(groups, path):
         )
         spots = [panel.spot(np.log10(n) if n else first, value) for n, value, _ in points]
         taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in spots]
-        for box, (n, _, _) in zip(list(taken), points):
+        for box, (n, _, _) in zip(taken, points):
             draw.ellipse(box, ORANGE if not n else BLUE, "white")
         for (x, y), (_, _, label) in zip(spots, points):
             places = ((x + 9, y), "lm"), ((x - 9, y), "rm"), ((x, y - 8), "mb"), ((x, y + 8), "mt")
             boxes = [draw.textbbox(at, label, font(12), anchor=anchor) for at, anchor in places]
             inside = [k for k, box in enumerate(boxes) if box[0] > panel.left and box[2] < panel.right] or [0]
-            at, anchor = places[next((k for k in inside if not any(_overlap(boxes[k], other) for other in taken)), inside[0])]
-            draw.text(at, label, INK, font(12), anchor=anchor)
-            taken.append(draw.textbbox(at, label, font(12), anchor=anchor))
+            k = next((k for k in inside if not any(_overlap(boxes[k], other) for other in taken)), inside[0])
+            draw.text(places[k][0], label, INK, font(12), anchor=places[k][1])
+            taken.append(boxes[k])
     page.save(path, format="PNG")
 
 

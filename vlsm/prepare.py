@@ -11,6 +11,7 @@ from PIL import Image
 
 from .checkpoint import replacing
 from .console import progress
+from .images import leaves_folder
 from .prompts import describe
 from .raw import READERS, Download
 from .weights import read_json
@@ -31,7 +32,7 @@ class Writer:
         self.root, self.counts = Path(root), Counter()
 
     def write(self, name, data):
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        if leaves_folder(name):
             raise ValueError(f"the name '{name}' leaves the data set's folder")
         path = self.root / name
         if path.is_file() and path.read_bytes() == data:

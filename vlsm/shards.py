@@ -37,8 +37,7 @@ class Sharded:
 
     def batch(self, indices, with_pixels=True):
         """`Decoded.batch` of this process's own indices, which may be none; every process calls it at the same time."""
-        wanted = [None] * parallel.world()
-        dist.all_gather_object(wanted, list(indices), self.group)
+        wanted = parallel.every(list(indices), self.group)
         mine = [[i for i in part if self.owner[i] == parallel.rank()] for part in wanted]
         pixels, masks = self.share.batch(self.place[[i for part in mine for i in part]], with_pixels)
         sent = torch.cat([pixels, masks], 1) if with_pixels else masks
