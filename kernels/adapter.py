@@ -3,36 +3,40 @@
     a   = relu(h W1' + b1)                       [N, r]
     out = residual + h + relu(a W2' + b2)        [N, d]
 
-for h, residual `[N, d]`, W1 `[r, d]`, W2 `[d, r]` as `nn.Linear` holds them. Eager torch writes five tensors of N x d on the way and
-reads as many again; the kernel reads h and residual and writes out. Backward, with g the gradient of out:
+for h, residual `[N, d]`, W1 `[r, d]`, W2 `[d, r]` as `nn.Linear` holds them. Eager torch writes five tensors
+of N x d on the way and reads as many again; the kernel reads h and residual and writes out. Backward, with g
+the gradient of out:
 
     dz2 = g where a W2' + b2 > 0                 dz1 = (dz2 W2) where a > 0
     dh  = g + dz1 W1                             dresidual = g
     dW1 = dz1' h,  db1 = sum dz1                 dW2 = dz2' a,  db2 = sum dz2
 
-`a` is kept from the forward pass (r/d of h: a twelfth at r 64, d 768), a W2' + b2 is computed again. Bytes that must move, for
-elements of e bytes: forward 3 N d e; backward 3 N d e (g and h in, dh out), of which g is read a second time for the weights' gradient.
-Sums over rows go through partial sums in a fixed order, so that results do not change from run to run.
+`a` is kept from the forward pass (r/d of h: a twelfth at r 64, d 768), a W2' + b2 is computed again. Bytes
+that must move, for elements of e bytes: forward 3 N d e; backward 3 N d e (g and h in, dh out), of which g is
+read a second time for the weights' gradient. Sums over rows go through partial sums in a fixed order, so that
+results do not change from run to run.
 """
 
 import torch
 import torch.nn.functional as F
 from torch.library import triton_op, wrap_triton
 
-from .dispatch import exporting, precision, runs_triton, tl, triton
+from .dispatch import dot_precision, runs_triton, tl, triton
 
 
 def reference(h, residual, down_weight, down_bias, up_weight, up_bias):
-    """The formula in plain torch, as eager code writes it; arguments as in `adapter`."""
+    """The formula in plain torch, as eager code writes it; arguments as in `adapter_bottleneck`."""
     out = h + F.linear(F.linear(h, down_weight, down_bias).relu(), up_weight, up_bias).relu()
     return out if residual is None else residual + out
 
 
 @triton.jit
 def _load(base, rows, cols, stride, row_end: tl.constexpr, col_end: tl.constexpr, n_rows, n_cols):
-    """A tile of a row-major matrix; rows and columns are checked where `row_end`, `col_end` say that the tile may reach over.
+    """A tile of a row-major matrix; rows and columns are checked where `row_end`, `col_end` say that the tile
+    may reach over.
 
-    `base` points to the block's first row, by a 64-bit step; within a block 32 bits do, at half the registers.
+    `base` points to the block's first row, by a 64-bit step; within a block 32 bits do, at half the
+    registers.
     """
     pointers = base + rows[:, None] * stride + cols[None, :]
     if row_end and col_end:
@@ -47,7 +51,11 @@ def _load(base, rows, cols, stride, row_end: tl.constexpr, col_end: tl.constexpr
 @triton.jit
 def _store(base, values, rows, cols, stride, n_rows, n_cols):
     """Write a tile where `_load` would read it."""
-    tl.store(base + rows[:, None] * stride + cols[None, :], values, mask=(rows < n_rows)[:, None] & (cols < n_cols)[None, :])
+    tl.store(
+        base + rows[:, None] * stride + cols[None, :],
+        values,
+        mask=(rows < n_rows)[:, None] & (cols < n_cols)[None, :],
+    )
 
 
 @triton.jit
@@ -129,7 +137,9 @@ def backward_weights_kernel(
     D: tl.constexpr, R: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums over `rows_each` rows of the gradients of some columns: a row `[dW1 | db1 | dW2 | db2]` of `partial` a program."""
+    """Partial sums over `rows_each` rows of the gradients of some columns: a row `[dW1 | db1 | dW2 | db2]` of
+    `partial` a program.
+    """
     part = tl.program_id(1).to(tl.int64)
     cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     units = tl.arange(0, BLOCK_R)
@@ -163,9 +173,9 @@ def backward_weights_kernel(
     tl.store(base + 2 * D * R + R + cols, db2, mask=cols < D)
 
 
-# Launch sizes by (bytes an element, r rounded up): rows, columns, warps and stages of the three kernels. A table, not auto-tuning, whose
-# first calls take seconds. No entry spills a register, and but for the last, none needs more than 99 KiB of shared memory (see
-# tests/test_ahead_of_time.py).
+# Launch sizes by (bytes an element, r rounded up): rows, columns, warps and stages of the three kernels. A
+# table, not auto-tuning, whose first calls take seconds. No entry spills a register, and but for the last,
+# none needs more than 99 KiB of shared memory (see tests/test_ahead_of_time.py).
 KERNELS = ("forward", "rows", "weights")
 BLOCKS = {
     (2, 16): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 3)),
@@ -192,21 +202,27 @@ def blocks(kernel, r, element_size):
     return dict(BLOCK_N=n, BLOCK_D=d, BLOCK_R=block_r, num_warps=warps, num_stages=stages)
 
 
-def _fused(h, r):
-    """Whether the kernels take this case; otherwise plain products do it."""
+@torch.compiler.assume_constant_result
+def _shared_memory(device):
+    """Bytes of shared memory that a program may ask for on a GPU."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def _takes(h, r):
+    """Tell whether the kernels take rows `h` and a bottleneck of `r` units; otherwise the reference does."""
     if not runs_triton(h):
         return False
     needs = (h.element_size(), max(16, triton.next_power_of_2(r)))
     if needs in SHARED_MEMORY and h.is_cuda:
-        return torch.cuda.get_device_properties(h.device).shared_memory_per_block_optin >= SHARED_MEMORY[needs]
+        return _shared_memory(h.device) >= SHARED_MEMORY[needs]
     return needs in BLOCKS
 
 
 def _launch(kernel, grid, *tensors, **sizes):
-    wrap_triton(kernel)[grid](*tensors, **sizes, PRECISION=precision())
+    wrap_triton(kernel)[grid](*tensors, **sizes, PRECISION=dot_precision())
 
 
-@triton_op("vlsm::adapter", mutates_args=())
+@triton_op("vlsm::adapter_bottleneck", mutates_args=())
 def _forward(
     h: torch.Tensor,
     residual: torch.Tensor | None,
@@ -215,56 +231,35 @@ def _forward(
     up_weight: torch.Tensor,
     up_bias: torch.Tensor,
     keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(out `[N, d]`, a `[N, r]`, relu(a W2' + b2) `[N, d]`) of contiguous `h` and `residual` `[N, d]`.
-
-    The last two are for the backward pass, and empty unless `keep`; the kernels do without the last, as on a GPU it is cheaper to
-    compute again than to write and read.
-    """
-    w1, w2 = down_weight.to(h.dtype), up_weight.to(h.dtype)
-    (n, d), r = h.shape, len(w1)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out `[N, d]`, a `[N, r]`) of contiguous `h` and `residual` `[N, d]`; a is empty unless `keep`."""
+    (n, d), r = h.shape, len(down_weight)
     dtype = h.dtype if residual is None else torch.promote_types(h.dtype, residual.dtype)
-    if not _fused(h, r):
-        a = torch.addmm(down_bias.to(h.dtype), h, w1.t()).relu_()
-        y = torch.addmm(up_bias.to(h.dtype), a, w2.t()).relu_()
-        out = h + y
-        if residual is not None:
-            out = out.add_(residual) if dtype == out.dtype else residual + out
-        return (out, a, y) if keep else (out, h.new_empty(0), h.new_empty(0))
     out, a = torch.empty_like(h, dtype=dtype), h.new_empty((n, r) if keep else 0)
     sizes = blocks("forward", r, h.element_size())
     _launch(
         forward_kernel, (triton.cdiv(n, sizes["BLOCK_N"]),),
-        h, h if residual is None else residual, w1, down_bias, w2, up_bias, out, a, n,
+        h, h if residual is None else residual,
+        down_weight.to(h.dtype), down_bias, up_weight.to(h.dtype), up_bias, out, a, n,
         D=d, R=r, HAS_RESIDUAL=residual is not None, KEEP=keep, **sizes,
     )  # fmt: skip
-    return out, a, h.new_empty(0)
+    return out, a
 
 
-@triton_op("vlsm::adapter_backward", mutates_args=())
+@triton_op("vlsm::adapter_bottleneck_backward", mutates_args=())
 def _backward(
     g: torch.Tensor,
     h: torch.Tensor,
     a: torch.Tensor,
-    y: torch.Tensor,
     down_weight: torch.Tensor,
     up_weight: torch.Tensor,
     up_bias: torch.Tensor,
     with_h: bool,
     with_weights: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dh `[N, d]`, `[dW1 | db1 | dW2 | db2]` flat and float32, or float64 for such weights); what is not wanted is empty."""
+    """(dh `[N, d]`, `[dW1 | db1 | dW2 | db2]` flat and float32); what is not wanted is empty."""
     w1, w2 = down_weight.to(h.dtype), up_weight.to(h.dtype)
     (n, d), r = h.shape, len(w1)
-    if not _fused(h, r):
-        g, threshold = g.to(h.dtype), torch.ops.aten.threshold_backward  # of a ReLU: the gradient where its output is positive
-        dz2 = threshold(g, y, 0)
-        dz1 = threshold(dz2 @ w2, a, 0)
-        dh = torch.addmm(g, dz1, w1) if with_h else h.new_empty(0)
-        if not with_weights:
-            return dh, down_weight.new_empty(0)
-        parts = [dz1.t() @ h, dz1.sum(0), dz2.t() @ a, dz2.sum(0)]
-        return dh, torch.cat([p.flatten().to(down_weight.dtype) for p in parts])
     dh, dz1 = h.new_empty(h.shape if with_h else 0), h.new_empty(a.shape if with_weights else 0)
     sizes = blocks("rows", r, h.element_size())
     _launch(
@@ -279,24 +274,27 @@ def _backward(
     parts = max(1, min(triton.cdiv(n, 4 * sizes["BLOCK_N"]), PROGRAMS // columns))
     rows_each = triton.cdiv(triton.cdiv(n, parts), sizes["BLOCK_N"]) * sizes["BLOCK_N"]
     partial = torch.empty(parts, 2 * d * r + d + r, dtype=torch.float32, device=h.device)
-    _launch(backward_weights_kernel, (columns, parts), g, h, a, dz1, w2, up_bias, partial, n, rows_each, D=d, R=r, **sizes)
+    _launch(
+        backward_weights_kernel, (columns, parts),
+        g, h, a, dz1, w2, up_bias, partial, n, rows_each, D=d, R=r, **sizes,
+    )  # fmt: skip
     return dh, partial.sum(0)
 
 
-def _setup(ctx, inputs, output):
+def _save_for_backward(ctx, inputs, output):
     h, _, down_weight, _, up_weight, up_bias, _ = inputs
-    ctx.save_for_backward(h, *output[1:], down_weight, up_weight, up_bias)
+    ctx.save_for_backward(h, output[1], down_weight, up_weight, up_bias)
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, g, *_):
+def _gradients(ctx, g, _):
     if g is None:  # nothing depends on the result
         return (None,) * 7
-    h, a, y, down_weight, up_weight, up_bias = ctx.saved_tensors
+    h, a, down_weight, up_weight, up_bias = ctx.saved_tensors
     with_h, with_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[2:6])
     dh, weights = None, [None] * 4
     if with_h or with_weights:
-        dh, flat = _backward(g.contiguous(), h, a, y, down_weight, up_weight, up_bias, with_h, with_weights)
+        dh, flat = _backward(g.contiguous(), h, a, down_weight, up_weight, up_bias, with_h, with_weights)
     if with_weights:
         (r, d), n = down_weight.shape, down_weight.numel()
         dw1, db1, dw2, db2 = flat.split([n, r, n, d])
@@ -304,23 +302,26 @@ def _gradients(ctx, g, *_):
     return dh if with_h else None, g if ctx.needs_input_grad[1] else None, *weights, None
 
 
-_forward.register_autograd(_gradients, setup_context=_setup)
+_forward.register_autograd(_gradients, setup_context=_save_for_backward)
 
 
-def adapter(h, residual, down_weight, down_bias, up_weight, up_bias):
-    """`residual + h + relu(relu(h W1' + b1) W2' + b2)`, or without the first term where `residual` is None.
+def adapter_bottleneck(h, residual, down_weight, down_bias, up_weight, up_bias):
+    """Compute `residual + h + relu(relu(h W1' + b1) W2' + b2)`, without the first term where `residual` is
+    None.
 
-    h, residual: `[..., d]`; weights as `nn.Linear` holds them, `[r, d]`, `[r]`, `[d, r]`, `[d]`. Under autocast h takes the autocast
-    dtype, as at an `nn.Linear`; products are of h's dtype, sums and the weights' gradients of float32. The result has the wider
-    dtype of h and residual. Raises ValueError where shapes do not fit.
+    h, residual: `[..., d]`; weights as `nn.Linear` holds them, `[r, d]`, `[r]`, `[d, r]`, `[d]`. Under
+    autocast h takes the autocast dtype, as at an `nn.Linear`; products are of h's dtype, sums and the
+    weights' gradients of float32. The result has the wider dtype of h and residual. Raises ValueError where
+    shapes do not fit.
     """
     r, d = down_weight.shape
     if h.shape[-1] != d or up_weight.shape != (d, r) or (residual is not None and residual.shape != h.shape):
         other = "no residual" if residual is None else f"residual {list(residual.shape)}"
-        raise ValueError(f"h {list(h.shape)}, {other} and weights {list(down_weight.shape)}, {list(up_weight.shape)} do not fit together.")
+        weights = f"weights {list(down_weight.shape)}, {list(up_weight.shape)}"
+        raise ValueError(f"h {list(h.shape)}, {other} and {weights} do not fit together.")
     if torch.is_autocast_enabled(h.device.type) and h.dtype == torch.float32:
         h = h.to(torch.get_autocast_dtype(h.device.type))
-    if exporting():  # to programs that do not have this op
+    if not _takes(h, r):
         return reference(h, residual, down_weight, down_bias, up_weight, up_bias)
     shape = h.shape
     h = h.reshape(-1, d).contiguous()

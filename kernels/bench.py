@@ -1,13 +1,14 @@
-"""The one place where speed is measured: `python -m kernels.bench [adapter|dice_bce|hd95|cache|step|epoch|all]`.
+"""The one place where speed is measured: `python -m kernels.bench
+[adapter|dice_bce|hd95|cache|step|epoch|all]`.
 
-Prints a table and writes JSON. All sides of a row run in one process in turn, after a warm-up; times are medians (CUDA events on a GPU).
-The floor of a row is the bytes that it must move over the bandwidth measured in this run, or its FLOPs over the matrix rate measured in
-this run, whichever takes longer. The kernels' rows are here, whole training steps in bench_steps.py.
+Prints a table and writes JSON. All sides of a row run in one process in turn, after a warm-up; times are
+medians (CUDA events on a GPU). The floor of a row is the bytes that it must move over the bandwidth measured
+in this run, or its FLOPs over the matrix rate measured in this run, whichever takes longer. The kernels' rows
+are here, whole training steps in bench_steps.py.
 """
 
 import argparse
 import json
-import math
 import platform
 import shutil
 import statistics
@@ -17,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from . import adapter, dice_bce, surface_distances, use
+import kernels
+
 from .adapter import reference as adapter_reference
 from .dice_bce import reference as loss_reference
 
-ROWS = ("adapter", "dice_bce", "hd95", "cache", "step", "epoch")
 DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
 
 
@@ -33,10 +34,15 @@ class Bench:
         self.cuda = self.device.type == "cuda"
         self.dtype = DTYPES[args.dtype]
         self.compiles = self.cuda or bool(shutil.which("g++"))
+        threads = f"CPU, {torch.get_num_threads()} threads"
         self.about = dict(
-            device=torch.cuda.get_device_name(self.device) if self.cuda else f"CPU, {torch.get_num_threads()} threads",
-            machine=platform.machine(), python=platform.python_version(), torch=torch.__version__, dtype=args.dtype, runs=args.runs,
-        )  # fmt: skip
+            device=torch.cuda.get_device_name(self.device) if self.cuda else threads,
+            machine=platform.machine(),
+            python=platform.python_version(),
+            torch=torch.__version__,
+            dtype=args.dtype,
+            runs=args.runs,
+        )
         for package in ("triton", "transformers", "scipy"):
             module = sys.modules.get(package) or _import(package)
             self.about[package] = getattr(module, "__version__", "not installed")
@@ -48,7 +54,10 @@ class Bench:
         m = 8192 if self.cuda else 2048
         x = torch.randn(m, m, device=self.device, dtype=self.dtype)
         t = self.time(dict(copy=lambda: a.copy_(b), product=lambda: x @ x))
-        self.about["bandwidth_GBs"], self.about["matrix_TFLOPs"] = 8 * n / t["copy"] / 1e9, 2 * m**3 / t["product"] / 1e12
+        self.about["bandwidth_GBs"], self.about["matrix_TFLOPs"] = (
+            8 * n / t["copy"] / 1e9,
+            2 * m**3 / t["product"] / 1e12,
+        )
 
     def time(self, sides, runs=None, warm=3):
         """Median seconds of each of some functions, run in turn."""
@@ -77,13 +86,24 @@ class Bench:
         return dict(ours=ours, eager=plain, **({"compile": torch.compile(plain)} if self.compiles else {}))
 
     def floor(self, bytes_moved, flops=0):
-        return max(bytes_moved / self.about["bandwidth_GBs"] / 1e9, flops / self.about["matrix_TFLOPs"] / 1e12)
+        return max(
+            bytes_moved / self.about["bandwidth_GBs"] / 1e9, flops / self.about["matrix_TFLOPs"] / 1e12
+        )
 
     def row(self, name, times, floor=None, **more):
         """Note and print one row: our seconds, each other side's, and how many times ours is faster."""
         ours = times["ours"]
         ratios = {side: t / ours for side, t in times.items() if side != "ours"}
-        self.rows.append(dict(row=name, seconds=times, ratios=ratios, floor_seconds=floor, share_of_floor=floor and floor / ours, **more))
+        self.rows.append(
+            dict(
+                row=name,
+                seconds=times,
+                ratios=ratios,
+                floor_seconds=floor,
+                share_of_floor=floor and floor / ours,
+                **more,
+            )
+        )
         parts = [f"{name:44} ours {_short(ours):>9}"]
         parts += [f"{side} {_short(times[side]):>9} ({r:.2f}x)" for side, r in ratios.items()]
         parts += [f"floor {_short(floor):>9} ({100 * floor / ours:.0f} %)"] if floor else []
@@ -99,7 +119,13 @@ def _import(package):
 
 
 def _short(seconds):
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.2f} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.1f} us"
+    return (
+        f"{seconds:.2f} s"
+        if seconds >= 1
+        else f"{1e3 * seconds:.2f} ms"
+        if seconds >= 1e-3
+        else f"{1e6 * seconds:.1f} us"
+    )
 
 
 def bench_adapter(bench):
@@ -128,7 +154,12 @@ def _adapter(bench, n, d, r):
         ("forward", forward, bench.floor(one_way, 2 * flops)),
         ("forward+backward", both, bench.floor(2 * one_way, 6 * flops)),
     ):
-        times = bench.time({side: lambda f=f, way=way: way(f) for side, f in bench.sides(adapter, adapter_reference).items()})
+        times = bench.time(
+            {
+                side: lambda f=f, way=way: way(f)
+                for side, f in bench.sides(kernels.adapter_bottleneck, adapter_reference).items()
+            }
+        )
         bench.row(f"adapter {name} N={n} d={d} r={r}", times, floor)
 
 
@@ -136,105 +167,57 @@ def bench_dice_bce(bench):
     z = torch.randn(32, 1, 352, 352, device=bench.device, requires_grad=True)
     y = (torch.rand(z.shape, device=bench.device) < 0.2).to(torch.uint8)
 
-    times = bench.time({side: lambda f=f: torch.autograd.grad(f(z, y), z) for side, f in bench.sides(dice_bce, loss_reference).items()})
+    sides = bench.sides(kernels.dice_bce_loss, loss_reference)
+    times = bench.time({side: lambda f=f: torch.autograd.grad(f(z, y), z) for side, f in sides.items()})
     floor = bench.floor(z.numel() * ((4 + 1) + (4 + 1 + 4)))
     bench.row("dice_bce forward+backward 32 x 352 x 352", times, floor)
 
 
-def lesions(count, side, generator):
-    """Smooth blobs that cover about a tenth to a third of the image: bool `[count, side, side]`."""
-    y, x = torch.meshgrid(torch.linspace(0, 1, side), torch.linspace(0, 1, side), indexing="ij")
-    masks = []
-    for _ in range(count):
-        u = torch.rand(12, generator=generator)
-        cy, cx, r = 0.4 + 0.2 * u[0], 0.4 + 0.2 * u[1], 0.18 + 0.14 * u[2]
-        angle = torch.atan2(y - cy, x - cx)
-        wave = sum(0.12 / k * u[k] * torch.sin(k * angle + 6 * u[k + 5]) for k in range(2, 7))
-        masks.append((y - cy) ** 2 + (x - cx) ** 2 < (r * (1 + wave)) ** 2)
-    return torch.stack(masks)
-
-
-def monai_way(pred, target):
-    """HD95 of one pair as MONAI computes it on a CPU: SciPy's erosion and distance transform on the joint bounding box."""
-    import numpy as np
-    from scipy import ndimage
-
-    rows, cols = (np.flatnonzero((pred | target).any(axis)) for axis in (1, 0))
-    box = tuple(slice(max(i[0] - 1, 0), i[-1] + 2) for i in (rows, cols))
-    a, b = (m[box] ^ ndimage.binary_erosion(m[box]) for m in (pred, target))
-    values = []
-    for points, to in ((a, b), (b, a)):
-        distances = ndimage.distance_transform_edt(~to).astype(np.float32)[points]
-        values.append(np.quantile(distances, 0.95))
-    return max(values)
-
-
-def tree_way(pred, target):
-    """HD95 of one pair by a k-d tree on the boundary points."""
-    import numpy as np
-    from scipy import ndimage
-    from scipy.spatial import cKDTree
-
-    a, b = (np.argwhere(m ^ ndimage.binary_erosion(m)) for m in (pred, target))
-    return max(np.quantile(cKDTree(to).query(points)[0], 0.95) for points, to in ((a, b), (b, a)))
-
-
-def bench_hd95(bench):
-    for side in (352, 1024, 2500):
-        _hd95(bench, side, 16 if bench.cuda or side < 2500 else 4)
-
-
-def _hd95(bench, side, count):
-    from vlsm.metrics import hd95
-
-    pred, target = lesions(2 * count, side, torch.Generator().manual_seed(0)).split(count)
-    arrays = [m.numpy() for m in (pred, target)]
-    p, t = pred.to(bench.device), target.to(bench.device)
-    found = dict(ours=lambda: hd95(p, t))
-    if bench.about["scipy"] == "not installed":
-        print("hd95: the comparisons need SciPy (pip install scipy)")
-    else:
-        for name, way in (("MONAI's way", monai_way), ("k-d tree", tree_way)):
-            found[name] = lambda way=way: [way(*pair) for pair in zip(*arrays)]
-            assert (hd95(p, t).cpu() - torch.tensor(found[name](), dtype=torch.float64)).abs().max() < 1e-3, name
-    times = bench.time(found, bench.args.runs if side < 2500 else max(5, bench.args.runs // 6), warm=1)
-    boundary = int(surface_distances(p, t)[1].float().median())
-    bench.row(f"hd95 {side} x {side}, a pair, of {count}", {k: v / count for k, v in times.items()}, boundary_pixels=boundary)
+def project_rows():
+    """Return the rows that need the whole project, from its tests; none where `kernels/` stands alone."""
+    try:
+        from tests import bench_project
+    except ImportError:
+        return {}
+    return bench_project.ROWS
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__.splitlines()[0], allow_abbrev=False)
-    cuda = torch.cuda.is_available()
-    parser.add_argument("rows", nargs="*", default=["all"], help=f"any of {', '.join(ROWS)}, or all (default)")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="default: %(default)s")
-    parser.add_argument(
-        "--dtype", default="bf16" if cuda else "fp32", choices=DTYPES, help="of products (default: bf16 on a GPU, else fp32)"
+    rows = dict(adapter=bench_adapter, dice_bce=bench_dice_bce, **project_rows())
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.bench", description=__doc__.splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument("--batch-size", type=int, default=32 if cuda else 4, help="default 32 on a GPU, else 4")
-    parser.add_argument("--runs", type=int, default=30, help="timed runs of each side, after the warm-up (default 30)")
-    parser.add_argument("--step-runs", type=int, help="the same for whole training steps (default: as --runs)")
-    parser.add_argument("--epoch-runs", type=int, default=3, help="the same for whole epochs (default 3)")
-    parser.add_argument("--images", type=int, default=64, help="pictures of the epoch and cache rows (default 64)")
-    parser.add_argument("--dataset", default="demo", help="data set of the epoch rows (default demo, written to a temporary folder)")
-    parser.add_argument("--data-root", default="data", help="folder that holds the data sets' folders (default data)")
-    parser.add_argument("--json", default="bench.json", help="file to write (default bench.json)")
+    gpu, add = torch.cuda.is_available(), parser.add_argument
+    add("rows", nargs="*", default=["all"], help=f"any of {', '.join(rows)}, or all (default)")
+    add("--device", default="cuda" if gpu else "cpu", help="default: %(default)s")
+    add(
+        "--dtype",
+        default="bf16" if gpu else "fp32",
+        choices=DTYPES,
+        help="of products (default: %(default)s)",
+    )
+    add("--batch-size", type=int, default=32 if gpu else 4, help="default: %(default)s")
+    add("--runs", type=int, default=30, help="timed runs of each side, after the warm-up (default 30)")
+    add("--step-runs", type=int, help="the same for whole training steps (default: as --runs)")
+    add("--epoch-runs", type=int, default=3, help="the same for whole epochs (default 3)")
+    add("--images", type=int, default=64, help="images of the epoch and cache rows (default 64)")
+    add("--dataset", default="demo", help="data set of the epoch rows (default demo, in a temporary folder)")
+    add("--data-root", default="data", help="folder that holds the data sets' folders (default data)")
+    add("--json", default="bench.json", help="file to write (default bench.json)")
     args = parser.parse_args(argv)
-    wanted = ROWS if "all" in args.rows else args.rows
-    unknown = sorted(set(wanted) - set(ROWS))
+    wanted = rows if "all" in args.rows else args.rows
+    unknown = sorted(set(wanted) - set(rows))
     if unknown:
-        parser.error(f"there is no row {', '.join(unknown)}; choose among {', '.join(ROWS)}, all")
-    from . import bench_steps
-
-    use("auto")
+        parser.error(f"there is no row {', '.join(unknown)}; choose among {', '.join(rows)}, all")
+    kernels.use_kernels("auto")
     bench = Bench(args)
     bench.ceilings()
-    print("  ".join(f"{k}: {v:.4g}" if isinstance(v, float) else f"{k}: {v}" for k, v in bench.about.items()), flush=True)
-    functions = dict(adapter=bench_adapter, dice_bce=bench_dice_bce, hd95=bench_hd95, **bench_steps.ROWS)
+    about = (f"{k}: {v:.4g}" if isinstance(v, float) else f"{k}: {v}" for k, v in bench.about.items())
+    print("  ".join(about), flush=True)
     for name in wanted:
-        functions[name](bench)
+        rows[name](bench)
     Path(args.json).write_text(json.dumps(dict(**bench.about, rows=bench.rows), indent=1))
     print(f"Wrote {args.json}")
-    assert all(math.isfinite(t) for row in bench.rows for t in row["seconds"].values())
 
 
 if __name__ == "__main__":

@@ -1,14 +1,19 @@
-"""Distances between the boundaries of two masks: what HD95 is made of. Exact, and never a table of all pairs in memory.
+"""Distances between the boundaries of two masks: what HD95 is made of.
 
-A mask's boundary: its pixels with one of four neighbours outside the mask; what lies beyond the image is outside. On a GPU:
+Exact, and never a table of all pairs in memory.
 
-  1. `columns_kernel` finds the boundary of every mask and, for each pixel, the gap to the nearest boundary pixel in its column: two
-     sweeps over the rows, by running maximum and minimum. It reads a byte a pixel and writes three (a flag, and a gap of 16 bits).
-  2. `nearest_kernel` takes one boundary pixel (x, y) of a mask and finds min over columns c of (c - x)^2 + gap(y, c)^2 in the other
-     mask's gaps. gap(y, x) itself bounds the answer, so only columns that near are read: few where masks agree.
+A mask's boundary: its pixels with one of four neighbours outside the mask; what lies beyond the image is
+outside. On a GPU:
 
-On a CPU the distances of all pairs come from matrix products over chunks of points (integers in float64: exact), or, where boundaries
-are so long that this would be more work (noise), column by column as above.
+  1. `columns_kernel` finds the boundary of every mask and, for each pixel, the gap to the nearest boundary
+     pixel in its column: two sweeps over the rows, by running maximum and minimum. It reads a byte a pixel
+     and writes three (a flag, and a gap of 16 bits).
+  2. `nearest_kernel` takes one boundary pixel (x, y) of a mask and finds the minimum over columns c of
+     (c - x)^2 + gap(y, c)^2 in the other mask's gaps. gap(y, x) itself bounds the answer, so only columns
+     that near are read: few where masks agree.
+
+On a CPU the distances of all pairs come from matrix products over chunks of points (integers in float64:
+exact), or, where boundaries are so long that this would be more work (noise), column by column as above.
 """
 
 import torch
@@ -34,7 +39,9 @@ def boundary(mask):
 
 
 def reference(pred, target):
-    """Squared distances of one pair of masks `[H, W]`, by their definition: (of pred's points, of target's), int64."""
+    """Squared distances of one pair of masks `[H, W]`, by their definition: (of pred's points, of target's),
+    int64.
+    """
     a, b = boundary(pred).nonzero(), boundary(target).nonzero()
     squared = (a[:, None] - b).square().sum(2)
     return squared.amin(1), squared.amin(0)
@@ -87,7 +94,9 @@ def columns_kernel(masks, edge, gap, H, W, FAR, BLOCK_H: tl.constexpr, BLOCK_W: 
 
 @triton.jit
 def nearest_kernel(points, gap, squared, pixels, half, W, FAR, BLOCK: tl.constexpr):
-    """Squared distance of one boundary pixel, given by its place among all masks, to the other mask's boundary."""
+    """Squared distance of one boundary pixel, given by its place among all masks, to the other mask's
+    boundary.
+    """
     point = tl.load(points + tl.program_id(0))
     other = tl.where(point < half, point + half, point - half)
     x = ((point % pixels) % W).to(tl.int32)
@@ -140,12 +149,16 @@ def _by_columns(points, to, shape):
     gap2 = torch.minimum(row - above, below - row).clamp(max=far).square()  # [H, W]
     column = torch.arange(W, dtype=torch.int32)
     dx2 = (column[:, None] - column).square()  # [W, W]
-    return torch.cat([(gap2[y] + dx2[x]).amin(1) for y, x in (p.unbind(1) for p in points.split(max(1, CHUNK // W)))])
+    return torch.cat(
+        [(gap2[y] + dx2[x]).amin(1) for y, x in (p.unbind(1) for p in points.split(max(1, CHUNK // W)))]
+    )
 
 
 def _on_cpu(pred, target):
     """One pair: squared distances of pred's points, of target's; nothing to measure where either is empty."""
-    either = (pred | target).view(torch.uint8)  # whose largest value is found many times faster than `any` of bool
+    either = (pred | target).view(
+        torch.uint8
+    )  # whose largest value is found many times faster than `any` of bool
     y, x = (either.amax(dim).nonzero() for dim in (1, 0))
     if len(y):
         box = slice(int(y[0]), int(y[-1]) + 1), slice(int(x[0]), int(x[-1]) + 1)
@@ -176,17 +189,26 @@ def _(pred, target):
 
 
 def surface_distances(pred, target):
-    """Squared distances from every boundary pixel of a mask to the other mask's nearest one, for bool masks `[H, W]` or `[B, H, W]`.
+    """Squared distances from every boundary pixel of a mask to the other mask's nearest one, for bool masks
+    `[H, W]` or `[B, H, W]`.
 
-    Returns (squared int32 `[n]`, counts int64 `[2, B]`): first the boundary pixels of the B predictions, then those of the targets, in
-    reading order; `counts` says how many each has. Where one mask of a pair is empty, the other's values mean nothing. Raises
-    ValueError for other shapes or types, an empty batch, or sides that together reach 32768 pixels.
+    Returns (squared int32 `[n]`, counts int64 `[2, B]`): first the boundary pixels of the B predictions, then
+    those of the targets, in reading order; `counts` says how many each has. Where one mask of a pair is
+    empty, the other's values mean nothing. Raises ValueError for other shapes or types, an empty batch, or
+    sides that together reach 32768 pixels.
     """
     if pred.dtype != torch.bool or target.dtype != torch.bool:
-        raise ValueError(f"Masks must be bool; these are {pred.dtype} and {target.dtype}. Threshold them first.")
+        raise ValueError(
+            f"Masks must be bool; these are {pred.dtype} and {target.dtype}. Threshold them first."
+        )
     if pred.shape != target.shape or pred.dim() not in (2, 3) or not pred.numel():
-        raise ValueError(f"Masks {list(pred.shape)} and {list(target.shape)} must be equal, and [H, W] or [B, H, W] with something inside.")
+        raise ValueError(
+            f"Masks {list(pred.shape)} and {list(target.shape)} must be equal, and [H, W] or [B, H, W] with "
+            "something inside."
+        )
     H, W = pred.shape[-2:]
     if H + W >= LIMIT:
-        raise ValueError(f"Masks of {H} x {W} are too large: height and width together must stay below {LIMIT} pixels.")
+        raise ValueError(
+            f"Masks of {H} x {W} are too large: height and width together must stay below {LIMIT} pixels."
+        )
     return _surface_distances(pred.reshape(-1, H, W).contiguous(), target.reshape(-1, H, W).contiguous())

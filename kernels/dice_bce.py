@@ -6,15 +6,17 @@ With p = sigmoid(z), sums over the pixels of a sample:
     bce  = mean over pixels of max(z, 0) - z y + log(1 + exp(-|z|))
     loss = dice_weight dice + bce_weight bce
 
-The forward kernel reads z and y once and writes four sums a tile; a second, of one program, adds them in a fixed order and leaves the
-loss and the two numbers a sample that the gradient needs:
+The forward kernel reads z and y once and writes four sums a tile; a second, of one program, adds them in a
+fixed order and leaves the loss and the two numbers a sample that the gradient needs:
 
-    dloss/dz = p (1 - p) (A y + B) + C (p - y),   A = -2 w / (sum p + sum y + s),  B = w (2 sum p y + s) / (sum p + sum y + s)^2
+    dloss/dz = p (1 - p) (A y + B) + C (p - y)
+    A = -2 w / (sum p + sum y + s),  B = w (2 sum p y + s) / (sum p + sum y + s)^2
 
-with w = dice_weight / samples, C = bce_weight / pixels. Bytes that must move, for n pixels, logits of e bytes and targets of t: forward
-n (e + t), backward n (2 e + t).
+with w = dice_weight / samples, C = bce_weight / pixels. Bytes that must move, for n pixels, logits of e bytes
+and targets of t: forward n (e + t), backward n (2 e + t).
 
-`ce="reference"` hands p to the cross entropy where z belongs, as the published code does; its gradient is C (sigmoid(p) - y) p (1 - p).
+`ce="reference"` hands p to the cross entropy where z belongs, as the published code does; its gradient is C
+(sigmoid(p) - y) p (1 - p).
 """
 
 import torch
@@ -25,16 +27,18 @@ from .dispatch import runs_triton, tl, triton
 
 # launch sizes: pixels a program, and samples and tiles at a time of the program that adds them up
 PASS, FINISH = dict(BLOCK=4096, num_warps=8), dict(BLOCK_B=32, BLOCK_T=32)
-CHOICES = ("logits", "reference")
+CE_CHOICES = ("logits", "reference")
 
 
 def reference(logits, target, dice_weight=1.5, bce_weight=1.0, smooth=1e-5, ce="logits"):
-    """The formula in plain torch, as eager code writes it; arguments as in `dice_bce`."""
+    """The formula in plain torch, as eager code writes it; arguments as in `dice_bce_loss`."""
     exact = torch.promote_types(logits.dtype, torch.float32)  # half precision would lose the sums
     z, y = logits.to(exact).flatten(1), target.to(exact).flatten(1)  # [B, pixels]
     p = torch.sigmoid(z)
     dice = (1 - (2 * (p * y).sum(1) + smooth) / (p.sum(1) + y.sum(1) + smooth)).mean()
-    return dice_weight * dice + bce_weight * F.binary_cross_entropy_with_logits(p if ce == "reference" else z, y)
+    return dice_weight * dice + bce_weight * F.binary_cross_entropy_with_logits(
+        p if ce == "reference" else z, y
+    )
 
 
 @triton.jit
@@ -63,7 +67,19 @@ def sums_kernel(z, y, sums, P, tiles, TWICE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def finish_kernel(sums, loss, terms, B, P, tiles, dice_weight, bce_weight, smooth, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr):
+def finish_kernel(
+    sums,
+    loss,
+    terms,
+    B,
+    P,
+    tiles,
+    dice_weight,
+    bce_weight,
+    smooth,
+    BLOCK_B: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
     """The loss, and (A, B) of every sample, from the tiles' sums; one program."""
     # scalars arrive as float64 under torch.compile
     dice_weight, bce_weight = tl.cast(dice_weight, tl.float32), tl.cast(bce_weight, tl.float32)
@@ -109,36 +125,12 @@ def gradient_kernel(g, z, y, terms, dz, P, bce_scale, TWICE: tl.constexpr, BLOCK
     tl.store(dz + sample * P + at, out * tl.load(g).to(tl.float32), mask=inside)
 
 
-def _exact(logits, target, ce):
-    """z, y, p and what the cross entropy takes for logits, `[B, pixels]`, in float32 or more."""
-    exact = torch.promote_types(logits.dtype, torch.float32)
-    z, y = logits.to(exact), target.to(exact)
-    p = torch.sigmoid(z)
-    return z, y, p, p if ce == "reference" else z
-
-
-def _blocks(logits):
-    """The samples one by one, which keeps the work on each in a CPU's cache; a tensor that is being traced stays whole."""
-    return [slice(i, i + 1) for i in range(len(logits))] if type(logits) is torch.Tensor else [slice(None)]
-
-
 @triton_op("vlsm::dice_bce", mutates_args=())
 def _forward(
     logits: torch.Tensor, target: torch.Tensor, dice_weight: float, bce_weight: float, smooth: float, ce: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss, (A, B) of each sample `[B, 2]`) of contiguous `[B, pixels]` tensors."""
     samples, pixels = logits.shape
-    if not runs_triton(logits):
-        sums = []
-        for i in _blocks(logits):
-            z, y, p, x = _exact(logits[i], target[i], ce)
-            # softplus(x) - x y, which is the stable form of Eq. 2's cross entropy
-            bce = F.binary_cross_entropy_with_logits(x, y, reduction="sum")
-            sums.append((torch.linalg.vecdot(p, y), p.sum(1), y.sum(1), bce))
-        both, p, y, bce = (torch.cat(s) if s[0].dim() else torch.stack(s) for s in zip(*sums))
-        top, bottom = 2 * both + smooth, p + y + smooth
-        loss = dice_weight * (1 - top / bottom).mean() + bce_weight * bce.sum() / (samples * pixels)
-        return loss, torch.stack([-2 / bottom, top / bottom.square()], 1) * (dice_weight / samples)
     tiles = triton.cdiv(pixels, PASS["BLOCK"])
     sums = torch.empty(samples, tiles, 4, dtype=torch.float32, device=logits.device)
     loss = torch.empty((), dtype=torch.float32, device=logits.device)
@@ -147,31 +139,32 @@ def _forward(
     wrap_triton(sums_kernel)[tiles, samples](logits, target, sums, pixels, tiles, TWICE=twice, **PASS)
     wrap_triton(finish_kernel)[1,](
         sums, loss, terms, samples, pixels, tiles, dice_weight, bce_weight, smooth, **FINISH
-    )  # fmt: skip
+    )
     return loss, terms
 
 
 @triton_op("vlsm::dice_bce_backward", mutates_args=())
-def _backward(g: torch.Tensor, logits: torch.Tensor, target: torch.Tensor, terms: torch.Tensor, bce_weight: float, ce: str) -> torch.Tensor:
-    """Gradient by the logits `[B, pixels]`, in their dtype; `g` is the loss's own gradient, a scalar on the same device."""
+def _backward(
+    g: torch.Tensor,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    terms: torch.Tensor,
+    bce_weight: float,
+    ce: str,
+) -> torch.Tensor:
+    """Gradient by the logits `[B, pixels]`, in their dtype; `g` is the loss's own gradient, on the same
+    device.
+    """
     samples, pixels = logits.shape
-    scale = bce_weight / (samples * pixels)
     dz = torch.empty_like(logits)
-    if not runs_triton(logits):
-        for i in _blocks(logits):
-            _, y, p, x = _exact(logits[i], target[i], ce)
-            slope = p - p * p
-            bce = (torch.sigmoid(x) - y) * slope if ce == "reference" else p - y
-            slope *= torch.addcmul(terms[i, 1:], terms[i, :1], y)
-            dz[i] = slope.add_(bce, alpha=scale).mul_(g)
-        return dz
+    scale = bce_weight / (samples * pixels)
     wrap_triton(gradient_kernel)[triton.cdiv(pixels, PASS["BLOCK"]), samples](
         g, logits, target, terms, dz, pixels, scale, TWICE=ce == "reference", **PASS
-    )  # fmt: skip
+    )
     return dz
 
 
-def _setup(ctx, inputs, output):
+def _save_for_backward(ctx, inputs, output):
     logits, target, _, ctx.bce_weight, _, ctx.ce = inputs
     ctx.save_for_backward(logits, target, output[1])
     ctx.set_materialize_grads(False)
@@ -180,23 +173,37 @@ def _setup(ctx, inputs, output):
 def _gradients(ctx, g, _):
     logits, target, terms = ctx.saved_tensors
     wanted = g is not None and ctx.needs_input_grad[0]
-    return _backward(g, logits, target, terms, ctx.bce_weight, ctx.ce) if wanted else None, None, None, None, None, None
+    return (
+        _backward(g, logits, target, terms, ctx.bce_weight, ctx.ce) if wanted else None,
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
 
 
-_forward.register_autograd(_gradients, setup_context=_setup)
+_forward.register_autograd(_gradients, setup_context=_save_for_backward)
 
 
-def dice_bce(logits, target, dice_weight=1.5, bce_weight=1.0, smooth=1e-5, ce="logits"):
-    """Scalar loss of logits `[B, ...]` against a target of the same shape: bool, uint8 0/1 or float in [0, 1]; float32 or wider.
+def dice_bce_loss(logits, target, dice_weight=1.5, bce_weight=1.0, smooth=1e-5, ce="logits"):
+    """Compute the scalar loss of logits `[B, ...]`, in float32 or wider.
 
-    The gradient is taken by the logits alone. `ce="reference"`: the cross entropy of the published code, see above. Raises ValueError
-    where shapes differ, or for an unknown `ce`.
+    target: of the logits' shape, bool, uint8 0/1 or float in [0, 1]; it gets no gradient. ce: "logits", or
+    "reference" for the cross entropy of the published code, see above. Raises ValueError where shapes differ,
+    or for another `ce`.
     """
     if logits.shape != target.shape:
-        raise ValueError(f"Logits {list(logits.shape)} and target {list(target.shape)} differ in shape; nothing is broadcast.")
-    if ce not in CHOICES:
+        raise ValueError(
+            f"Logits {list(logits.shape)} and target {list(target.shape)} differ in shape; nothing is "
+            "broadcast."
+        )
+    if ce not in CE_CHOICES:
         raise ValueError(f"ce='{ce}' is not known; choose 'logits' or 'reference'.")
     target = target.detach().to(logits.device)
+    if not runs_triton(logits):
+        return reference(logits, target, dice_weight, bce_weight, smooth, ce)
     if target.dtype == torch.bool:
         target = target.view(torch.uint8)
-    return _forward(logits.flatten(1).contiguous(), target.flatten(1).contiguous(), dice_weight, bce_weight, smooth, ce)[0]
+    logits, target = logits.flatten(1).contiguous(), target.flatten(1).contiguous()
+    return _forward(logits, target, dice_weight, bce_weight, smooth, ce)[0]

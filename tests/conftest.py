@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from vlsm.console import speaking
+from vlsm.system.console import speaking
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -58,7 +58,9 @@ def same_tensors_nearly(a, b, **bars):
 def graphs(monkeypatch):
     """`--compile on` without building C++, which takes minutes; what torch counts of its graphs."""
     compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile_module(self, backend="aot_eager", **how))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **how: compile_module(self, backend="aot_eager", **how)
+    )
     monkeypatch.setattr(shutil, "which", lambda name: name)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -95,7 +97,9 @@ def folder(tmp_path):
         for _ in range(count):
             write_pair(root, f"d{n}", *disk(rng, 44, 60))
             prompts = {"p0": "", "p1": "disk", "p2": "red disk", "p3": ["one red disk", "a red disk"]}
-            entries.append(dict(img_name=f"d{n}.png", mask_name=f"d{n}.png", prompts=prompts, bbox=[1, 2, 3, 4]))
+            entries.append(
+                dict(img_name=f"d{n}.png", mask_name=f"d{n}.png", prompts=prompts, bbox=[1, 2, 3, 4])
+            )
             n += 1
         (root / "anns").mkdir(exist_ok=True)
         (root / "anns" / f"{split}.json").write_text(json.dumps(entries))
@@ -132,7 +136,20 @@ def cli(capsys):
 @pytest.fixture
 def quick(folder, tmp_path):
     """Arguments of a small run on the folder, with the mini base at half its size."""
-    return ["--dataset", folder, "--weights", "mini", "--image-size", 48, "--batch-size", 8, "--dim", 8, "--out", tmp_path / "run"]
+    return [
+        "--dataset",
+        folder,
+        "--weights",
+        "mini",
+        "--image-size",
+        48,
+        "--batch-size",
+        8,
+        "--dim",
+        8,
+        "--out",
+        tmp_path / "run",
+    ]
 
 
 @pytest.fixture
@@ -149,6 +166,8 @@ def folder_of_golden(case, folder):
         config = file.metadata()["config"]
     folder.mkdir()
     (folder / "config.json").write_text(config)
-    tensors = {name.removeprefix("param."): t for name, t in load_file(path).items() if name.startswith("param.")}
+    tensors = {
+        name.removeprefix("param."): t for name, t in load_file(path).items() if name.startswith("param.")
+    }
     save_file(tensors, folder / "model.safetensors")
     return folder

@@ -4,8 +4,9 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is to be had on Linux alone")
 
-from kernels.adapter import SHARED_MEMORY  # noqa: E402
 from kernels.ahead import adapter_launches, compile_all, other_launches  # noqa: E402
+
+from kernels.adapter import SHARED_MEMORY  # noqa: E402
 
 SHARED = 99 * 1024  # what a program may use on every GPU of compute capability 8 or 9
 
@@ -19,7 +20,10 @@ def results(launches, count, capabilities=(80, 90)):
 
 
 # bf16, the default, for both GPUs; the others for one (python -m kernels.ahead --dtype fp16 fp32: all of them for both)
-@pytest.mark.parametrize("dtype, precision, gpus", [("bf16", "ieee", 2), ("fp16", "ieee", 1), ("fp32", "ieee", 1), ("fp32", "tf32", 1)])
+@pytest.mark.parametrize(
+    "dtype, precision, gpus",
+    [("bf16", "ieee", 2), ("fp16", "ieee", 1), ("fp32", "ieee", 1), ("fp32", "tf32", 1)],
+)
 def test_adapter_kernels(dtype, precision, gpus):
     for launch, _, f in results(adapter_launches(dtype, precision), 18 * gpus, (80, 90)[-gpus:]):
         limit = SHARED_MEMORY.get((4 if dtype == "fp32" else 2, launch.constants["BLOCK_R"]), SHARED)

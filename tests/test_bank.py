@@ -26,7 +26,9 @@ def saved(tmp_path, model="clipseg", weights="mini", methods=METHODS, **options)
 
 def batch(model, n=6):
     torch.manual_seed(3)
-    return torch.randn(n, 3, 64, 64), *model.tokenizer()(["red disk", "a polyp", "", "x", "red disk", "a small polyp"][:n])
+    return torch.randn(n, 3, 64, 64), *model.tokenizer()(
+        ["red disk", "a polyp", "", "x", "red disk", "a small polyp"][:n]
+    )
 
 
 @pytest.mark.parametrize("order", ["abcdef", "fdbeca", "dbdadfb"])
@@ -82,7 +84,9 @@ def test_a_bank_in_half_precision(tmp_path):
             close(bank.use(name)(*inputs).float(), alone(*inputs).float(), 0.15)
 
 
-@pytest.mark.parametrize("model, methods", [("cris", dict(a="full", b="coop", c="decoder")), ("san", dict(a="full", b="decoder"))])
+@pytest.mark.parametrize(
+    "model, methods", [("cris", dict(a="full", b="coop", c="decoder")), ("san", dict(a="full", b="decoder"))]
+)
 def test_of_other_networks(tmp_path, model, methods):
     paths = saved(tmp_path, model, f"random:{ROOT / 'tests' / 'tiny' / model}.json", methods)
     bank = vlsm.load_many(paths)
@@ -95,10 +99,14 @@ def test_of_other_networks(tmp_path, model, methods):
 def test_other_bases_are_refused(tmp_path):
     a = saved(tmp_path, methods=dict(a="dense"))
     b = saved(tmp_path, weights=ROOT / "tests" / "golden" / "clipseg-tiny", methods=dict(b="dense"))
-    with pytest.raises(ValueError, match=r"b.safetensors' was tuned on the base .*clipseg-tiny.* and 'mini' is another base"):
+    with pytest.raises(
+        ValueError, match=r"b.safetensors' was tuned on the base .*clipseg-tiny.* and 'mini' is another base"
+    ):
         vlsm.load_many({**a, **b})
     c = saved(tmp_path, methods=dict(c="dense"), reference=True)
-    with pytest.raises(ValueError, match=r"\(clipseg with --reference, fingerprint .* and 'mini' is another base \(clipseg, "):
+    with pytest.raises(
+        ValueError, match=r"\(clipseg with --reference, fingerprint .* and 'mini' is another base \(clipseg, "
+    ):
         vlsm.load_many({**a, **c})
     with pytest.raises(ValueError, match="at least one checkpoint"):
         vlsm.load_many({})
@@ -110,7 +118,11 @@ def test_evaluate_routes_by_name_and_by_word(cli, quick, folder, tmp_path):
     for peft, word in (("decoder", "disk"), ("lora", "polyp"), ("dense", "Foot ulcer")):
         for split in ("train", "val", "test"):
             file = folder / "anns" / f"{split}.json"
-            file.write_text(file.read_text().replace('"p1": "disk"', f'"p1": "{word}"').replace('"p1": "polyp"', f'"p1": "{word}"'))
+            file.write_text(
+                file.read_text()
+                .replace('"p1": "disk"', f'"p1": "{word}"')
+                .replace('"p1": "polyp"', f'"p1": "{word}"')
+            )
         runs.append(tmp_path / f"run-{peft}")
         options = without_dim(quick)[:-1]
         assert cli("train", *options, runs[-1], "--peft", peft, "--epochs", 1)[0] == 0
@@ -126,7 +138,11 @@ def test_evaluate_routes_by_name_and_by_word(cli, quick, folder, tmp_path):
     code, said, err = predict("z", "--prompt", "two foot ulcers", "--route", "run-decoder")
     assert code == 0 and "run-decoder" in said, err
     code, _, err = predict("n", "--prompt", "a shoe")
-    assert code == 2 and "run-decoder (disk), run-lora (polyp), run-dense (Foot ulcer)" in err and "--route NAME" in err
+    assert (
+        code == 2
+        and "run-decoder (disk), run-lora (polyp), run-dense (Foot ulcer)" in err
+        and "--route NAME" in err
+    )
     code, _, err = predict("n", "--prompt", "a polyp on a disk")
     assert code == 2 and "of several" in err
     code, _, err = predict("n", "--prompt", "a polyp", "--route", "kvasir")

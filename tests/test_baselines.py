@@ -11,8 +11,8 @@ import evaluate
 import vlsm
 from tests.conftest import ROOT, rows, same_tensors, same_tensors_nearly
 from tests.test_frozen import split
-from vlsm.frozen import Frozen
-from vlsm.images import normalise, read_mask
+from vlsm.data.images import normalise, read_mask
+from vlsm.training.frozen_cache import Frozen
 
 TINY = {name: f"random:{ROOT / 'tests' / 'tiny' / name}.json" for name in ("cris", "san")}
 CPU = torch.device("cpu")
@@ -21,7 +21,13 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     "model, method, reference, images, prompts",
     [
-        ("cris", "decoder", True, False, True),  # published: statistics drift in the frozen encoder, with every batch
+        (
+            "cris",
+            "decoder",
+            True,
+            False,
+            True,
+        ),  # published: statistics drift in the frozen encoder, with every batch
         ("cris", "decoder", False, False, True),  # a random start learns its statistics in the neck
         ("cris", "coop", False, True, False),
         ("cris", "cocoop", False, True, False),
@@ -69,7 +75,9 @@ def arguments(folder, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("model, method", [("cris", "full"), ("cris", "coop"), ("san", "full"), ("san", "decoder")])
+@pytest.mark.parametrize(
+    "model, method", [("cris", "full"), ("cris", "coop"), ("san", "full"), ("san", "decoder")]
+)
 def test_train_resume_evaluate(cli, arguments, tmp_path, model, method):
     for out, epochs in (("straight", 3), ("parts", 1)):
         code, said, err = cli("train", *arguments(model, "--peft", method, "--epochs", epochs, out=out))
@@ -100,9 +108,22 @@ def test_evaluation_normalises_as_training_did(cli, arguments, tmp_path, model):
 @pytest.mark.parametrize("model", ["cris", "san"])
 def test_defaults_are_the_papers(cli, tmp_path, model):
     """Without --peft: the paper's row, its learning rate and its size of pictures."""
-    options = ["--model", model, "--weights", TINY[model], "--dataset", "demo", "--out", tmp_path / "run", "--dry-run"]
+    options = [
+        "--model",
+        model,
+        "--weights",
+        TINY[model],
+        "--dataset",
+        "demo",
+        "--out",
+        tmp_path / "run",
+        "--dry-run",
+    ]
     code, said, err = cli("train", *options)
-    assert code == 0 and f"--peft full: {dict(cris='2,170,777 of 2,170,778', san='169,682 of 609,107')[model]}" in said, err
+    assert (
+        code == 0
+        and f"--peft full: {dict(cris='2,170,777 of 2,170,778', san='169,682 of 609,107')[model]}" in said
+    ), err
     import train
 
     args = train.complete(train.parse([str(o) for o in options]))
@@ -118,7 +139,9 @@ def test_reference_runs(cli, arguments, tmp_path):
         assert code == 0 and f"ZERO, so not learning yet: {unread}" in said, err
         code, _, err = cli("evaluate", "--ckpt", tmp_path / model)
         assert code == 0, err
-    code, _, err = cli("train", *arguments("cris", "--reference", "--batch-size", 23, "--epochs", 1, out="single"))
+    code, _, err = cli(
+        "train", *arguments("cris", "--reference", "--batch-size", 23, "--epochs", 1, out="single")
+    )
     assert code == 2 and "this batch holds one picture" in err
 
 
@@ -126,14 +149,19 @@ def test_reference_runs(cli, arguments, tmp_path):
 def test_half_precision(cli, arguments, tmp_path, model):
     code, _, err = cli("train", *arguments(model, "--amp", "bf16", "--epochs", 2, "--device", "cpu"))
     assert code == 0, err
-    assert all(t.dtype == torch.float32 and t.isfinite().all() for t in load_file(tmp_path / "run" / "last.safetensors").values())
+    assert all(
+        t.dtype == torch.float32 and t.isfinite().all()
+        for t in load_file(tmp_path / "run" / "last.safetensors").values()
+    )
 
 
 @pytest.mark.parametrize("model", ["cris", "san"])
 def test_compiled(cli, arguments, tmp_path, graphs, model):
     method = dict(cris="coop", san="full")[model]  # without dropout, whose draws differ
     for mode in ("off", "on"):
-        code, _, err = cli("train", *arguments(model, "--peft", method, "--epochs", 1, "--compile", mode, out=mode))
+        code, _, err = cli(
+            "train", *arguments(model, "--peft", method, "--epochs", 1, "--compile", mode, out=mode)
+        )
         assert code == 0, err
     assert graphs["stats"]["unique_graphs"] and not graphs["graph_break"], graphs
     same_tensors_nearly(tmp_path / "off", tmp_path / "on", atol=1e-3, rtol=1e-2)

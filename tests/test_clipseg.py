@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import vlsm
-from vlsm.clipseg import CLIPSegConfig
+from vlsm.networks.clipseg import CLIPSegConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -25,9 +25,19 @@ def golden(case):
 def our_name(name):
     """A reference parameter's name in DESIGN.md's terms."""
     name = name.replace(".fc1.", ".down.").replace(".fc2.", ".up.")
-    name = re.sub(r"^v_(attn|out)_adapters\.(\d+)", lambda m: f"vision.{m[2]}.{'attn' if m[1] == 'attn' else 'mlp'}", name)
-    name = re.sub(r"^l_(attn|out)_adapters\.(\d+)", lambda m: f"text.{m[2]}.{'attn' if m[1] == 'attn' else 'mlp'}", name)
-    return name.replace("vision_extract_adapters", "vision").replace("text_extract_adapters", "text").replace("cond_adapter", "cond")
+    name = re.sub(
+        r"^v_(attn|out)_adapters\.(\d+)",
+        lambda m: f"vision.{m[2]}.{'attn' if m[1] == 'attn' else 'mlp'}",
+        name,
+    )
+    name = re.sub(
+        r"^l_(attn|out)_adapters\.(\d+)", lambda m: f"text.{m[2]}.{'attn' if m[1] == 'attn' else 'mlp'}", name
+    )
+    return (
+        name.replace("vision_extract_adapters", "vision")
+        .replace("text_extract_adapters", "text")
+        .replace("cond_adapter", "cond")
+    )
 
 
 def run(model, g):
@@ -72,8 +82,14 @@ def test_zeroshot_golden(case):
 @pytest.mark.parametrize("case, method", [("vlsm-dense-vl", "dense"), ("vlsm-shallow-vlc", "shallow")])
 def test_adapter_golden(case, method):
     g, config = golden(case)
-    branches = "".join(letter for letter, key in zip("vlc", ("adapter_in_v", "adapter_in_l", "adapter_in_cond")) if config[key])
-    model = vlsm.build("clipseg", GOLDEN / config["base"], method, branches=branches, dim=config["adapter_dim"])
+    branches = "".join(
+        letter
+        for letter, key in zip("vlc", ("adapter_in_v", "adapter_in_l", "adapter_in_cond"))
+        if config[key]
+    )
+    model = vlsm.build(
+        "clipseg", GOLDEN / config["base"], method, branches=branches, dim=config["adapter_dim"]
+    )
     model.load_tuned({our_name(n[6:]): t for n, t in g.items() if n.startswith("param.")})
     assert_golden(model, g, our_name)
 
@@ -101,7 +117,9 @@ def random_config(seed):
 
 def random_inputs(config, seed, batch=3, grid=(3, 3), dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randn(batch, 3, *(n * config.vision_config.patch_size for n in grid), generator=generator, dtype=dtype)
+    pixels = torch.randn(
+        batch, 3, *(n * config.vision_config.patch_size for n in grid), generator=generator, dtype=dtype
+    )
     ids, mask = torch.full((batch, 12), 59), torch.zeros(batch, 12, dtype=torch.long)
     for row, length in enumerate(torch.randint(3, 13, (batch,), generator=generator).tolist()):
         ids[row, 1 : length - 1] = torch.randint(3, 58, (length - 2,), generator=generator)
@@ -121,7 +139,9 @@ def pair(tmp_path):
         with torch.no_grad():
             for p in theirs.parameters():
                 p.add_(0.05 * torch.randn_like(p))
-            head = theirs.decoder.transposed_convolution  # scaled so that logits stay within about 20, as a trained network's do
+            head = (
+                theirs.decoder.transposed_convolution
+            )  # scaled so that logits stay within about 20, as a trained network's do
             (head[-1] if isinstance(head, torch.nn.Sequential) else head).weight.mul_(0.05)
         theirs.save_pretrained(tmp_path / str(seed), **save)
         return theirs, vlsm.build("clipseg", tmp_path / str(seed), method)
@@ -155,7 +175,10 @@ def test_every_gradient_equals_transformers(pair):
     (ours(pixels, ids, mask).reshape(want.shape) * weight).sum().backward()
     named = dict(theirs.named_parameters())
     tuned = ours.tuned_parameters()
-    assert {"clip.vision_model.encoder.layers.0.mlp.fc1.weight", "clip.text_model.encoder.layers.0.mlp.fc1.weight"} <= set(tuned)
+    assert {
+        "clip.vision_model.encoder.layers.0.mlp.fc1.weight",
+        "clip.text_model.encoder.layers.0.mlp.fc1.weight",
+    } <= set(tuned)
     for name, p in tuned.items():
         torch.testing.assert_close(p.grad, named[name].grad, atol=1e-9, rtol=1e-9, msg=name)
         if not name.endswith("k_proj.bias"):
@@ -207,7 +230,9 @@ def test_equal_prompts_are_encoded_once(monkeypatch):
     g, config = golden("vlsm-dense-vl")
     model, seen = vlsm.build("clipseg", GOLDEN / config["base"]), []
     encode = model.base.encode_text
-    monkeypatch.setattr(model.base, "encode_text", lambda ids, *rest: seen.append(ids.shape) or encode(ids, *rest))
+    monkeypatch.setattr(
+        model.base, "encode_text", lambda ids, *rest: seen.append(ids.shape) or encode(ids, *rest)
+    )
     model(g["in.pixel_values"], g["in.input_ids"][[0, 1, 0]], g["in.attention_mask"][[0, 1, 0]])
     assert seen[0][0] == 2
 
@@ -224,7 +249,10 @@ def test_a_mask_that_hides_a_token_before_the_end_is_honoured(pair):
 def test_padding_on_the_left_is_masked(pair):
     theirs, ours = pair(0)
     pixels, ids, mask = random_inputs(theirs.config, 5)
-    ids, mask = torch.cat([torch.full((3, 3), 57), ids], 1), torch.cat([torch.zeros(3, 3, dtype=torch.long), mask], 1)
+    ids, mask = (
+        torch.cat([torch.full((3, 3), 57), ids], 1),
+        torch.cat([torch.zeros(3, 3, dtype=torch.long), mask], 1),
+    )
     with torch.no_grad():
         want = theirs(pixel_values=pixels, input_ids=ids, attention_mask=mask).logits
     torch.testing.assert_close(ours(pixels, ids, mask).reshape(want.shape), want, atol=1e-4, rtol=0)
@@ -246,7 +274,8 @@ def test_prompt_without_end_is_refused():
 
 
 @pytest.mark.parametrize(
-    "change, message", [("drop", "missing: decoder.film_add.bias"), ("add", "left over: extra"), ("reshape", "instead of")]
+    "change, message",
+    [("drop", "missing: decoder.film_add.bias"), ("add", "left over: extra"), ("reshape", "instead of")],
 )
 def test_weights_that_do_not_fit_are_named(tmp_path, change, message):
     tensors = load_file(GOLDEN / "clipseg-tiny" / "model.safetensors")
@@ -302,7 +331,9 @@ def test_weights_that_cannot_be_read(tmp_path):
     (tmp_path / "config.json").write_text((GOLDEN / "clipseg-tiny" / "config.json").read_text())
     with pytest.raises(FileNotFoundError, match="neither model.safetensors nor pytorch_model.bin"):
         vlsm.build("clipseg", tmp_path)
-    (tmp_path / "model.safetensors").write_bytes((GOLDEN / "clipseg-tiny" / "model.safetensors").read_bytes()[:5000])
+    (tmp_path / "model.safetensors").write_bytes(
+        (GOLDEN / "clipseg-tiny" / "model.safetensors").read_bytes()[:5000]
+    )
     with pytest.raises(ValueError, match="cannot be read .* Is the file complete"):
         vlsm.build("clipseg", tmp_path)
 

@@ -12,9 +12,9 @@ from torch import nn
 
 import vlsm
 from tests.conftest import ROOT, folder_of_golden
-from vlsm import archives
-from vlsm.console import speaking
-from vlsm.convert import OPENAI_RN50, main
+from vlsm.extras import checkpoint_archives as archives
+from vlsm.extras.convert_cris import OPENAI_RN50, main
+from vlsm.system.console import speaking
 
 CONFIG = ROOT / "tests" / "tiny" / "cris.json"
 MINI = ROOT / "vlsm" / "mini"
@@ -22,7 +22,9 @@ MINI = ROOT / "vlsm" / "mini"
 
 def state(**kw):
     model = vlsm.build("cris", f"random:{CONFIG}")
-    return {n: torch.randn_like(t) if t.is_floating_point() else t + 5 for n, t in model.base.state_dict().items()}
+    return {
+        n: torch.randn_like(t) if t.is_floating_point() else t + 5 for n, t in model.base.state_dict().items()
+    }
 
 
 def run(capsys, source, folder, *more):
@@ -54,7 +56,13 @@ def in_training_layout(tensors):
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [35])
     wrapped = {f"module.{n}": t for n, t in tensors.items()}
     return dict(
-        epoch=3, cur_iou=0.5, best_iou=0.6, prec={}, state_dict=wrapped, optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict()
+        epoch=3,
+        cur_iou=0.5,
+        best_iou=0.6,
+        prec={},
+        state_dict=wrapped,
+        optimizer=optimizer.state_dict(),
+        scheduler=scheduler.state_dict(),
     )
 
 
@@ -64,11 +72,19 @@ def test_a_cris_checkpoint(tmp_path, capsys, kind):
     if kind == "safetensors":
         save_file(tensors, source)
     else:
-        torch.save(tensors if kind == "bare" else in_training_layout(tensors), source, _use_new_zipfile_serialization=kind != "older")
+        torch.save(
+            tensors if kind == "bare" else in_training_layout(tensors),
+            source,
+            _use_new_zipfile_serialization=kind != "older",
+        )
     code, out, err = run(capsys, source, tmp_path / "cris", "--tokenizer", MINI)
     assert code == 0, err
     prefix = "" if kind in ("bare", "safetensors") else "module."
-    assert f"{prefix}neck.aggr.0.weight -> neck.aggr.0.weight" in out and out.count(" -> ") == len(tensors) and "(random)" not in out
+    assert (
+        f"{prefix}neck.aggr.0.weight -> neck.aggr.0.weight" in out
+        and out.count(" -> ") == len(tensors)
+        and "(random)" not in out
+    )
     model = vlsm.build("cris", tmp_path / "cris", "full")
     assert all(torch.equal(t, tensors[n]) for n, t in model.base.state_dict().items())
     assert model.tokenizer().end == 994 and not model.moving
@@ -78,9 +94,14 @@ def test_a_cris_checkpoint(tmp_path, capsys, kind):
 def test_the_golden_network_survives(tmp_path, capsys):
     folder = folder_of_golden("cris-tiny", tmp_path / "golden")
     torch.save(load_file(folder / "model.safetensors"), tmp_path / "c.pth")
-    main(["--convert", str(tmp_path / "c.pth"), str(tmp_path / "out"), "--config", str(folder / "config.json")])
+    main(
+        ["--convert", str(tmp_path / "c.pth"), str(tmp_path / "out"), "--config", str(folder / "config.json")]
+    )
     assert "Before training, copy vocab.json and merges.txt" in capsys.readouterr().out
-    names = vlsm.build("cris", folder).info["fingerprint"], vlsm.build("cris", tmp_path / "out").info["fingerprint"]
+    names = (
+        vlsm.build("cris", folder).info["fingerprint"],
+        vlsm.build("cris", tmp_path / "out").info["fingerprint"],
+    )
     assert names[0] == names[1]
 
 
@@ -126,15 +147,21 @@ def test_openais_archive(tmp_path, capsys):
     openai_archive(tmp_path / "RN50.pt", tensors)
     read = archives.read(tmp_path / "RN50.pt")
     theirs = torch.jit.load(tmp_path / "RN50.pt").state_dict()
-    assert set(read) == set(theirs) and all(torch.equal(t, theirs[n]) and t.dtype == theirs[n].dtype for n, t in read.items())
+    assert set(read) == set(theirs) and all(
+        torch.equal(t, theirs[n]) and t.dtype == theirs[n].dtype for n, t in read.items()
+    )
     code, out, err = run(capsys, tmp_path / "RN50.pt", tmp_path / "cris", "--tokenizer", MINI)
     assert code == 0, err
     assert "visual.conv1.weight -> backbone.visual.conv1.weight" in out and "input_resolution" not in out
-    assert "(random) -> backbone.visual.attnpool.connect.0.weight" in out and "(random) -> proj.txt.bias" in out
+    assert (
+        "(random) -> backbone.visual.attnpool.connect.0.weight" in out and "(random) -> proj.txt.bias" in out
+    )
     assert "is not that of OpenAI's RN50.pt" in out and len(OPENAI_RN50) == 64
     model = vlsm.build("cris", tmp_path / "cris", "full")
     base = dict(model.base.named_parameters()) | dict(model.base.named_buffers())
-    assert all(torch.equal(base[f"backbone.{n}"], t.to(base[f"backbone.{n}"].dtype)) for n, t in tensors.items())
+    assert all(
+        torch.equal(base[f"backbone.{n}"], t.to(base[f"backbone.{n}"].dtype)) for n, t in tensors.items()
+    )
     moving = {n.rsplit(".", 1)[0] for n in model.moving}  # what is added at random has no statistics yet
     assert "backbone.visual.attnpool.connect.1" in moving and "neck.txt_proj.1" not in moving
     assert not [n for n in moving if n.startswith("backbone.") and ".connect." not in n]
@@ -145,13 +172,21 @@ def test_tensors_missing_or_left_over(tmp_path, capsys):
     cases = {
         "1 missing: decoder.norm.bias": {n: t for n, t in tensors.items() if n != "decoder.norm.bias"},
         "1 left over: extra.weight": {**tensors, "extra.weight": torch.zeros(2)},
-        "1 of another shape: proj.txt.bias [3] instead of [289]": {**tensors, "proj.txt.bias": torch.zeros(3)},
+        "1 of another shape: proj.txt.bias [3] instead of [289]": {
+            **tensors,
+            "proj.txt.bias": torch.zeros(3),
+        },
         "visual.bn1.bias": {n: t for n, t in clip_alone(tensors).items() if n != "visual.bn1.bias"},
     }
     for message, given in cases.items():
         torch.save(given, tmp_path / "c.pth")
         code, out, err = run(capsys, tmp_path / "c.pth", tmp_path / "out")
-        assert code == 2 and message in err and "is no checkpoint of this network" in err and not (tmp_path / "out").exists()
+        assert (
+            code == 2
+            and message in err
+            and "is no checkpoint of this network" in err
+            and not (tmp_path / "out").exists()
+        )
 
 
 def test_the_wrong_checkpoint_is_named(tmp_path, capsys):
@@ -183,7 +218,12 @@ def test_a_booby_trap_is_refused_and_does_not_go_off(tmp_path, capsys, kind):
     else:
         torch.save(dict(state_dict=state(), args=trap), source, _use_new_zipfile_serialization=kind == "zip")
     code, _, err = run(capsys, source, tmp_path / "out")
-    assert code == 2 and ("nothing in it was run" in err or "Nothing in it was run" in err) and "mkdir" in err and "Traceback" not in err
+    assert (
+        code == 2
+        and ("nothing in it was run" in err or "Nothing in it was run" in err)
+        and "mkdir" in err
+        and "Traceback" not in err
+    )
     assert not (tmp_path / "executed").exists() and not (tmp_path / "out").exists()
     with open(source, "rb") as file:  # the trap is one
         if kind == "torchscript":
@@ -226,7 +266,13 @@ def test_an_archive_knows_no_other_globals(tmp_path, what, message):
 
 
 def test_a_tensor_cannot_reach_beyond_its_storage(tmp_path):
-    for offset, size, stride in ((0, (5,), (1,)), (3, (2,), (1,)), (-1, (1,), (1,)), (0, (2, 2), (3, 1)), (0, (2,), (-1,))):
+    for offset, size, stride in (
+        (0, (5,), (1,)),
+        (3, (2,), (1,)),
+        (-1, (1,), (1,)),
+        (0, (2, 2), (3, 1)),
+        (0, (2,), (-1,)),
+    ):
         with pytest.raises(pickle.UnpicklingError, match="beyond its storage"):
             archives._tensor(torch.zeros(4), offset, size, stride, False, None)
     assert archives._tensor(torch.arange(4.0), 1, (2,), (2,), False, None).tolist() == [1, 3]
@@ -238,7 +284,16 @@ def test_the_command_as_people_type_it(tmp_path):
     import sys
 
     torch.save(state(), tmp_path / "c.pth")
-    command = [sys.executable, "-m", "vlsm.cris", "--convert", tmp_path / "c.pth", tmp_path / "out", "--config", CONFIG]
+    command = [
+        sys.executable,
+        "-m",
+        "vlsm.cris",
+        "--convert",
+        tmp_path / "c.pth",
+        tmp_path / "out",
+        "--config",
+        CONFIG,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and done.stderr == "" and (tmp_path / "out" / "model.safetensors").is_file()
 

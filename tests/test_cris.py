@@ -11,11 +11,11 @@ import vlsm
 from tests.conftest import GOLDEN, ROOT, close, folder_of_golden, tiny_batch
 from tests.test_clipseg import assert_gradients, golden, run
 from tests.test_tuners import count
-from vlsm.cris import CRIS, CRISConfig
-from vlsm.images import normalise
-from vlsm.methods import METHODS
-from vlsm.tuners import Tuner
-from vlsm.upsampler import Upsampler
+from vlsm.data.images import normalise
+from vlsm.methods.adapters import Tuner
+from vlsm.methods.registry import METHODS
+from vlsm.methods.upsampler import Upsampler
+from vlsm.networks.cris import CRIS, CRISConfig
 
 TINY = f"random:{ROOT / 'tests' / 'tiny' / 'cris.json'}"
 
@@ -55,7 +55,11 @@ def test_real_size():
         base = CRIS(CRISConfig())
     assert (count(base), len(base.state_dict()), len(list(base.parameters()))) == (146_849_122, 662, 449)
     visual = count(base.backbone.visual)
-    assert (visual, count(base.backbone.visual.attnpool), count(base.backbone) - visual) == (40_416_096, 16_888_832, 63_690_241)
+    assert (visual, count(base.backbone.visual.attnpool), count(base.backbone) - visual) == (
+        40_416_096,
+        16_888_832,
+        63_690_241,
+    )
     assert (count(base.neck), count(base.decoder), count(base.proj)) == (24_142_336, 12_631_552, 5_968_897)
     assert sum(base.get_parameter(n).numel() for n in base.decoder_names()) == 42_742_785
     assert set(dict(base.named_parameters())) - set(base.useful_names()) == {"backbone.logit_scale"}
@@ -150,7 +154,9 @@ def test_statistics_of_a_checkpoint_stay_and_equal_prompts_keep_their_text(weigh
         moved = [n for n, b in statistics(model).items() if not torch.equal(b, before[n])]
         assert set(moved) == set(model.moving) == (set(before) if reference else set())
         gradient[reference] = model.base.neck.txt_proj[0].weight.grad.abs().max()
-    assert gradient[True] < 1e-3 * gradient[False]  # nothing but rounding is left of it: 5e-4 where 2 would be right, in the specification
+    assert (
+        gradient[True] < 1e-3 * gradient[False]
+    )  # nothing but rounding is left of it: 5e-4 where 2 would be right, in the specification
 
 
 def test_published_statistics_are_in_the_checkpoint(weights):
@@ -199,19 +205,25 @@ def restated(base, pixels, ids, contexts, shifted):
                 t[:, 1 : 1 + n] = vectors[i if shifted else i + 1]
         t = clip.ln_final(t)
         state = t[:, -1] @ clip.text_projection
-        z = base.decoder(base.neck(*clip.visual(x[None]), state), t, torch.ones(1, t.shape[1], dtype=torch.bool))
+        z = base.decoder(
+            base.neck(*clip.visual(x[None]), state), t, torch.ones(1, t.shape[1], dtype=torch.bool)
+        )
         out.append(F.interpolate(base.proj(z, state), size=x.shape[-2:], mode="bicubic", align_corners=True))
     return torch.cat(out)
 
 
 @pytest.mark.parametrize("reference", [False, True])
-@pytest.mark.parametrize("method, depth", [("coop", 1), ("coop", 3), ("cocoop", 2), ("cocoop", 3), ("coop", 4)])
+@pytest.mark.parametrize(
+    "method, depth", [("coop", 1), ("coop", 3), ("cocoop", 2), ("cocoop", 3), ("coop", 4)]
+)
 def test_learners_restated(method, depth, reference):
     if depth > 3 and reference:
         with pytest.raises(ValueError, match="Give 1 to 3"):
             vlsm.build("cris", TINY, method, prompt_depth=depth, reference=True)
         return
-    model = vlsm.build("cris", TINY, method, prompt_depth=depth, context=3, upsampler=False, reference=reference).double()
+    model = vlsm.build(
+        "cris", TINY, method, prompt_depth=depth, context=3, upsampler=False, reference=reference
+    ).double()
     pixels, ids = tiny_batch()
     pixels, vectors = pixels.double(), model.tuner.context
     ids[0, 2:] = 994  # of other lengths, and one too long for the window
@@ -233,19 +245,34 @@ def test_learners_restated(method, depth, reference):
 
 def test_upsampler_of_cris():
     model = vlsm.build("cris", TINY, "coop").double()
-    up, z, logits = model.tuner.upsampler, torch.randn(2, 64, 3, 4, dtype=torch.double), torch.randn(2, 1, 48, 64, dtype=torch.double)
+    up, z, logits = (
+        model.tuner.upsampler,
+        torch.randn(2, 64, 3, 4, dtype=torch.double),
+        torch.randn(2, 1, 48, 64, dtype=torch.double),
+    )
     wide = F.interpolate(F.conv2d(z, up.reduce.weight), size=(48, 64), mode="bilinear", align_corners=False)
     want = F.conv2d(F.pad(wide, (2, 2, 2, 2), mode="replicate"), up.conv.weight, up.conv.bias)
     close(up(logits, z), (1 - up.ratio) * logits + up.ratio * want, 1e-10)
-    names = {"context", "upsampler.reduce.weight", "upsampler.conv.weight", "upsampler.conv.bias", "upsampler.ratio"}
+    names = {
+        "context",
+        "upsampler.reduce.weight",
+        "upsampler.conv.weight",
+        "upsampler.conv.bias",
+        "upsampler.ratio",
+    }
     assert set(model.tuned_state_dict()) == names
-    published = vlsm.build("cris", TINY, "coop", reference=True).tuner  # on CRIS the published code does use it
+    published = vlsm.build(
+        "cris", TINY, "coop", reference=True
+    ).tuner  # on CRIS the published code does use it
     assert not torch.equal(published.output(logits.float(), z.float()), logits.float())
 
 
 @pytest.mark.parametrize("method", ["dense", "shallow", "lora", "vpt", "maple", "coop+dense"])
 def test_methods_that_cannot_act_on_a_resnet(method):
-    with pytest.raises(ValueError, match="cannot be used on CRIS, which takes none, decoder, full, coop, cocoop. CRIS's image encoder"):
+    with pytest.raises(
+        ValueError,
+        match="cannot be used on CRIS, which takes none, decoder, full, coop, cocoop. CRIS's image encoder",
+    ):
         vlsm.build("cris", TINY, method)
 
 
@@ -264,7 +291,10 @@ def test_bad_sizes(tmp_path):
 
 
 def test_the_wrong_weights_are_named(tmp_path, weights):
-    with pytest.raises(ValueError, match="describes a 'clipseg' model; --model cris needs a cris one. That is --model clipseg."):
+    with pytest.raises(
+        ValueError,
+        match="describes a 'clipseg' model; --model cris needs a cris one. That is --model clipseg.",
+    ):
         vlsm.build("cris", "mini")
     with pytest.raises(FileNotFoundError, match="CRIS's weights are on no hub. Convert a checkpoint"):
         vlsm.build("cris")
@@ -273,7 +303,10 @@ def test_the_wrong_weights_are_named(tmp_path, weights):
     save_file(load_file(ROOT / "vlsm" / "mini" / "model.safetensors"), weights / "model.safetensors")
     with pytest.raises(ValueError, match="does not fit a CRIS .* It looks like a CLIPSeg checkpoint"):
         vlsm.build("cris", weights)
-    save_file({k[6:]: t for k, t in load_file(GOLDEN / "san-tiny.safetensors").items() if k[:6] == "param."}, weights / "model.safetensors")
+    save_file(
+        {k[6:]: t for k, t in load_file(GOLDEN / "san-tiny.safetensors").items() if k[:6] == "param."},
+        weights / "model.safetensors",
+    )
     with pytest.raises(ValueError, match="It looks like a SAN checkpoint"):
         vlsm.build("cris", weights)
 

@@ -11,11 +11,11 @@ from PIL import Image
 
 import datasets
 from tests.conftest import disk, write_pair
-from vlsm import demo
-from vlsm.augment import affine_matrices, augment
-from vlsm.cache import DataError, open_split
-from vlsm.images import normalise, read_image, read_mask, resize_image, resize_mask
-from vlsm.prompts import prompt_of
+from vlsm.data.augment import affine_matrices, augment
+from vlsm.data.cache import DataError, open_split
+from vlsm.data.images import normalise, read_image, read_mask, resize_image, resize_mask
+from vlsm.data.prompts import prompt_of
+from vlsm.mini import demo
 
 
 def open_all(path, splits=("train", "val", "test"), **kw):
@@ -50,7 +50,11 @@ def test_camus_reads_its_validation_from_the_train_folder(tmp_path):
         Image.fromarray(mask.astype(np.uint8) * 255).save(root / "masks" / part / "mask_1" / "a_gt.png")
     (root / "anns").mkdir()
     for split in ("train", "val", "test"):
-        entry = dict(img_name="a.png", mask_name="mask_1/a_gt.png", prompts=dict(p0="", p1=["Myocardium of the heart.", "..."]))
+        entry = dict(
+            img_name="a.png",
+            mask_name="mask_1/a_gt.png",
+            prompts=dict(p0="", p1=["Myocardium of the heart.", "..."]),
+        )
         (root / "anns" / f"{split}.json").write_text(json.dumps([entry]))
     paths = {s: datasets.records("camus", s, tmp_path)[0].image.parent.name for s in ("train", "val", "test")}
     assert paths == dict(train="train", val="train", test="test")
@@ -98,7 +102,9 @@ def test_own_folder_splits_by_name_and_a_file_keeps_its_side(tmp_path):
     assert other != {n for n, s in after.items() if s == "test"}
 
 
-@pytest.mark.parametrize("names", [("train", "val", "test"), ("training", "validation", "testing"), ("train", "valid", "test")])
+@pytest.mark.parametrize(
+    "names", [("train", "val", "test"), ("training", "validation", "testing"), ("train", "valid", "test")]
+)
 def test_own_folder_with_split_folders(tmp_path, names):
     for name, n in zip(names, (5, 3, 2)):
         own(tmp_path / "mine" / name, n)
@@ -143,7 +149,9 @@ def test_image_without_mask_and_mask_without_image(tmp_path):
     (root / "images" / "case004.png").unlink()
     with pytest.raises(ValueError) as caught:
         open_all(root, prompts="disk")
-    assert "1 x image without mask: case003.png" in str(caught.value) and "1 x mask without image: case004.png" in str(caught.value)
+    assert "1 x image without mask: case003.png" in str(
+        caught.value
+    ) and "1 x mask without image: case004.png" in str(caught.value)
 
 
 def test_one_empty_mask_is_data_but_only_empty_ones_are_a_mistake(folder):
@@ -161,9 +169,18 @@ def test_one_empty_mask_is_data_but_only_empty_ones_are_a_mistake(folder):
         ("{not json", "is not valid JSON"),
         ('{"a": 1}', "should hold a list of records"),
         ('[{"img_name": "d0.png", "prompts": {}}]', "record 0: the key 'mask_name' is missing"),
-        ('[{"img_name": "d0.png", "mask_name": "d0.png", "prompts": {"p1": 3}}]', "prompt 'p1' is neither a text"),
-        ('[{"img_name": "../../etc/x.png", "mask_name": "d0.png", "prompts": {}}]', "leaves the data set's folder"),
-        ('[{"img_name": "/etc/x.png", "mask_name": "d0.png", "prompts": {}}]', "leaves the data set's folder"),
+        (
+            '[{"img_name": "d0.png", "mask_name": "d0.png", "prompts": {"p1": 3}}]',
+            "prompt 'p1' is neither a text",
+        ),
+        (
+            '[{"img_name": "../../etc/x.png", "mask_name": "d0.png", "prompts": {}}]',
+            "leaves the data set's folder",
+        ),
+        (
+            '[{"img_name": "/etc/x.png", "mask_name": "d0.png", "prompts": {}}]',
+            "leaves the data set's folder",
+        ),
     ],
 )
 def test_broken_annotation_files(folder, content, message):
@@ -177,7 +194,12 @@ def test_missing_data_says_where_to_get_it(tmp_path):
         datasets.records("kvasirr", "train")
     with pytest.raises(FileNotFoundError) as caught:
         datasets.records("kvasir", "train", tmp_path)
-    for part in (str(tmp_path / "kvasir_polyp"), "https://datasets.simula.no", "anns/{train,val,test}.json", "--data-root"):
+    for part in (
+        str(tmp_path / "kvasir_polyp"),
+        "https://datasets.simula.no",
+        "anns/{train,val,test}.json",
+        "--data-root",
+    ):
         assert part in str(caught.value)
     (tmp_path / "odd" / "pictures").mkdir(parents=True)
     with pytest.raises(ValueError, match="should hold images/ and masks/ .*it holds pictures"):
@@ -203,7 +225,9 @@ def test_pictures_of_every_mode_become_rgb(tmp_path, mode):
     grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
     source = Image.fromarray(grey)
     if mode in ("I;16", "I", "F"):
-        picture = Image.fromarray(grey.astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]) * 257)
+        picture = Image.fromarray(
+            grey.astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]) * 257
+        )
     else:
         picture = source.convert(mode)
     path = tmp_path / ("x.tif" if mode in ("CMYK", "F", "I") else "x.png")
@@ -226,7 +250,9 @@ def test_masks_are_cut_at_127(tmp_path):
     ):
         picture.save(tmp_path / f"{name}.png")
         assert read_mask(tmp_path / f"{name}.png").tolist() == want
-    Image.fromarray(np.array([[[255, 0, 0], [0, 255, 0], [90, 90, 90]]], np.uint8)).save(tmp_path / "colour.png")
+    Image.fromarray(np.array([[[255, 0, 0], [0, 255, 0], [90, 90, 90]]], np.uint8)).save(
+        tmp_path / "colour.png"
+    )
     assert read_mask(tmp_path / "colour.png").tolist() == [[True, True, False]]
     Image.fromarray(np.array([[0, 255]], np.uint16)).save(tmp_path / "deep.png")
     assert read_mask(tmp_path / "deep.png").tolist() == [[False, True]]
@@ -234,7 +260,9 @@ def test_masks_are_cut_at_127(tmp_path):
 
 def test_resizing_is_the_references():
     image = np.random.default_rng(0).integers(0, 256, (37, 51, 3)).astype(np.uint8)
-    assert (resize_image(image, 20) == np.asarray(Image.fromarray(image).resize((20, 20), Image.BILINEAR))).all()
+    assert (
+        resize_image(image, 20) == np.asarray(Image.fromarray(image).resize((20, 20), Image.BILINEAR))
+    ).all()
     mask = torch.rand(37, 51) < 0.5
     nearest = torch.nn.functional.interpolate(mask[None, None].float(), (20, 20), mode="nearest-exact")[0, 0]
     assert (torch.from_numpy(resize_mask(mask.numpy(), 20)) == nearest).all()
@@ -285,8 +313,12 @@ def test_demo_is_the_same_for_ever_and_varied():
     assert (a.image == b.image).all() and a.prompts == b.prompts
     sample = [demo.record(0, i) for i in range(40)]
     empty = [r for r in sample if not r.mask.any()]
-    assert 1 <= len(empty) <= 10 and all("polyp" in r.prompts["p6"] and not r.prompts["p6"].startswith("no") for r in empty)
-    assert set(sample[0].prompts) == {f"p{i}" for i in range(10)} and isinstance(sample[0].prompts["p8"], list)
+    assert 1 <= len(empty) <= 10 and all(
+        "polyp" in r.prompts["p6"] and not r.prompts["p6"].startswith("no") for r in empty
+    )
+    assert set(sample[0].prompts) == {f"p{i}" for i in range(10)} and isinstance(
+        sample[0].prompts["p8"], list
+    )
     assert len({r.prompts["p5"] for r in sample}) > 15
 
 
@@ -295,7 +327,10 @@ def test_export_of_the_demo_reads_back(tmp_path, monkeypatch):
     datasets.main(["--export", "demo", str(tmp_path / "out")])
     for split in ("train", "val", "test"):
         ours, files = demo.records(split), datasets.records(str(tmp_path / "out"), split)
-        assert all((a.image == read_image(b.image)).all() and (a.mask == read_mask(b.mask)).all() for a, b in zip(ours, files))
+        assert all(
+            (a.image == read_image(b.image)).all() and (a.mask == read_mask(b.mask)).all()
+            for a, b in zip(ours, files)
+        )
         assert [a.prompts for a in ours] == [b.prompts for b in files]
     with pytest.raises(FileExistsError, match="is not empty"):
         datasets.main(["--export", "demo", str(tmp_path / "out")])

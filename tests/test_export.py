@@ -10,8 +10,8 @@ from PIL import Image
 
 import vlsm
 from tests.conftest import ROOT
-from vlsm.export import to_onnx
-from vlsm.images import normalise, read_mask
+from vlsm.data.images import normalise, read_mask
+from vlsm.extras.onnx import to_onnx
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="pip install onnxscript onnxruntime")
 PICTURES = torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8)
@@ -46,7 +46,11 @@ def test_on_the_command_line(cli, folder, trained, tmp_path, monkeypatch):
     code, _, err = cli("evaluate", *argv)
     assert code == 2 and '--prompt "polyp"' in err
     code, said, err = cli("evaluate", *argv, "--prompt", "red disk")
-    assert code == 0 and "differ from PyTorch's by at most" in said and "pixels float32 [batch, 3, 48, 48]" in said, err
+    assert (
+        code == 0
+        and "differ from PyTorch's by at most" in said
+        and "pixels float32 [batch, 3, 48, 48]" in said
+    ), err
     picture = Image.open(folder / "images" / "d1.png").resize((48, 48))
     mask = run(file, torch.from_numpy(np.asarray(picture).transpose(2, 0, 1)[None].copy()))[0][0, 0] > 0
     assert mask.shape == (48, 48)
@@ -54,11 +58,20 @@ def test_on_the_command_line(cli, folder, trained, tmp_path, monkeypatch):
     assert cli("evaluate", "--ckpt", trained, *masks)[0] == 0
     large = np.asarray(Image.fromarray(mask.numpy()).resize(read_mask(tmp_path / "d1.png").shape[::-1]))
     assert (large == read_mask(tmp_path / "d1.png")).mean() > 0.9  # another way to make it larger and smaller
-    assert json.loads(run(file, PICTURES[:, :, :48, :48])[1].get_modelmeta().custom_metadata_map["image_size"]) == 48
+    assert (
+        json.loads(run(file, PICTURES[:, :, :48, :48])[1].get_modelmeta().custom_metadata_map["image_size"])
+        == 48
+    )
     file.unlink()
-    monkeypatch.setattr("vlsm.export.TOLERANCE", -1)
+    monkeypatch.setattr("vlsm.extras.onnx.TOLERANCE", -1)
     code, _, err = cli("evaluate", *argv, "--prompt", "red disk")
-    assert code == 2 and "so '" in err and "was not written" in err and not list(tmp_path.glob("*.onnx")) and not list(tmp_path.glob(".*"))
+    assert (
+        code == 2
+        and "so '" in err
+        and "was not written" in err
+        and not list(tmp_path.glob("*.onnx"))
+        and not list(tmp_path.glob(".*"))
+    )
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     code, _, err = cli("evaluate", *argv, "--prompt", "red disk")
     assert code == 2 and "pip install onnxscript onnxruntime" in err

@@ -9,11 +9,12 @@ from safetensors.torch import load_file
 
 import vlsm
 from tests.conftest import rows, same_tensors, same_tensors_nearly, without_dim
-from vlsm import frozen, runtime
-from vlsm.cache import Record, feed, open_split
-from vlsm.frozen import Frozen, Store
-from vlsm.images import normalise
-from vlsm.text import Tokenizer
+from vlsm.data.cache import Record, feed, open_split
+from vlsm.data.images import normalise
+from vlsm.networks.tokenizer import Tokenizer
+from vlsm.system import device as runtime
+from vlsm.training import frozen_cache as frozen
+from vlsm.training.frozen_cache import Frozen, Store
 
 CPU = torch.device("cpu")
 
@@ -56,18 +57,26 @@ def test_what_is_frozen_is_found_out(tmp_path, method, options, images, prompts)
     assert (f.images, f.prompts) == (images, prompts)
 
 
-@pytest.mark.parametrize("held", [dict(RAM=11), dict(RAM=4, disk=3), dict(RAM=0, disk=11), dict(RAM=0, disk=0)])
+@pytest.mark.parametrize(
+    "held", [dict(RAM=11), dict(RAM=4, disk=3), dict(RAM=0, disk=11), dict(RAM=0, disk=0)]
+)
 @pytest.mark.parametrize("method", ["shallow", "dense", "cocoop"])
 def test_logits_and_gradients_are_those_of_the_model(tmp_path, monkeypatch, method, held):
     options = dict(shallow=dict(branches="vlc"), dense=dict(branches="lc"), cocoop={})[method]
     f, data = wrap(method, tmp_path, 1, **options), split()
     side = data.images.shape[-1]
-    image = (3 * ((side // 8) ** 2 + 1) * 128 + 96 * (method == "cocoop")) * 4  # bytes of one image's activations (and features)
+    image = (
+        3 * ((side // 8) ** 2 + 1) * 128 + 96 * (method == "cocoop")
+    ) * 4  # bytes of one image's activations (and features)
     monkeypatch.setattr(frozen, "SHARE", 1)
-    monkeypatch.setattr(frozen, "room", lambda *_: {p: n * image // (2 if p == "disk" else 1) + 7 for p, n in held.items()})
+    monkeypatch.setattr(
+        frozen, "room", lambda *_: {p: n * image // (2 if p == "disk" else 1) + 7 for p, n in held.items()}
+    )
     said = f.fill("train", data, 4)
     total = sum(held.values())
-    assert f"kept for {total} of 11" in said and ("half precision" in said) == ("disk" in held and held["disk"] > 0)
+    assert f"kept for {total} of 11" in said and ("half precision" in said) == (
+        "disk" in held and held["disk"] > 0
+    )
     assert f.needs_pixels("train", data) == (total < 11)
     indices, prompts = [5, 11, 0, 3, 9], ["red disk", "a polyp", "red disk", "", "x"]
     pixels = data.batch(indices)[0]
@@ -77,7 +86,9 @@ def test_logits_and_gradients_are_those_of_the_model(tmp_path, monkeypatch, meth
         got = f.logits("train", data, indices, prompts, given)
         tolerance = 2e-2 if held.get("disk") else 1e-5
         torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
-        for a, b in zip(torch.autograd.grad(got.square().mean(), f.model.tuned_parameters().values()), wanted):
+        for a, b in zip(
+            torch.autograd.grad(got.square().mean(), f.model.tuned_parameters().values()), wanted
+        ):
             assert (a - b).norm() <= 10 * tolerance * b.norm()
     assert not list(tmp_path.glob("activations-*")), "the file must have no name while it is in use"
 
@@ -103,7 +114,11 @@ def test_images_and_prompts_are_encoded_once(tmp_path, monkeypatch):
     seen = []
     for name in ("encode_image", "encode_text"):
         encode = getattr(f.model.base, name)
-        monkeypatch.setattr(f.model.base, name, lambda x, *rest, encode=encode, name=name: seen.append((name, len(x))) or encode(x, *rest))
+        monkeypatch.setattr(
+            f.model.base,
+            name,
+            lambda x, *rest, encode=encode, name=name: seen.append((name, len(x))) or encode(x, *rest),
+        )
     f.fill("train", data, 4)
     assert seen == [("encode_image", 4), ("encode_image", 4), ("encode_image", 3)]
     for _ in range(3):
@@ -113,7 +128,9 @@ def test_images_and_prompts_are_encoded_once(tmp_path, monkeypatch):
 
 def test_store_of_half_precision(tmp_path):
     """Under bf16 all places keep bf16: what the decoder would make of it anyway."""
-    store = Store(6, [(5, 4), (3, 2, 2), (8,)], torch.bfloat16, CPU, dict(RAM=2 * 2 * 40, disk=3 * 2 * 40 + 1), tmp_path)
+    store = Store(
+        6, [(5, 4), (3, 2, 2), (8,)], torch.bfloat16, CPU, dict(RAM=2 * 2 * 40, disk=3 * 2 * 40 + 1), tmp_path
+    )
     values = [torch.randn(6, 5, 4), torch.randn(6, 3, 2, 2), torch.randn(6, 8)]
     store.put(0, [v[:3] for v in values])
     store.put(3, [v[3:] for v in values])
@@ -127,16 +144,22 @@ def test_free_memory_is_a_number_of_bytes(tmp_path):
     assert list(places) == ["RAM", "disk"] and places["disk"] > 0 and places["RAM"] >= 0
 
 
-@pytest.mark.parametrize("peft", [["shallow"], ["decoder"], ["dense", "--branches", "v"], ["dense", "--branches", "l"]])
+@pytest.mark.parametrize(
+    "peft", [["shallow"], ["decoder"], ["dense", "--branches", "v"], ["dense", "--branches", "l"]]
+)
 def test_training_with_and_without_the_cache_agrees(cli, quick, tmp_path, peft):
     options = without_dim(quick) if peft[0] == "decoder" else quick
     weights = []
     for gb in ("0", "1"):
         out = tmp_path / f"cache{gb}"
-        code, said, err = cli("train", *options, "--peft", *peft, "--epochs", 2, "--cache-gb", gb, "--out", out)
+        code, said, err = cli(
+            "train", *options, "--peft", *peft, "--epochs", 2, "--cache-gb", gb, "--out", out
+        )
         assert code == 0, err
         assert ("output is kept for 24 of 24" in said) == (gb == "1" and peft[-1] != "v")
-        weights.append((load_file(out / "last.safetensors"), [float(r["val_loss"]) for r in rows(out / "log.csv")]))
+        weights.append(
+            (load_file(out / "last.safetensors"), [float(r["val_loss"]) for r in rows(out / "log.csv")])
+        )
     for name, tensor in weights[0][0].items():
         torch.testing.assert_close(weights[1][0][name], tensor, atol=1e-5, rtol=1e-5, msg=name)
     assert weights[0][1] == pytest.approx(weights[1][1], abs=1e-5)
@@ -159,8 +182,12 @@ def test_what_is_kept_is_not_taken_for_changed_pictures(tmp_path, method):
     pixels, changed = data.batch(indices)[0].float(), torch.tensor([False, True, False, True])
     pixels[changed] = 255 - pixels[changed]
     want = f.model(normalise(pixels), *f.tokenizer(prompts))
-    torch.testing.assert_close(f.logits("train", data, indices, prompts, pixels, changed), want, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(f.logits("train", data, indices, prompts, pixels, ~changed & changed)[~changed], want[~changed])
+    torch.testing.assert_close(
+        f.logits("train", data, indices, prompts, pixels, changed), want, atol=1e-5, rtol=1e-5
+    )
+    torch.testing.assert_close(
+        f.logits("train", data, indices, prompts, pixels, ~changed & changed)[~changed], want[~changed]
+    )
     wrong = f.logits("train", data, indices, prompts, pixels)
     assert (wrong - want)[changed].abs().amax() > 1e-3
 
@@ -170,7 +197,19 @@ def test_a_run_with_augmentation_is_the_same_with_and_without_what_is_kept(cli, 
     losses = []
     for gb in (0, 1):
         out = tmp_path / str(gb)
-        code, said, err = cli("train", *without_dim(quick)[:-1], out, "--peft", "coop", "--epochs", 2, "--cache-gb", gb, "--prompts", "p1")
+        code, said, err = cli(
+            "train",
+            *without_dim(quick)[:-1],
+            out,
+            "--peft",
+            "coop",
+            "--epochs",
+            2,
+            "--cache-gb",
+            gb,
+            "--prompts",
+            "p1",
+        )
         assert code == 0 and ("kept for 24 of 24 images" in said) == bool(gb), err
         losses.append([float(r["train_loss"]) for r in rows(out / "log.csv")])
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)

@@ -40,10 +40,16 @@ def hub(tmp_path, monkeypatch):
 
 def test_there_and_back(cli, trained, hub, folder, tmp_path):
     root, calls = hub
-    assert vlsm.push_to_hub(trained, "someone/disks") == "https://huggingface.co/someone/disks" and calls == [("someone/disks", True)]
+    assert vlsm.push_to_hub(trained, "someone/disks") == "https://huggingface.co/someone/disks" and calls == [
+        ("someone/disks", True)
+    ]
     assert sorted(p.name for p in (root / "someone" / "disks").iterdir()) == ["README.md", "best.safetensors"]
     card = (root / "someone" / "disks" / "README.md").read_text()
-    assert "base_model: mini" in card and "What `dense` has learnt on `disks`" in card and str(tmp_path) not in card
+    assert (
+        "base_model: mini" in card
+        and "What `dense` has learnt on `disks`" in card
+        and str(tmp_path) not in card
+    )
     there, here = vlsm.load("someone/disks"), vlsm.load(trained)
     assert all(torch.equal(a, b) for a, b in zip(there.state_dict().values(), here.state_dict().values()))
     options = ["--images", folder / "images" / "d0.png", "--prompt", "disk", "--save-masks", tmp_path / "m"]
@@ -70,9 +76,14 @@ def test_tensorboard(cli, quick, tmp_path, monkeypatch):
     assert cli("train", *quick, "--epochs", 2, "--tensorboard")[0] == 0
     assert cli("train", "--out", tmp_path / "run", "--resume", "--epochs", 3)[0] == 0
     first, second = Writer.made
-    assert first.folder == str(tmp_path / "run" / "tensorboard") and (first.purge_step, second.purge_step) == (1, 3)
+    assert first.folder == str(tmp_path / "run" / "tensorboard") and (
+        first.purge_step,
+        second.purge_step,
+    ) == (1, 3)
     logged = [(v, s) for name, v, s in first.scalars + second.scalars if name == "val_dsc"]
-    assert logged == [(pytest.approx(float(r["val_dsc"])), int(r["epoch"])) for r in rows(tmp_path / "run" / "log.csv")]
+    assert logged == [
+        (pytest.approx(float(r["val_dsc"])), int(r["epoch"])) for r in rows(tmp_path / "run" / "log.csv")
+    ]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     code, _, err = cli("train", *quick[:-1], tmp_path / "other", "--epochs", 1, "--tensorboard")
     assert code == 2 and "pip install tensorboard" in err
@@ -82,7 +93,10 @@ def test_a_share_of_the_training_records(cli, quick, tmp_path):
     import datasets
 
     root = quick[1]
-    shares = {s: {r.name for r in datasets.open_dataset(str(root), ["train"], 32, limit_train=s)["train"].records} for s in (0.25, 0.5, 1)}
+    shares = {
+        s: {r.name for r in datasets.open_dataset(str(root), ["train"], 32, limit_train=s)["train"].records}
+        for s in (0.25, 0.5, 1)
+    }
     assert [len(v) for v in shares.values()] == [6, 12, 24] and shares[0.25] < shares[0.5] < shares[1]
     code, said, err = cli("train", *quick, "--epochs", 1, "--limit-train", 0.5)
     assert code == 0 and "12 train, 6 val, 6 test" in said, err

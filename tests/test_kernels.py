@@ -16,13 +16,21 @@ from kernels.boundary import _by_columns, _pairs, boundary
 from kernels.dice_bce import reference as loss_reference
 from tests.conftest import GOLDEN, ROOT
 
-ADAPTER, LOSS, DISTANCES = sys.modules["kernels.adapter"], sys.modules["kernels.dice_bce"], sys.modules["kernels.boundary"]
+ADAPTER, LOSS, DISTANCES = (
+    sys.modules["kernels.adapter"],
+    sys.modules["kernels.dice_bce"],
+    sys.modules["kernels.boundary"],
+)
 BACKENDS = ["aot_eager"] + ["inductor"] * bool(shutil.which("g++"))
 
 
 def test_triton_kernels():
     """triton_cases.py, in Triton's interpreter unless there is a GPU; every case must run."""
-    environment = dict(os.environ) if torch.cuda.is_available() else dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    environment = (
+        dict(os.environ)
+        if torch.cuda.is_available()
+        else dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    )
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/triton_cases.py"]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-1000:]
@@ -52,7 +60,9 @@ def test_adapter_is_the_formula(seed):
     want = adapter_reference(*tensors)
     got = adapter(*tensors)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
-    for a, b in zip(torch.autograd.grad(got, tensors, upstream), torch.autograd.grad(want, tensors, upstream)):
+    for a, b in zip(
+        torch.autograd.grad(got, tensors, upstream), torch.autograd.grad(want, tensors, upstream)
+    ):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
@@ -136,10 +146,15 @@ def test_ops_are_registered_rightly():
     h, _, w1, _, w2, b2 = (t.detach() for t in tensors)
     torch.library.opcheck(ADAPTER._forward, (*tensors, True))
     torch.library.opcheck(ADAPTER._forward, (tensors[0], None, *tensors[2:], True))
-    torch.library.opcheck(ADAPTER._backward, (torch.randn(12, 10), h, torch.rand(12, 6), torch.rand(12, 10), w1, w2, b2, True, True))
+    torch.library.opcheck(
+        ADAPTER._backward,
+        (torch.randn(12, 10), h, torch.rand(12, 6), torch.rand(12, 10), w1, w2, b2, True, True),
+    )
     z, y = torch.randn(2, 20, requires_grad=True), torch.rand(2, 20)
     torch.library.opcheck(LOSS._forward, (z, y, 1.5, 1.0, 1e-5, "logits"))
-    torch.library.opcheck(LOSS._backward, (torch.ones(()), z.detach(), y, torch.randn(2, 2), 1.0, "reference"))
+    torch.library.opcheck(
+        LOSS._backward, (torch.ones(()), z.detach(), y, torch.randn(2, 2), 1.0, "reference")
+    )
     masks = torch.rand(2, 2, 6, 7) < 0.5
     torch.library.opcheck(DISTANCES._surface_distances, tuple(masks))
 
@@ -155,7 +170,9 @@ def same_when_compiled(step, tensors, backend):
         assert (compiled - eager).abs().max() <= 2e-4 * eager.abs().max() + 1e-7
 
 
-@pytest.mark.parametrize("method, options", [("dense", dict(dim=8)), ("shallow", dict(dim=8, branches="vlc"))])
+@pytest.mark.parametrize(
+    "method, options", [("dense", dict(dim=8)), ("shallow", dict(dim=8, branches="vlc"))]
+)
 def test_model_and_loss_compile_into_one_graph(method, options):
     torch.manual_seed(0)
     model = vlsm.build("clipseg", GOLDEN / "clipseg-tiny", method, **options)
@@ -207,7 +224,11 @@ def test_the_kernels_themselves_trace_into_one_graph(dynamic, monkeypatch):
 
         def result(node):
             value = node.meta["val"] if hasattr(node, "meta") else node
-            return torch.zeros([size(n) for n in value.shape], dtype=value.dtype) if torch.is_tensor(value) else size(value)
+            return (
+                torch.zeros([size(n) for n in value.shape], dtype=value.dtype)
+                if torch.is_tensor(value)
+                else size(value)
+            )
 
         outputs = graph.graph.find_nodes(op="output")[0].args[0]
         return make_boxed_func(lambda *_: [result(node) for node in outputs])
@@ -223,11 +244,20 @@ def test_the_kernels_themselves_trace_into_one_graph(dynamic, monkeypatch):
         return dice_bce(adapter(*tensors), target)
 
     monkeypatch.setattr(triton.runtime.driver, "_active", NoGPU())
-    loss = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=aot_autograd(fw_compiler=record))(h, residual, *weights)
+    loss = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=aot_autograd(fw_compiler=record))(
+        h, residual, *weights
+    )
     loss.backward()
-    launches = [[n.kwargs["kwargs"] for n in g.graph.nodes if "triton_kernel_wrapper" in str(n.target)] for g in graphs]
+    launches = [
+        [n.kwargs["kwargs"] for n in g.graph.nodes if "triton_kernel_wrapper" in str(n.target)]
+        for g in graphs
+    ]
     assert [len(found) for found in launches] == [3, 3]  # adapter, sums, finish; gradient, rows, weights
-    assert loss.shape == () and h.grad.dtype == torch.bfloat16 and all(w.grad.dtype == torch.float32 for w in weights)
+    assert (
+        loss.shape == ()
+        and h.grad.dtype == torch.bfloat16
+        and all(w.grad.dtype == torch.float32 for w in weights)
+    )
 
 
 def test_distributed_data_parallel(tmp_path):
@@ -297,7 +327,9 @@ def test_a_gpu_where_triton_cannot_build(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "empty", fail)
     assert not use("auto") and not dispatch.runs_triton(torch.zeros(1))
-    assert capsys.readouterr().err.startswith("Triton cannot build a kernel here (Failed to find C compiler.); the slower")
+    assert capsys.readouterr().err.startswith(
+        "Triton cannot build a kernel here (Failed to find C compiler.); the slower"
+    )
     with pytest.raises(ValueError, match="C compiler"):
         use("triton")
     monkeypatch.setattr(dispatch, "AVAILABLE", False)

@@ -8,8 +8,8 @@ import vlsm
 from tests.conftest import GOLDEN
 from tests.test_clipseg import assert_golden, golden, run
 from tests.test_tuners import REAL, batch, count
-from vlsm.methods import METHODS
-from vlsm.upsampler import Upsampler
+from vlsm.methods.registry import METHODS
+from vlsm.methods.upsampler import Upsampler
 
 TINY = GOLDEN / "clipseg-tiny"
 LEARNERS = ("coop", "cocoop", "vpt", "maple", "shared_separate", "shared_attention")
@@ -22,7 +22,11 @@ def build(method, **options):
 
 
 def our_name(name):
-    name = name.removeprefix("context_learner.").replace("context_vectors", "context").replace("projection_layers", "project")
+    name = (
+        name.removeprefix("context_learner.")
+        .replace("context_vectors", "context")
+        .replace("projection_layers", "project")
+    )
     return name.replace("textual_project", "text_project").replace("visual_project", "vision_project")
 
 
@@ -40,7 +44,9 @@ def test_golden(method, reference):
     activations, _ = model.base.encode_image(g["in.pixel_values"], model.tuner, contexts.vision)
     for layer, activation in zip(model.base.config.extract_layers, activations):
         torch.testing.assert_close(activation, g[f"out.vision_activation.{layer}"], atol=2e-5, rtol=1e-5)
-    cond, *_ = model.base.encode_prompts(g["in.input_ids"], g["in.attention_mask"], model.tuner, contexts.text)
+    cond, *_ = model.base.encode_prompts(
+        g["in.input_ids"], g["in.attention_mask"], model.tuner, contexts.text
+    )
     torch.testing.assert_close(cond, g["out.conditional_embeddings"], atol=2e-5, rtol=0)
     assert_golden(model, g, our_name)
     plain = vlsm.build("clipseg", GOLDEN / config["base"])
@@ -109,7 +115,10 @@ def sets(model, method, pixels):
         f = f / f.norm(dim=1, keepdim=True) if model.info["options"]["norm_image_features"] else f
         return [torch.stack([v + pick(t.project, i)(f[b]) for i, v in enumerate(V)]) for b in range(B)], None
     if method == "shared_separate":
-        both = [[torch.stack([pick(p, i)(v) for i, v in enumerate(V)])] * B for p in (t.text_project, t.vision_project)]
+        both = [
+            [torch.stack([pick(p, i)(v) for i, v in enumerate(V)])] * B
+            for p in (t.text_project, t.vision_project)
+        ]
         return both[0], both[1]
     E = torch.stack([pick(t.mixer, i)(v[None])[0] for i, v in enumerate(V)])
     return [E[..., :32]] * B, [E[..., 32:]] * B
@@ -126,7 +135,10 @@ CASES = [
     ("maple", dict(prompt_depth=11, intermediate_dim=[8, 12])),
     ("maple", dict(prompt_depth=4, lora_proj=True, intermediate_dim=60, unified_proj=True)),
     ("shared_separate", dict(prompt_depth=5)),
-    ("shared_separate", dict(prompt_depth=2, shared_dim=7, intermediate_dim=9, unified_proj=True, proj_norm=False)),
+    (
+        "shared_separate",
+        dict(prompt_depth=2, shared_dim=7, intermediate_dim=9, unified_proj=True, proj_norm=False),
+    ),
     ("shared_attention", dict(prompt_depth=3)),
     ("shared_attention", dict(prompt_depth=2, norm_first=False, unified_proj=True)),
 ]
@@ -144,7 +156,9 @@ def test_equals_the_restatement(method, options):
     torch.testing.assert_close(got, want, atol=1e-9, rtol=0)
     weight = torch.randn_like(want)
     tuned = list(model.tuned_parameters().values())
-    for a, b in zip(torch.autograd.grad((got * weight).sum(), tuned), torch.autograd.grad((want * weight).sum(), tuned)):
+    for a, b in zip(
+        torch.autograd.grad((got * weight).sum(), tuned), torch.autograd.grad((want * weight).sum(), tuned)
+    ):
         torch.testing.assert_close(a, b, atol=1e-8, rtol=1e-8)
 
 
@@ -169,7 +183,9 @@ def test_padding_and_mask_change_nothing(method):
     torch.testing.assert_close(model(pixels, ids, mask), want, atol=1e-10, rtol=0)
     longer = F.pad(ids, (0, 9), value=199), F.pad(mask, (0, 9))
     torch.testing.assert_close(model(pixels, *longer), want, atol=1e-10, rtol=0)
-    other = torch.where(mask > 0, ids, 7)  # behind the end stands another id: it must not be taken for the end of a prompt that is cut
+    other = torch.where(
+        mask > 0, ids, 7
+    )  # behind the end stands another id: it must not be taken for the end of a prompt that is cut
     torch.testing.assert_close(model(pixels, other, mask), want, atol=1e-10, rtol=0)
     for i in range(4):
         torch.testing.assert_close(model(pixels[i : i + 1], ids[i : i + 1])[0], want[i], atol=1e-10, rtol=0)
@@ -253,8 +269,13 @@ def test_names_of_tuned_tensors():
     assert names("shared_separate") == {"context"} | linear | up
     assert "mixer.1.self_attn.in_proj_weight" in names("shared_attention")
     both = build("dense+vpt", dim=4, context=3)
-    assert {"dense.vision.0.attn.down.weight", "vpt.context", "upsampler.ratio"} <= set(both.tuned_state_dict())
-    assert both.info["options"]["vpt"] == dict(prompt_depth=9, context=3) and both.info["options"]["dense"]["dim"] == 4
+    assert {"dense.vision.0.attn.down.weight", "vpt.context", "upsampler.ratio"} <= set(
+        both.tuned_state_dict()
+    )
+    assert (
+        both.info["options"]["vpt"] == dict(prompt_depth=9, context=3)
+        and both.info["options"]["dense"]["dim"] == 4
+    )
     assert build("dense", dim=4, upsampler=True).info["options"]["upsampler"]
     assert build("coop").tuned_state_dict()["context"].shape == (9, 4, 32)
 
@@ -268,7 +289,9 @@ def test_text_learners_leave_nothing_of_the_vision_encoder_in_the_graph(method):
 
         def pack(t):
             nonlocal size
-            size += t.numel() if t.dim() == 3 and t.shape[-1] in (48, 96) else 0  # activations of the vision encoder's widths
+            size += (
+                t.numel() if t.dim() == 3 and t.shape[-1] in (48, 96) else 0
+            )  # activations of the vision encoder's widths
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -306,4 +329,8 @@ def test_contexts_start_from_text():
 def test_depth_of_the_published_code_follows_its_own_rule():
     config = build("none").base.config
     assert config.deepest(["vision"]) == 11 == config.deepest(["vision"], reference=True)
-    assert (REAL.deepest(["vision"]), REAL.deepest(["text"]), REAL.deepest(["vision", "text"], reference=True)) == (11, 12, 12)
+    assert (
+        REAL.deepest(["vision"]),
+        REAL.deepest(["text"]),
+        REAL.deepest(["vision", "text"], reference=True),
+    ) == (11, 12, 12)

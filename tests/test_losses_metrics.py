@@ -31,7 +31,9 @@ def test_loss_is_equation_2(shape, kind):
     y = dict(random=torch.rand(shape) < 0.4, empty=torch.zeros(shape) > 0, full=torch.ones(shape) > 0)[kind]
     for target in (y, y.to(torch.uint8), y.float()):
         assert vlsm.dice_bce_loss(z, target).item() == pytest.approx(plain_loss(z, y.double()), rel=1e-9)
-    assert vlsm.dice_bce_loss(z, y, 1.0, 0.2).item() == pytest.approx(plain_loss(z, y.double(), 1.0, 0.2), rel=1e-9)
+    assert vlsm.dice_bce_loss(z, y, 1.0, 0.2).item() == pytest.approx(
+        plain_loss(z, y.double(), 1.0, 0.2), rel=1e-9
+    )
 
 
 def test_loss_gradient():
@@ -59,7 +61,9 @@ def test_reference_cross_entropy_takes_a_second_sigmoid():
     want = vlsm.dice_bce_loss(z, y, bce_weight=0) + (torch.nn.functional.softplus(p) - y * p).mean()
     torch.testing.assert_close(vlsm.dice_bce_loss(z, y, ce="reference"), want)
     perfect = vlsm.dice_bce_loss(torch.where(y > 0, 40.0, -40.0), y, ce="reference").item()
-    assert perfect == pytest.approx(math.log(2) - 0.3799 * y.mean().item(), abs=1e-4)  # specs: never 0, even for a perfect mask
+    assert perfect == pytest.approx(
+        math.log(2) - 0.3799 * y.mean().item(), abs=1e-4
+    )  # specs: never 0, even for a perfect mask
 
 
 def test_loss_never_broadcasts():
@@ -75,7 +79,11 @@ def brute_force(pred, target):
         inside = lambda y, x: 0 <= y < H and 0 <= x < W and bool(mask[y, x])  # noqa: E731
         points = mask.nonzero().tolist()
         return torch.tensor(
-            [p for p in points if not all(inside(p[0] + a, p[1] + b) for a, b in ((0, 1), (1, 0), (0, -1), (-1, 0)))]
+            [
+                p
+                for p in points
+                if not all(inside(p[0] + a, p[1] + b) for a, b in ((0, 1), (1, 0), (0, -1), (-1, 0)))
+            ]
         ).double()
 
     a, b = edge(pred), edge(target)
@@ -88,10 +96,16 @@ def test_golden_metrics():
     n = sum(k.startswith("pred.") for k in g)
     assert n == 12
     pred, target = ([g[f"{name}.{i}"] for i in range(n)] for name in ("pred", "target"))
-    for ours, name, tolerance in ((metrics.hd95, "hd95_monai", 1e-4), (metrics.dsc, "dice", 1e-6), (metrics.iou, "iou", 1e-6)):
+    for ours, name, tolerance in (
+        (metrics.hd95, "hd95_monai", 1e-4),
+        (metrics.dsc, "dice", 1e-6),
+        (metrics.iou, "iou", 1e-6),
+    ):
         want = torch.stack([g[f"{name}.{i}"].reshape(()) for i in range(n)])
         torch.testing.assert_close(ours(pred, target), want, atol=tolerance, rtol=0)
-    assert (metrics.hd95(pred, target) - torch.stack([g[f"hd95_pooled.{i}"].reshape(()) for i in range(n)])).abs().max() > 1
+    assert (
+        metrics.hd95(pred, target) - torch.stack([g[f"hd95_pooled.{i}"].reshape(()) for i in range(n)])
+    ).abs().max() > 1
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -128,7 +142,14 @@ def test_empty_masks():
     assert metrics.iou(pred, target).tolist() == [1, 0, 0, 1]
     distances = metrics.hd95(pred, target)
     assert distances[[0, 3]].tolist() == [0, 0] and distances[[1, 2]].isnan().all()
-    s = metrics.summarise([1, 0, 0, 1], [1, 0, 0, 1], distances, [10.0] * 4, [True, False, True, False], [True, True, False, False])
+    s = metrics.summarise(
+        [1, 0, 0, 1],
+        [1, 0, 0, 1],
+        distances,
+        [10.0] * 4,
+        [True, False, True, False],
+        [True, True, False, False],
+    )
     assert s["hd95"] == dict(mean=0.0, std=0.0, n=2, n_undefined=2, mean_with_diagonal=5.0)
     assert s["dsc"]["mean"] == 0.5 and s["dsc"]["std"] == 0.5 and s["dsc_nonempty"]["mean"] == 0.5
     assert s["empty_correct"] == dict(mean=0.5, std=0.5, n=2)

@@ -11,24 +11,29 @@ import vlsm
 from tests.conftest import ROOT
 from tests.test_learners import LEARNERS, SMALL, TINY, build, restated
 from tests.test_tuners import REAL, batch, count
-from vlsm.images import normalise
-from vlsm.methods import make_tuner, method_options
-from vlsm.tuners import Contexts
-from vlsm.upsampler import Upsampler
-from vlsm.weights import MINI
+from vlsm.data.images import normalise
+from vlsm.methods.adapters import Contexts
+from vlsm.methods.registry import make_tuner, method_options
+from vlsm.methods.upsampler import Upsampler
+from vlsm.networks.weights import MINI
 
 
 @pytest.mark.parametrize("h, w", [(4, 4), (3, 7), (1, 2)])
 def test_upsampler_is_bilinear_then_convolution(h, w):
     up = Upsampler(build("none").base.config).double()
-    z, logits = torch.randn(3, 16, h, w, dtype=torch.double, requires_grad=True), torch.randn(3, 1, 16 * h, 16 * w, dtype=torch.double)
+    z, logits = (
+        torch.randn(3, 16, h, w, dtype=torch.double, requires_grad=True),
+        torch.randn(3, 1, 16 * h, 16 * w, dtype=torch.double),
+    )
     with torch.no_grad():
         up.ratio.fill_(0.3)
     risen = up.conv(F.interpolate(z, scale_factor=16, mode="bilinear", align_corners=False))
     want, got = (1 - up.ratio) * logits + up.ratio * risen, up(logits, z)
     torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
     weight, wrt = torch.randn_like(want), [z, *up.parameters()]
-    for a, b in zip(torch.autograd.grad((got * weight).sum(), wrt), torch.autograd.grad((want * weight).sum(), wrt)):
+    for a, b in zip(
+        torch.autograd.grad((got * weight).sum(), wrt), torch.autograd.grad((want * weight).sum(), wrt)
+    ):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
 
 
@@ -41,7 +46,10 @@ def test_upsampler_trains_after_an_evaluation():
     assert up.conv.weight.grad.any()
 
 
-@pytest.mark.parametrize("method, reads", [("coop", "nothing"), ("cocoop", "nothing"), ("vpt", "sum"), ("maple", "mix"), ("dense", "mix")])
+@pytest.mark.parametrize(
+    "method, reads",
+    [("coop", "nothing"), ("cocoop", "nothing"), ("vpt", "sum"), ("maple", "mix"), ("dense", "mix")],
+)
 def test_upsampler_of_the_published_code(method, reads):
     """CoOp and CoCoOp build it and ignore it; VPT adds it without its ratio; the others, and all of ours, follow the paper."""
     ours, theirs = (build(method, upsampler=True, reference=r) for r in (False, True))
@@ -61,7 +69,9 @@ def test_upsampler_of_the_published_code(method, reads):
     wanted = {"nothing": logits, "sum": logits + risen, "mix": mixed}[reads]
     torch.testing.assert_close(theirs(pixels, ids), wanted, atol=1e-5, rtol=0)
     theirs(pixels, ids).square().mean().backward()
-    grads = {n: p.grad is not None for n, p in theirs.tuned_parameters().items() if n.startswith("upsampler.")}
+    grads = {
+        n: p.grad is not None for n, p in theirs.tuned_parameters().items() if n.startswith("upsampler.")
+    }
     assert grads == {
         "upsampler.ratio": reads == "mix", "upsampler.conv.weight": reads != "nothing", "upsampler.conv.bias": reads != "nothing"
     }  # fmt: skip
@@ -80,7 +90,11 @@ def test_upsampler_of_the_published_code(method, reads):
         ("shared_attention", dict(heads=7), "give one of 1, 2, 4, 5, 8"),
         ("shared_attention", dict(dropout=1.0), "--dropout 1.0"),
         ("shared_separate", dict(shared_dim=0), "--shared-dim 0"),
-        ("coop", dict(shared_dim=3), "takes the options prompt_depth, context, context_init; it has no shared_dim"),
+        (
+            "coop",
+            dict(shared_dim=3),
+            "takes the options prompt_depth, context, context_init; it has no shared_dim",
+        ),
         ("coop+maple", {}, "both put context vectors into the text encoder"),
         ("dense+dense", {}, "dense stands there twice"),
         ("none+vpt", {}, "none trains nothing"),
@@ -97,7 +111,9 @@ def test_wrong_options_are_sentences(method, options, message):
         vlsm.build("clipseg", TINY, method, **{**(SMALL.get(method, {})), **options})
 
 
-@pytest.mark.parametrize("text, message", [("", "holds nothing that the tokenizer knows"), ("red " * 76, "give 1 to 75")])
+@pytest.mark.parametrize(
+    "text, message", [("", "holds nothing that the tokenizer knows"), ("red " * 76, "give 1 to 75")]
+)
 def test_context_texts_that_cannot_be(text, message):
     with pytest.raises(ValueError, match=message):
         vlsm.build("clipseg", "mini", "coop", context_init=text)
@@ -174,13 +190,17 @@ def test_two_pictures_of_the_demo_are_learnt_by_heart(train_split, method):
     indices = [i for i in range(20) if data.masks[i].any()][:2]
     pixels, masks = data.batch(indices)
     torch.manual_seed(0)
-    model = vlsm.build("clipseg", MINI, method, **dict(dropout=0.0) if method == "shared_attention" else {}).train()
+    model = vlsm.build(
+        "clipseg", MINI, method, **dict(dropout=0.0) if method == "shared_attention" else {}
+    ).train()
     ids = model.tokenizer()([data.records[i].class_word for i in indices])
     rate = dict(cocoop=2e-2, lora=3e-3).get(method, 3e-3 if "dense" in method else 1e-2)
     optimizer, reached = torch.optim.AdamW(model.tuned_parameters().values(), lr=rate), 0
     for step in range(700):
         logits = model(normalise(pixels), *ids)
-        reached = vlsm.metrics.dsc(logits.detach()[:, 0] > 0, masks[:, 0] > 0).mean() if step % 10 == 9 else reached
+        reached = (
+            vlsm.metrics.dsc(logits.detach()[:, 0] > 0, masks[:, 0] > 0).mean() if step % 10 == 9 else reached
+        )
         if reached > 0.95:
             break
         optimizer.zero_grad()
@@ -205,7 +225,7 @@ def test_each_method_beats_its_zero_shot_on_the_demo(cli, demo, tmp_path):
 
 def test_the_method_that_readme_adds(monkeypatch):
     """Its code as it stands there: built, counted, its frozen parts kept, combined with another."""
-    from vlsm import methods
+    from vlsm.methods import registry as methods
 
     text = (ROOT / "README.md").read_text().split("<!-- example -->")[1].split("```python")[1].split("```")[0]
     monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))

@@ -8,9 +8,9 @@ import torch
 
 import vlsm
 from tests.conftest import ROOT
-from vlsm import pretrain, scenes
-from vlsm.text import Tokenizer
-from vlsm.weights import MINI
+from vlsm.mini import pretrain, scenes
+from vlsm.networks.tokenizer import Tokenizer
+from vlsm.networks.weights import MINI
 
 
 def test_it_is_small_and_transformers_reads_it():
@@ -50,7 +50,10 @@ def test_scenes_are_reproducible_and_phrases_true():
         for thing in objects:
             wanted = {k: thing[k] for k in ("colour", "location")}
             found = scenes.matching(objects, wanted)
-            assert any(thing is o for o in found) and (scenes.union(found) & thing["mask"]).sum() == thing["mask"].sum()
+            assert (
+                any(thing is o for o in found)
+                and (scenes.union(found) & thing["mask"]).sum() == thing["mask"].sum()
+            )
 
 
 def test_pretraining_resumes_bit_for_bit(tmp_path, monkeypatch):
@@ -64,7 +67,9 @@ def test_pretraining_resumes_bit_for_bit(tmp_path, monkeypatch):
             return 0.0, 0.0
 
         monkeypatch.setattr(pretrain, "listening", listening)
-        monkeypatch.setattr("sys.argv", ["pretrain", "--out", str(tmp_path / out), "--steps", "4", "--batch-size", "2"])
+        monkeypatch.setattr(
+            "sys.argv", ["pretrain", "--out", str(tmp_path / out), "--steps", "4", "--batch-size", "2"]
+        )
         pretrain.main()
         return (tmp_path / out / "model.safetensors").read_bytes()
 
@@ -85,11 +90,25 @@ def test_demo_reaches_what_readme_says(tmp_path, demo, cli):
     """Dense adapters on the demo: test DSC of 80 and more, at least 20 points above the base as it is."""
     scores = {}
     for method in ("none", "dense"):
-        code, _, err = cli("train", "--dataset", demo, "--weights", "mini", "--epochs", 40, "--peft", method, "--out", tmp_path / method)
+        code, _, err = cli(
+            "train",
+            "--dataset",
+            demo,
+            "--weights",
+            "mini",
+            "--epochs",
+            40,
+            "--peft",
+            method,
+            "--out",
+            tmp_path / method,
+        )
         assert code == 0, err
         code, _, err = cli("evaluate", "--ckpt", tmp_path / method)
         assert code == 0, err
-        scores[method] = json.loads((tmp_path / method / "eval-test" / "metrics.json").read_text())["dsc"]["mean"]
+        scores[method] = json.loads((tmp_path / method / "eval-test" / "metrics.json").read_text())["dsc"][
+            "mean"
+        ]
     assert scores["dense"] >= 0.80 and scores["dense"] - scores["none"] >= 0.20, scores
 
 

@@ -9,8 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT, rows
-from vlsm import job
-from vlsm.weights import MINI
+from vlsm.networks.weights import MINI
+from vlsm.training import job
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,9 @@ def test_loss_that_is_not_finite_stops_with_a_sentence(cli, quick, tmp_path, mon
 
     def broken(*args, **kw):
         calls.append(1)
-        return real(*args, **kw) * (float("nan") if len(calls) == call else 1)  # 3 steps and 1 validation batch an epoch
+        return real(*args, **kw) * (
+            float("nan") if len(calls) == call else 1
+        )  # 3 steps and 1 validation batch an epoch
 
     monkeypatch.setattr(job, "dice_bce", broken)
     code, _, err = cli("train", *quick, "--epochs", 4)
@@ -88,7 +90,10 @@ def test_broken_and_foreign_checkpoints(cli, trained, tmp_path):
     assert "not those of --peft shallow" in error()
     best.write_bytes(whole)
     rewrite(best, fingerprint="0123456789abcdef")
-    assert "was tuned on the base 'mini' (clipseg, fingerprint 0123456789abcdef)" in error() and "is another base" in error()
+    assert (
+        "was tuned on the base 'mini' (clipseg, fingerprint 0123456789abcdef)" in error()
+        and "is another base" in error()
+    )
     best.write_bytes((MINI / "model.safetensors").read_bytes())
     assert "is no checkpoint of this program" in error()
     best.unlink()
@@ -132,7 +137,10 @@ def test_state_that_would_execute_is_refused(cli, trained, tmp_path):
         (["--peft", "coop", "--prompt-depth", "0"], "Give 1 to 4"),
         (["--peft", "vpt", "--prompt-depth", "6"], "Give 1 to 5"),
         (["--peft", "coop", "--context", "76"], "give 1 to 75"),
-        (["--peft", "coop", "--context-init", " "], "--context-init ' ' holds nothing that the tokenizer knows"),
+        (
+            ["--peft", "coop", "--context-init", " "],
+            "--context-init ' ' holds nothing that the tokenizer knows",
+        ),
         (["--peft", "coop+cocoop"], "both put context vectors into the text encoder"),
         (["--image-size", "50"], "no multiple of the model's patch size 8; try 48"),
         (["--batch-size", "0"], "--batch-size 0"),
@@ -148,8 +156,14 @@ def test_mistakes_are_sentences(cli, tmp_path, argv, message):
 
 
 def test_weights_without_a_tokenizer(cli, quick, tmp_path):
-    code, _, err = cli("train", *quick, "--weights", ROOT / "tests" / "golden" / "clipseg-tiny", "--image-size", 64)
-    assert code == 2 and "holds no tokenizer (vocab.json and merges.txt" in err and not (tmp_path / "run").exists()
+    code, _, err = cli(
+        "train", *quick, "--weights", ROOT / "tests" / "golden" / "clipseg-tiny", "--image-size", 64
+    )
+    assert (
+        code == 2
+        and "holds no tokenizer (vocab.json and merges.txt" in err
+        and not (tmp_path / "run").exists()
+    )
 
 
 def test_hub_that_cannot_be_reached_says_what_to_do(cli, tmp_path, monkeypatch):
@@ -160,4 +174,8 @@ def test_hub_that_cannot_be_reached_says_what_to_do(cli, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     code, _, err = cli("train", "--dataset", "kvasir", "--out", tmp_path / "r")
-    assert code == 2 and "hf download CIDAS/clipseg-rd64-refined --local-dir DIR" in err and "--weights mini runs offline" in err
+    assert (
+        code == 2
+        and "hf download CIDAS/clipseg-rd64-refined --local-dir DIR" in err
+        and "--weights mini runs offline" in err
+    )

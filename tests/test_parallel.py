@@ -14,17 +14,29 @@ from safetensors.torch import load_file
 
 import datasets
 from tests.conftest import ROOT, rows
-from vlsm import parallel, shards
-from vlsm.augment import augment
-from vlsm.cache import DataError
+from vlsm.data import sharded_cache as shards
+from vlsm.data.augment import augment
+from vlsm.data.cache import DataError
+from vlsm.system import parallel
 
 SINGLE = dict(os.environ, OMP_NUM_THREADS="1")
 
 
 def torchrun(program, *argv, processes=2):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0", "--standalone"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(processes),
+        "--master_port",
+        "0",
+        "--standalone",
+    ]
     command += [ROOT / f"{program}.py", *map(str, argv), "--device", "cpu"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=SINGLE, cwd=ROOT) as running:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=SINGLE, cwd=ROOT
+    ) as running:
         try:
             said, err = running.communicate(timeout=240)
         finally:
@@ -33,7 +45,10 @@ def torchrun(program, *argv, processes=2):
 
 
 def losses(out):
-    return [[float(row[k]) for k in ("train_loss", "train_dsc", "val_loss", "val_dsc", "val_iou")] for row in rows(out / "log.csv")]
+    return [
+        [float(row[k]) for k in ("train_loss", "train_dsc", "val_loss", "val_dsc", "val_iou")]
+        for row in rows(out / "log.csv")
+    ]
 
 
 def options(quick, *more):
@@ -54,9 +69,20 @@ CASES = [
 @pytest.mark.parametrize("more, shard", CASES)
 def test_two_processes_train_as_one(cli, quick, tmp_path, more, shard):
     argv = options(quick, "--epochs", 2, *more)
-    code, said, err = torchrun("train", *argv, "--out", tmp_path / "two", *["--shard-cache"] * shard, "--cache-dir", tmp_path / "cache")
+    code, said, err = torchrun(
+        "train",
+        *argv,
+        "--out",
+        tmp_path / "two",
+        *["--shard-cache"] * shard,
+        "--cache-dir",
+        tmp_path / "cache",
+    )
     assert code == 0, err
-    assert said.count("epoch   2/2") == 1 and err.count("gradients at the first step") + said.count("gradients at the first step") == 1
+    assert (
+        said.count("epoch   2/2") == 1
+        and err.count("gradients at the first step") + said.count("gradients at the first step") == 1
+    )
     assert cli("train", *argv, "--out", tmp_path / "one")[0] == 0
     files = sorted((tmp_path / "cache").glob("*-train-*.images.npy"))
     assert [len(np.load(file, mmap_mode="r")) for file in files] == ([12, 12] if shard else [24])
@@ -69,8 +95,17 @@ def test_two_processes_train_as_one(cli, quick, tmp_path, more, shard):
 
 @pytest.mark.parametrize("shard", [[], ["--shard-cache"]])
 def test_metrics_are_exactly_those_of_one_process(cli, quick, trained, tmp_path, shard):
-    argv = ["--ckpt", trained, "--batch-size", 2, "--figure", 3]  # 6 records: two batches for one process, one for the other
-    code, said, err = torchrun("evaluate", *argv, "--out", tmp_path / "two", "--save-masks", tmp_path / "masks2", *shard)
+    argv = [
+        "--ckpt",
+        trained,
+        "--batch-size",
+        2,
+        "--figure",
+        3,
+    ]  # 6 records: two batches for one process, one for the other
+    code, said, err = torchrun(
+        "evaluate", *argv, "--out", tmp_path / "two", "--save-masks", tmp_path / "masks2", *shard
+    )
     assert code == 0, err
     assert said.count("6 records") == 1
     assert cli("evaluate", *argv, "--out", tmp_path / "one", "--save-masks", tmp_path / "masks1")[0] == 0
@@ -78,7 +113,9 @@ def test_metrics_are_exactly_those_of_one_process(cli, quick, trained, tmp_path,
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
     assert one == two
-    masks = [{p.name: p.read_bytes() for p in (tmp_path / name).glob("*.png")} for name in ("masks1", "masks2")]
+    masks = [
+        {p.name: p.read_bytes() for p in (tmp_path / name).glob("*.png")} for name in ("masks1", "masks2")
+    ]
     assert len(masks[0]) == 6 and masks[0] == masks[1]
 
 
@@ -98,7 +135,11 @@ def test_problems_in_one_share_are_said_by_all(demo, tmp_path, monkeypatch):
                 shards.open_share(records, 32, None, "bad val")
             messages.append((caught.value.bad, str(caught.value)))
     assert [bad for bad, _ in messages[:2]] == [[4], [3, 7]]
-    assert messages[2] == messages[3] and messages[2][0] == [3, 4, 7] and "3 of 48 records cannot be used" in messages[2][1]
+    assert (
+        messages[2] == messages[3]
+        and messages[2][0] == [3, 4, 7]
+        and "3 of 48 records cannot be used" in messages[2][1]
+    )
     monkeypatch.setattr(parallel, "every", lambda given: [given, ({}, "the disk of another is full")])
     with pytest.raises(ValueError, match="the disk of another is full"):
         shards.open_share(records, 32, None, "bad val")
@@ -118,11 +159,29 @@ def test_a_run_goes_on_with_another_number_of_processes(cli, quick, tmp_path):
 def test_statistics_that_move_are_those_of_all(cli, tmp_path, folder):
     """The first BatchNorm's running mean is a mean over pictures: of two equal shares, whose statistics are averaged, as of the whole."""
     weights = f"random:{ROOT / 'tests' / 'tiny' / 'cris.json'}"
-    argv = ["--model", "cris", "--weights", weights, "--dataset", folder, "--image-size", 64, "--batch-size", 8, "--epochs", 1, "--lr", 0]
+    argv = [
+        "--model",
+        "cris",
+        "--weights",
+        weights,
+        "--dataset",
+        folder,
+        "--image-size",
+        64,
+        "--batch-size",
+        8,
+        "--epochs",
+        1,
+        "--lr",
+        0,
+    ]
     code, _, err = torchrun("train", *argv, "--out", tmp_path / "two")
     assert code == 0, err
     assert cli("train", *argv, "--out", tmp_path / "one")[0] == 0
-    one, two = (load_file(tmp_path / name / "last.safetensors")["backbone.visual.bn1.running_mean"] for name in ("one", "two"))
+    one, two = (
+        load_file(tmp_path / name / "last.safetensors")["backbone.visual.bn1.running_mean"]
+        for name in ("one", "two")
+    )
     assert one.any()
     torch.testing.assert_close(two, one, atol=1e-5, rtol=1e-5)
 
@@ -148,11 +207,22 @@ def test_pictures_without_truth_are_shared_out(cli, folder, trained, tmp_path, m
     written = []
     for rank in (0, 1):
         monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
-        argv = ["--images", folder / "images", "--prompt", "polyp", "--save-masks", tmp_path / str(rank), "--batch-size", 7]
+        argv = [
+            "--images",
+            folder / "images",
+            "--prompt",
+            "polyp",
+            "--save-masks",
+            tmp_path / str(rank),
+            "--batch-size",
+            7,
+        ]
         code, _, err = cli("evaluate", "--ckpt", trained, *argv)
         assert code == 0, err
         written.append({p.name for p in (tmp_path / str(rank)).iterdir()})
-    assert not written[0] & written[1] and written[0] | written[1] == {p.name for p in (folder / "images").iterdir()}
+    assert not written[0] & written[1] and written[0] | written[1] == {
+        p.name for p in (folder / "images").iterdir()
+    }
 
 
 def test_one_process_needs_nothing():
@@ -166,7 +236,10 @@ def test_one_process_needs_nothing():
 
 
 def test_a_part_of_a_batch_is_augmented_as_in_the_whole():
-    pixels, masks = torch.randint(0, 256, (7, 3, 16, 16), dtype=torch.uint8), torch.randint(0, 2, (7, 1, 16, 16), dtype=torch.uint8)
+    pixels, masks = (
+        torch.randint(0, 256, (7, 3, 16, 16), dtype=torch.uint8),
+        torch.randint(0, 2, (7, 1, 16, 16), dtype=torch.uint8),
+    )
     whole = augment(pixels, masks, torch.Generator().manual_seed(3))
     assert 0 < whole[2].sum() < 7
     for k in (0, 1, 2):

@@ -11,8 +11,8 @@ from PIL import Image
 
 import datasets
 from tests.test_raw import counts_string, strips
-from vlsm.images import read_image, read_mask
-from vlsm.prepare import split
+from vlsm.data.images import read_image, read_mask
+from vlsm.raw.prepare import split
 
 SHAPE = (20, 28)
 
@@ -68,7 +68,9 @@ def clinicdb(x):
     for i in range(1, 11):
         x.picture(f"CVC-ClinicDB/PNG/Original/{i}.png")
         x.truth[f"{i}.png"] = x.mask(f"CVC-ClinicDB/PNG/Ground Truth/{i}.png")
-        x.files[f"CVC-ClinicDB/TIF/Original/{i}.tif"] = x.files[f"CVC-ClinicDB/TIF/Ground Truth/{i}.tif"] = b"II*\0"
+        x.files[f"CVC-ClinicDB/TIF/Original/{i}.tif"] = x.files[f"CVC-ClinicDB/TIF/Ground Truth/{i}.tif"] = (
+            b"II*\0"
+        )
     x.files["__MACOSX/CVC-ClinicDB/PNG/Original/._1.png"] = b"x"
 
 
@@ -78,7 +80,9 @@ def bkai(x):
         colours, mask = np.zeros((*SHAPE, 3), np.uint8), x.blob()
         colours[mask] = (255, 0, 0)
         colours[:3, :3] = (0, 255, 0)
-        x.picture(f"train_gt/train_gt/{i}a.png", colours)  # the published files are JPEGs, whose noise the readers stand anyway
+        x.picture(
+            f"train_gt/train_gt/{i}a.png", colours
+        )  # the published files are JPEGs, whose noise the readers stand anyway
         x.truth[f"{i}a.png"] = mask | (np.indices(SHAPE) < 3).all(0)
     x.picture("test/test/z.jpeg")
 
@@ -88,7 +92,9 @@ def isic(x):
         for i in range(count):
             stem = f"ISIC_{part[:2]}{i:04}"
             x.picture(f"ISBI2016_ISIC_Part1_{part}_Data/{stem}.jpg")
-            x.truth[f"{stem}_Segmentation.png"] = x.mask(f"ISBI2016_ISIC_Part1_{part}_GroundTruth/{stem}_Segmentation.png")
+            x.truth[f"{stem}_Segmentation.png"] = x.mask(
+                f"ISBI2016_ISIC_Part1_{part}_GroundTruth/{stem}_Segmentation.png"
+            )
 
 
 def dfu(x):
@@ -115,9 +121,7 @@ def mhd(x, stem, pixels, compressed=False):
     size = f"{pixels.shape[1]} {pixels.shape[0]} 1"
     kind = {"u1": "MET_UCHAR", "u2": "MET_USHORT"}[pixels.dtype.str[1:]]
     file = stem.rsplit("/", 1)[1] + (".zraw" if compressed else ".raw")
-    text = (
-        f"ObjectType = Image\nNDims = 3\nDimSize = {size}\nElementType = {kind}\nCompressedData = {compressed}\nElementDataFile = {file}\n"
-    )
+    text = f"ObjectType = Image\nNDims = 3\nDimSize = {size}\nElementType = {kind}\nCompressedData = {compressed}\nElementDataFile = {file}\n"
     x.files[f"{stem}.mhd"] = text.encode()
     x.files[f"{stem.rsplit('/', 1)[0]}/{file}"] = zlib.compress(data) if compressed else data
 
@@ -131,7 +135,9 @@ def camus(x):
                 mhd(x, stem, x.rng.integers(0, 256, SHAPE).astype(np.uint8), compressed=p == 2)
                 mhd(x, f"{stem}_gt", labels)
                 below = "test" if part == "testing" else "train"
-                x.truth.update({f"{below}/mask_{k}/patient{p:04}_{view}_gt.png": labels == k for k in (1, 2, 3)})
+                x.truth.update(
+                    {f"{below}/mask_{k}/patient{p:04}_{view}_gt.png": labels == k for k in (1, 2, 3)}
+                )
         mhd(x, f"{part}/patient0001/patient0001_2CH_sequence", np.zeros(SHAPE, np.uint8))
 
 
@@ -164,10 +170,17 @@ def cityscapes(x):
         for i in range(count):
             stem = f"{city}_{i:06}_000019"
             labels = np.zeros(SHAPE, np.uint8)
-            labels[:10], labels[10:, :5], labels[15:, 5:], labels[0, 0] = 7, 26, 4, 19  # road, car, an ignored id, one pixel of a light
+            labels[:10], labels[10:, :5], labels[15:, 5:], labels[0, 0] = (
+                7,
+                26,
+                4,
+                19,
+            )  # road, car, an ignored id, one pixel of a light
             x.picture(f"leftImg8bit/{part}/{city}/{stem}_leftImg8bit.png")
             x.picture(f"gtFine/{part}/{city}/{stem}_gtFine_labelIds.png", labels)
-            x.truth.update({f"{w}/{stem}.png": labels == k for k, w in ((7, "road"), (26, "car"), (19, "traffic light"))})
+            x.truth.update(
+                {f"{w}/{stem}.png": labels == k for k, w in ((7, "road"), (26, "car"), (19, "traffic light"))}
+            )
 
 
 def voc(x):
@@ -183,7 +196,9 @@ def voc(x):
         names["train" if i < 10 else "val"].append(stem)
         x.truth.update({f"person/{stem}.png": labels == 15, f"dog/{stem}.png": labels == 12})
     for part, stems in names.items():
-        x.files[f"{root}/ImageSets/Segmentation/{part}.txt"] = "\n".join(stems + ["2007_999999"] * (part == "val")).encode()
+        x.files[f"{root}/ImageSets/Segmentation/{part}.txt"] = "\n".join(
+            stems + ["2007_999999"] * (part == "val")
+        ).encode()
 
 
 LAYOUTS = dict(
@@ -205,7 +220,9 @@ def prepared(cli, tmp_path):
         LAYOUTS[name](layout)
         spoil(layout)
         source = layout.zip(tmp_path / "raw.zip") if zipped else layout.write(tmp_path / "raw")
-        code, said, err = cli("datasets", "--prepare", name, "--src", source, "--data-root", tmp_path / "data", *more)
+        code, said, err = cli(
+            "datasets", "--prepare", name, "--src", source, "--data-root", tmp_path / "data", *more
+        )
         assert code == 0, err
         return layout, tmp_path / "data" / datasets.DATASETS[name].folder, said
 
@@ -228,7 +245,11 @@ def test_a_download_becomes_a_data_set(prepared, tmp_path, name, zipped):
         assert all(r.prompts["p0"] == "" and r.class_word for r in found[part])
         datasets.open_dataset(name, [part], 32, tmp_path / "data", None, 0, "class")
     if name in ("kvasir", "chexlocalize", "cityscapes"):  # byte for byte
-        source = next(data for file, data in layout.files.items() if "mages" in file or "CheXpert/" in file or "leftImg8bit/" in file)
+        source = next(
+            data
+            for file, data in layout.files.items()
+            if "mages" in file or "CheXpert/" in file or "leftImg8bit/" in file
+        )
         assert any(p.read_bytes() == source for p in (root / "images").iterdir())
 
 
@@ -274,14 +295,21 @@ def test_a_damaged_mask_costs_its_own_records_alone(prepared, name, file, record
 
 
 def test_splits_keep_patients_together(prepared, tmp_path):
-    for name, key in (("camus", lambda r: r.name.split("_")[0]), ("chexlocalize", lambda r: r.name.split("_")[0])):
+    for name, key in (
+        ("camus", lambda r: r.name.split("_")[0]),
+        ("chexlocalize", lambda r: r.name.split("_")[0]),
+    ):
         prepared(name)
-        of = {part: {key(r) for r in datasets.records(name, part, tmp_path / "data")} for part in ("train", "val")}
+        of = {
+            part: {key(r) for r in datasets.records(name, part, tmp_path / "data")}
+            for part in ("train", "val")
+        }
         assert not of["train"] & of["val"]
 
 
 @pytest.mark.parametrize(
-    "name, count, want", [("kvasir", 1000, (800, 100, 100)), ("clinicdb", 612, (490, 61, 61)), ("busi", 780, (624, 78, 78))]
+    "name, count, want",
+    [("kvasir", 1000, (800, 100, 100)), ("clinicdb", 612, (490, 61, 61)), ("busi", 780, (624, 78, 78))],
 )
 def test_splits_have_the_published_sizes(name, count, want):
     entries = [dict(split=None, group=str(i)) for i in range(count)]
@@ -295,7 +323,10 @@ def test_prompts_and_descriptions(prepared, tmp_path):
     (tmp_path / "d.json").write_text(json.dumps(["an abnormal growth", "a lump"]))
     prepared("kvasir", "--describe", tmp_path / "d.json")
     record = datasets.records("kvasir", "train", tmp_path / "data")[0]
-    assert record.prompts["p7"] == ["polyp which is an abnormal growth", "polyp which is a lump"] and len(record.prompts) == 10
+    assert (
+        record.prompts["p7"] == ["polyp which is an abnormal growth", "polyp which is a lump"]
+        and len(record.prompts) == 10
+    )
     assert record.prompts["p6"].startswith("one ") and "located in" in record.prompts["p6"]
 
 
@@ -304,14 +335,27 @@ def test_published_annotations(prepared, cli, tmp_path):
     anns = tmp_path / "medvlsm" / "kvasir_polyp"
     anns.mkdir(parents=True)
     for part, ids in (("train", range(7)), ("val", [7]), ("test", [8])):
-        rows = [dict(img_name=f"cju{i}.jpg", mask_name=f"cju{i}.jpg", prompts=dict(p0="", p1="polyp"), cat=0) for i in ids]
+        rows = [
+            dict(img_name=f"cju{i}.jpg", mask_name=f"cju{i}.jpg", prompts=dict(p0="", p1="polyp"), cat=0)
+            for i in ids
+        ]
         (anns / f"{part}.json").write_text(json.dumps(rows, indent=2))
     _, root, said = prepared("kvasir", "--anns", tmp_path / "medvlsm")
     assert "7 train, 1 val, 1 test (published)" in said
     assert (root / "anns" / "train.json").read_bytes() == (anns / "train.json").read_bytes()
     datasets.open_dataset("kvasir", ["train", "val", "test"], 32, tmp_path / "data")
     (anns / "val.json").write_text(json.dumps([dict(img_name="x.jpg", mask_name="x.jpg", prompts={})]))
-    code, _, err = cli("datasets", "--prepare", "kvasir", "--src", tmp_path / "raw", "--data-root", tmp_path / "data", "--anns", anns)
+    code, _, err = cli(
+        "datasets",
+        "--prepare",
+        "kvasir",
+        "--src",
+        tmp_path / "raw",
+        "--data-root",
+        tmp_path / "data",
+        "--anns",
+        anns,
+    )
     assert code == 2 and "1 of the published records have no image or mask in the download: x.jpg" in err
 
 
@@ -323,7 +367,10 @@ def test_mistakes(cli, tmp_path):
         (["--prepare", "kvasir"], "--src DOWNLOAD"),
         (["--prepare", "kvasir", "--src", tmp_path / "none.zip"], "is neither a folder nor a zip archive"),
         (["--prepare", "kvasir", "--src", tmp_path / "raw"], "does not look like kvasir's download"),
-        (["--prepare", "kvasir", "--src", tmp_path / "raw", "--data-root", tmp_path / "raw"], "where nothing is written"),
+        (
+            ["--prepare", "kvasir", "--src", tmp_path / "raw", "--data-root", tmp_path / "raw"],
+            "where nothing is written",
+        ),
         (["--check", tmp_path / "raw"], "should hold images/ and masks/"),
     ):
         code, _, err = cli("datasets", *argv)
@@ -361,9 +408,19 @@ def test_names_in_a_download_cannot_leave_the_folder(cli, tmp_path):
     first["Cut"] = dict(first["Edema"], counts="04")
     layout.files[file] = json.dumps(found).encode()
     code, said, err = cli(
-        "datasets", "--prepare", "chexlocalize", "--src", layout.write(tmp_path / "raw"), "--data-root", tmp_path / "data"
+        "datasets",
+        "--prepare",
+        "chexlocalize",
+        "--src",
+        layout.write(tmp_path / "raw"),
+        "--data-root",
+        tmp_path / "data",
     )
-    assert code == 0 and "leaves the data set's folder" in said and "run lengths that do not fill 28 x 20 pixels: 1" in said, err
+    assert (
+        code == 0
+        and "leaves the data set's folder" in said
+        and "run lengths that do not fill 28 x 20 pixels: 1" in said
+    ), err
     assert not list(tmp_path.glob("*escaped*")) and not list((tmp_path / "data").rglob("*escaped*"))
 
 
@@ -380,9 +437,19 @@ def test_the_look_at_a_data_set(prepared, cli, tmp_path):
     out = tmp_path / "sheet.png"
     code, said, err = cli("datasets", "--check", "busi", "--data-root", tmp_path / "data", "--out", out)
     assert code == 0, err
-    assert "busi train: 8 records of 8 images" in said and "28 x 20 (7)" in said and "prompts: p0, p1, p2" in said
-    assert f"WARNING: 1 pictures are in train and in test ({train[0]['img_name']} = {test[0]['img_name']})" in said
-    assert f"NOTE: 1 of 1 pictures in val look nearly like one in train ({val[0]['img_name']} ~ {train[1]['img_name']})" in said
+    assert (
+        "busi train: 8 records of 8 images" in said
+        and "28 x 20 (7)" in said
+        and "prompts: p0, p1, p2" in said
+    )
+    assert (
+        f"WARNING: 1 pictures are in train and in test ({train[0]['img_name']} = {test[0]['img_name']})"
+        in said
+    )
+    assert (
+        f"NOTE: 1 of 1 pictures in val look nearly like one in train ({val[0]['img_name']} ~ {train[1]['img_name']})"
+        in said
+    )
     assert said.count("NOTE") == 1  # a picture that is the same has its warning
     assert f"UNREADABLE: 1 ({train[2]['img_name']}" in said
     empty = sum(int(line.split(":")[1]) for line in said.splitlines() if "empty masks" in line)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlsm import raw, tiff
+from vlsm.raw import readers as raw
+from vlsm.raw import tiff
 
 SHAPE = (20, 28)
 
@@ -62,7 +63,9 @@ def test_tiffs_by_hand(planar, order):
     pixels = np.random.default_rng(0).integers(0, 256, (*SHAPE, 3)).astype(np.uint8)
     data = strips(pixels, planar, order)
     assert (tiff.read_tiff(data) == pixels).all()
-    assert (np.asarray(Image.open(io.BytesIO(strips(pixels, False, order)))) == pixels).all(), "the fixture is a TIFF"
+    assert (np.asarray(Image.open(io.BytesIO(strips(pixels, False, order)))) == pixels).all(), (
+        "the fixture is a TIFF"
+    )
     for cut in (data[:40], data[: len(data) // 2], b"II*\0", b"MM"):
         with pytest.raises(OSError):
             tiff.read_tiff(cut)

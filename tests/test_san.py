@@ -11,8 +11,8 @@ import vlsm
 from tests.conftest import GOLDEN, ROOT, close, folder_of_golden, tiny_batch
 from tests.test_clipseg import assert_gradients, golden, run
 from tests.test_tuners import count
-from vlsm.san import SAN, SANConfig, SideNetwork
-from vlsm.tuners import Tuner
+from vlsm.methods.adapters import Tuner
+from vlsm.networks.san import SAN, SANConfig, SideNetwork
 
 TINY = f"random:{ROOT / 'tests' / 'tiny' / 'san.json'}"
 
@@ -46,8 +46,12 @@ def test_golden(weights):
     close(loss, g["out.loss"].reshape(()), 1e-5)
     loss.backward()
     assert_gradients(model, g)
-    assert {n for n, p in base.named_parameters() if p.grad is not None} == {n[5:] for n in g if n.startswith("grad.")}
-    assert "ZERO, so not learning yet" in model.check_gradients()  # the published code trains what nothing reads
+    assert {n for n, p in base.named_parameters() if p.grad is not None} == {
+        n[5:] for n in g if n.startswith("grad.")
+    }
+    assert (
+        "ZERO, so not learning yet" in model.check_gradients()
+    )  # the published code trains what nothing reads
 
 
 @pytest.mark.parametrize("reference", [False, True])
@@ -55,13 +59,26 @@ def test_real_size(reference):
     with torch.device("meta"):
         base = SAN(SANConfig.from_dict({}), reference)
     side = base.side_adapter_network
-    assert (count(base.clip_model), count(base.clip_model.visual), count(side)) == (149_620_737, 86_192_640, 8_219_058)
-    assert (count(side.vit_model), count(side.fusion_layers), count(side.mask_decoder)) == (6_123_120, 744_384, 1_303_554)
+    assert (count(base.clip_model), count(base.clip_model.visual), count(side)) == (
+        149_620_737,
+        86_192_640,
+        8_219_058,
+    )
+    assert (count(side.vit_model), count(side.fusion_layers), count(side.mask_decoder)) == (
+        6_123_120,
+        744_384,
+        1_303_554,
+    )
     assert count(side.mask_decoder.attn_mlp) == 916_992 and len(base.state_dict()) == 439
-    trained = [sum(base.get_parameter(n).numel() for n in names) for names in (base.decoder_names(), base.useful_names())]
+    trained = [
+        sum(base.get_parameter(n).numel() for n in names)
+        for names in (base.decoder_names(), base.useful_names())
+    ]
     assert trained == [8_219_058, 8_370_354]
     assert base.kept == ([0, 1, 2, 9, 10, 11] if reference else [0, 3, 6, 9, 10, 11])
-    assert set(side.fusion_layers) == ({"layer_0", "layer_3", "layer_6", "layer_9"} if reference else {f"layer_{n}" for n in range(4)})
+    assert set(side.fusion_layers) == (
+        {"layer_0", "layer_3", "layer_6", "layer_9"} if reference else {f"layer_{n}" for n in range(4)}
+    )
     assert base.config.stride == 32
 
 
@@ -85,7 +102,9 @@ def test_recognition_is_clip_with_biased_tokens():
         assert torch.allclose(x[:, Q:], features[i], atol=1e-12)
         q, k, v = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias).chunk(3, -1)
         heads = [
-            ((q[..., p] @ k[..., p].mT) / 4 + mask[:, n]).softmax(-1) @ v[..., p] for n in range(4) for p in [slice(16 * n, 16 * n + 16)]
+            ((q[..., p] @ k[..., p].mT) / 4 + mask[:, n]).softmax(-1) @ v[..., p]
+            for n in range(4)
+            for p in [slice(16 * n, 16 * n + 16)]
         ]
         x = x + block.attn.out_proj(torch.cat(heads, -1))
         x = x + block.mlp(block.ln_2(x))
@@ -129,14 +148,32 @@ def hugging_face(tmp_path_factory):
     from transformers import CLIPConfig, CLIPModel
 
     torch.manual_seed(0)
-    text = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=995, eos_token_id=994)
-    vision = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=5, num_attention_heads=4, image_size=48, patch_size=8)
+    text = dict(
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=995,
+        eos_token_id=994,
+    )
+    vision = dict(
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        image_size=48,
+        patch_size=8,
+    )
     folder = tmp_path_factory.mktemp("clip")
     theirs = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64)).eval()
     for p in theirs.parameters():
         torch.nn.init.normal_(p, std=0.1)
     theirs.save_pretrained(folder)
-    own = {k: v for k, v in json.loads((ROOT / "tests" / "tiny" / "san.json").read_text()).items() if not k.startswith("clip_")}
+    own = {
+        k: v
+        for k, v in json.loads((ROOT / "tests" / "tiny" / "san.json").read_text()).items()
+        if not k.startswith("clip_")
+    }
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**own, **config}))
     for name in ("vocab.json", "merges.txt"):
@@ -170,8 +207,12 @@ def test_side_networks_of_two_seeds_have_one_base(hugging_face):
     assert models[0].info["fingerprint"] == models[1].info["fingerprint"]
     assert not torch.equal(*(m.base.side_adapter_network.query_embed for m in models))
     models[1].load_tuned(models[0].tuned_state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(models[0].state_dict().values(), models[1].state_dict().values()))
-    with pytest.raises(ValueError, match="SAN's frozen part alone; the rest starts at random, so --peft none"):
+    assert all(
+        torch.equal(a, b) for a, b in zip(models[0].state_dict().values(), models[1].state_dict().values())
+    )
+    with pytest.raises(
+        ValueError, match="SAN's frozen part alone; the rest starts at random, so --peft none"
+    ):
         vlsm.build("san", folder, "none")
 
 
@@ -181,7 +222,9 @@ def test_published_start():
     assert 0.018 < side.vit_model.pos_embed.std() < 0.02 and side.vit_model.pos_embed.abs().max() < 2
     assert 0.019 < side.query_embed.std() < 0.021 and not side.vit_model.blocks[3].attn.qkv.bias.any()
     weight = side.fusion_layers["layer_2"].input_proj[1].weight.detach()
-    assert weight.abs().max() <= (3 / 768) ** 0.5 and weight.std().item() == pytest.approx((1 / 768) ** 0.5, rel=0.02)
+    assert weight.abs().max() <= (3 / 768) ** 0.5 and weight.std().item() == pytest.approx(
+        (1 / 768) ** 0.5, rel=0.02
+    )
 
 
 def test_published_checkpoints_hold_every_tensor_twice(weights, tmp_path):
@@ -191,12 +234,18 @@ def test_published_checkpoints_hold_every_tensor_twice(weights, tmp_path):
     tensors = load_file(weights / "model.safetensors")
     aliases = {
         "clip_visual_extractor.conv1.weight": tensors["clip_model.visual.conv1.weight"],
-        "clip_rec_head.resblocks.0.ln_1.weight": tensors["clip_model.visual.transformer.resblocks.3.ln_1.weight"],
+        "clip_rec_head.resblocks.0.ln_1.weight": tensors[
+            "clip_model.visual.transformer.resblocks.3.ln_1.weight"
+        ],
     }
-    save_file({f"net.{n}": t.clone() for n, t in {**tensors, **aliases}.items()}, weights / "model.safetensors")
+    save_file(
+        {f"net.{n}": t.clone() for n, t in {**tensors, **aliases}.items()}, weights / "model.safetensors"
+    )
     assert torch.equal(run(vlsm.build("san", weights), g), want)
     save_file({**tensors, "ov_classifier.bg_embed": torch.zeros(1, 4)}, weights / "model.safetensors")
-    with pytest.raises(ValueError, match="1 left over: ov_classifier.bg_embed. It looks like a SAN checkpoint"):
+    with pytest.raises(
+        ValueError, match="1 left over: ov_classifier.bg_embed. It looks like a SAN checkpoint"
+    ):
         vlsm.build("san", weights)
 
 
@@ -206,7 +255,9 @@ def test_incomplete_clip(hugging_face, tmp_path):
     del tensors["vision_model.encoder.layers.2.self_attn.k_proj.weight"]
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"1 missing: clip_model.visual.transformer.resblocks.2.attn.in_proj_weight"):
+    with pytest.raises(
+        ValueError, match=r"1 missing: clip_model.visual.transformer.resblocks.2.attn.in_proj_weight"
+    ):
         vlsm.build("san", tmp_path, "full")
     save_file(load_file(GOLDEN / "clipseg-tiny" / "model.safetensors"), tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="It looks like a CLIPSeg checkpoint"):
@@ -231,7 +282,10 @@ def test_bad_sizes(tmp_path, change, message):
 
 def test_what_cannot_act_on_san():
     for method in ("dense", "coop", "full+lora"):
-        with pytest.raises(ValueError, match="cannot be used on SAN, which takes none, decoder, full. SAN is an adapter itself"):
+        with pytest.raises(
+            ValueError,
+            match="cannot be used on SAN, which takes none, decoder, full. SAN is an adapter itself",
+        ):
             vlsm.build("san", TINY, method)
     with pytest.raises(ValueError, match="no features to enlarge"):
         vlsm.build("san", TINY, "full", upsampler=True)

@@ -10,10 +10,10 @@ from PIL import Image
 
 import train
 from tests.conftest import ROOT, rows, without_dim
-from vlsm import sweep
-from vlsm.job import Diverged
-from vlsm.methods import METHODS
+from vlsm.methods.registry import METHODS
 from vlsm.model import read_config
+from vlsm.training import sweep
+from vlsm.training.job import Diverged
 
 
 @pytest.fixture
@@ -44,13 +44,19 @@ def test_a_sweep_is_runs_a_table_and_a_picture(cli, searched, tmp_path):
     assert f"python evaluate.py --ckpt {best}" in said and "trial 4 of 4: lr " in said
     options = json.loads((best / "config.json").read_text())["options"]
     assert options["lr"] == pytest.approx(float(table[0]["lr"]), rel=1e-2) and options["weight_decay"] == 0.5
-    assert options["prompt_depth"] == int(table[0]["prompt_depth"]) <= 4 and options["lora_proj"] == (table[0]["lora_proj"] == "True")
+    assert options["prompt_depth"] == int(table[0]["prompt_depth"]) <= 4 and options["lora_proj"] == (
+        table[0]["lora_proj"] == "True"
+    )
     log = rows(best / "log.csv")
-    assert len(log) == 2 and 100 * max(float(r["val_dsc"]) for r in log) == pytest.approx(float(table[0]["val_dsc"]), abs=0.01)
+    assert len(log) == 2 and 100 * max(float(r["val_dsc"]) for r in log) == pytest.approx(
+        float(table[0]["val_dsc"]), abs=0.01
+    )
     assert cli("evaluate", "--ckpt", best)[0] == 0
     picture = np.asarray(Image.open(out / "sweep.png"))
     assert picture.shape == (760, 1680, 3)
-    assert (cli("train", "--out", out, "--resume")[0], len(rows(out / "sweep.csv"))) == (0, 4), "a finished sweep shows its table again"
+    assert (cli("train", "--out", out, "--resume")[0], len(rows(out / "sweep.csv"))) == (0, 4), (
+        "a finished sweep shows its table again"
+    )
     code, said, err = cli("train", "--out", out, "--resume", "--sweep", 5)
     assert code == 0 and len(rows(out / "sweep.csv")) == 5 and said.count("\ntrial ") == 2, err
 
@@ -70,7 +76,9 @@ def test_an_interrupted_sweep_ends_as_if_it_was_not(cli, searched, tmp_path, mon
         m.setattr(train, "save_epoch", killed)
         assert cli("train", *searched, "--sweep", 3, "--out", parts)[0] == 130
     code, said, err = cli("train", "--out", parts, "--resume")
-    assert code == 0 and "Resuming" in said and said.count("\ntrial ") == 3, err  # two trials and the table's head
+    assert code == 0 and "Resuming" in said and said.count("\ntrial ") == 3, (
+        err
+    )  # two trials and the table's head
     assert (parts / "sweep.csv").read_text() == (whole / "sweep.csv").read_text()
 
 
@@ -81,7 +89,11 @@ def test_ctrl_c_names_the_sweep(cli, searched, tmp_path, monkeypatch):
 
 
 def arguments(tmp_path, *more):
-    return train.complete(train.parse(["--weights", "mini", "--peft", "coop", "--out", str(tmp_path / "s"), "--sweep", "8", *more]))
+    return train.complete(
+        train.parse(
+            ["--weights", "mini", "--peft", "coop", "--out", str(tmp_path / "s"), "--sweep", "8", *more]
+        )
+    )
 
 
 def fake(score, epochs=8):
@@ -112,16 +124,22 @@ def test_trials_below_the_median_are_pruned_and_the_best_wins(tmp_path, capsys, 
 
     sweep.run(args, fake(score))
     table = rows(tmp_path / "s" / "sweep.csv")
-    assert [r["state"] for r in table] == ["complete"] * 5 + ["pruned"] * 3 and [int(r["epochs"]) for r in table] == [8] * 5 + [5] * 3
+    assert [r["state"] for r in table] == ["complete"] * 5 + ["pruned"] * 3 and [
+        int(r["epochs"]) for r in table
+    ] == [8] * 5 + [5] * 3
     assert "--ckpt " + str(tmp_path / "s" / "trial-000") in capsys.readouterr().out
     study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path / 's' / 'study.db'}")
     assert study.best_value == pytest.approx(0.58 if not reference else -(1 - 0.58 / 2))
-    assert ("weight_decay" in study.best_params) == (not reference), "in the published code it acts on nothing that CoOp trains"
+    assert ("weight_decay" in study.best_params) == (not reference), (
+        "in the published code it acts on nothing that CoOp trains"
+    )
 
 
 def test_a_trial_that_was_interrupted_behind_its_last_epoch_counts(tmp_path):
     pytest.importorskip("optuna")
-    finished = SimpleNamespace(history=[dict(val_dsc=0.4, val_loss=0.6), dict(val_dsc=0.3, val_loss=0.5)], best=0.4)
+    finished = SimpleNamespace(
+        history=[dict(val_dsc=0.4, val_loss=0.6), dict(val_dsc=0.3, val_loss=0.5)], best=0.4
+    )
 
     def interrupted(args, after_epoch):
         raise SystemExit(130)
@@ -145,7 +163,10 @@ def test_trials_that_diverge_are_set_aside(tmp_path, capsys):
         return fake(lambda lr, epoch: 0.5, 2)(args, after_epoch)
 
     sweep.run(arguments(tmp_path), diverging)
-    assert len(rows(tmp_path / "s" / "sweep.csv")) == 4 and "failed: The loss became nan" in capsys.readouterr().out
+    assert (
+        len(rows(tmp_path / "s" / "sweep.csv")) == 4
+        and "failed: The loss became nan" in capsys.readouterr().out
+    )
 
     def always(args, after_epoch):
         raise Diverged("The loss became nan")
@@ -170,7 +191,9 @@ def test_trials_that_diverge_are_set_aside(tmp_path, capsys):
 def test_the_space_is_the_papers_and_what_fits(tmp_path, method, more, want):
     space = sweep.default_space(arguments(tmp_path, "--peft", method, *more))
     assert set(space) == want | {"lr", "weight_decay"}
-    assert space["lr"] == dict(low=1e-5, high=5e-3, log=True) and space["weight_decay"] == dict(low=1e-5, high=1e-2, log=True)
+    assert space["lr"] == dict(low=1e-5, high=5e-3, log=True) and space["weight_decay"] == dict(
+        low=1e-5, high=1e-2, log=True
+    )
     if "prompt_depth" in want:
         deepest = read_config("clipseg", "mini")[2].deepest(METHODS[method].places)
         assert space["prompt_depth"] == dict(low=1, high=deepest) and deepest <= 11
@@ -214,11 +237,14 @@ def test_spaces_that_mean_nothing(tmp_path, text, message):
 
 def test_a_space_of_ones_own(cli, searched, tmp_path):
     file = tmp_path / "space.json"
-    file.write_text('{"context": {"low": 2, "high": 3}, "lr_factor": {"low": 0.1, "high": 0.5}, "augment": [true, false], "lr": [1e-3]}')
+    file.write_text(
+        '{"context": {"low": 2, "high": 3}, "lr_factor": {"low": 0.1, "high": 0.5}, "augment": [true, false], "lr": [1e-3]}'
+    )
     code, _, err = cli("train", *searched, "--sweep", 2, "--sweep-space", file, "--out", tmp_path / "s")
     assert code == 0, err
     assert all(
-        r["context"] in "23" and r["lr"] == "0.001" and 0.1 <= float(r["lr_factor"]) <= 0.5 for r in rows(tmp_path / "s" / "sweep.csv")
+        r["context"] in "23" and r["lr"] == "0.001" and 0.1 <= float(r["lr_factor"]) <= 0.5
+        for r in rows(tmp_path / "s" / "sweep.csv")
     )
 
 
@@ -242,7 +268,9 @@ def test_studies_that_cannot_go_on(cli, searched, tmp_path):
     assert "is missing or empty" in cli("train", "--out", out, "--resume")[2]
     code, _, err = cli("train", "--out", out / "trial-000", "--resume", "--sweep", 3)
     assert code == 2 and "holds a single run, not a sweep" in err
-    assert cli("train", "--out", out / "trial-000", "--resume", "--epochs", 3)[0] == 0, "a trial is a run like any other"
+    assert cli("train", "--out", out / "trial-000", "--resume", "--epochs", 3)[0] == 0, (
+        "a trial is a run like any other"
+    )
 
 
 def test_without_optuna_the_command_is_named(cli, quick, tmp_path, monkeypatch):
@@ -253,7 +281,12 @@ def test_without_optuna_the_command_is_named(cli, quick, tmp_path, monkeypatch):
 
 def test_nothing_to_search(cli, quick, tmp_path):
     pytest.importorskip("optuna")
-    assert "--peft none trains nothing" in cli("train", *without_dim(quick), "--peft", "none", "--sweep", 2)[2]
+    assert (
+        "--peft none trains nothing" in cli("train", *without_dim(quick), "--peft", "none", "--sweep", 2)[2]
+    )
     assert "--sweep 0: give 1 or more" in cli("train", *without_dim(quick), "--peft", "coop", "--sweep", 0)[2]
     given = ["--lr", 1e-3, "--weight-decay", 0, "--prompt-depth", 1]
-    assert "nothing is left to search" in cli("train", *without_dim(quick), "--peft", "coop", *given, "--sweep", 2)[2]
+    assert (
+        "nothing is left to search"
+        in cli("train", *without_dim(quick), "--peft", "coop", *given, "--sweep", 2)[2]
+    )

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from vlsm.prompts import choose, class_word, components, describe
-from vlsm.text import Tokenizer
-from vlsm.weights import MINI
+from vlsm.data.prompts import choose, class_word, components, describe
+from vlsm.networks.tokenizer import Tokenizer
+from vlsm.networks.weights import MINI
 
 TEXTS = [
     "", "polyp", "One medium white ROUND polyp,  located in right of the image", "it's a 12cm tumour; isn't it?", "naïve façade — 50%",

@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 
 import vlsm
 from tests.conftest import ROOT, rows, same_tensors, without_dim
-from vlsm import pictures
-from vlsm.job import Job
-from vlsm.methods import METHODS
-from vlsm.text import Tokenizer
-from vlsm.weights import MINI
+from vlsm.methods.registry import METHODS
+from vlsm.networks.tokenizer import Tokenizer
+from vlsm.networks.weights import MINI
+from vlsm.results import figures as pictures
+from vlsm.training.job import Job
 
 
 def test_a_run_from_training_to_pictures(cli, quick, tmp_path, folder):
@@ -36,16 +36,26 @@ def test_a_run_from_training_to_pictures(cli, quick, tmp_path, folder):
         assert (run / name).is_file(), name
     assert not list(run.glob(".*")), "no temporary file is left"
     log = rows(run / "log.csv")
-    assert [r["epoch"] for r in log] == ["1", "2", "3"] and float(log[2]["train_loss"]) < float(log[0]["train_loss"])
+    assert [r["epoch"] for r in log] == ["1", "2", "3"] and float(log[2]["train_loss"]) < float(
+        log[0]["train_loss"]
+    )
     assert Image.open(run / "curves.png").size == (1120, 380)
     with safe_open(run / "best.safetensors", "pt") as file:
         about = {k: json.loads(v) for k, v in file.metadata().items()}
-    assert about["method"] == "dense" and about["options"] == dict(branches="vl", dim=8, upsampler=False) and about["image_size"] == 48
+    assert (
+        about["method"] == "dense"
+        and about["options"] == dict(branches="vl", dim=8, upsampler=False)
+        and about["image_size"] == 48
+    )
     assert about["weights"] == "mini" and len(about["fingerprint"]) == 16 and about["recipe"]["seed"] == 42
     best = max(log, key=lambda r: float(r["val_dsc"]))
-    assert about["best_val_dsc"] == pytest.approx(float(best["val_dsc"])) and about["epoch"] == int(best["epoch"])
+    assert about["best_val_dsc"] == pytest.approx(float(best["val_dsc"])) and about["epoch"] == int(
+        best["epoch"]
+    )
     tuned = sum(p.numel() for p in vlsm.load(run).tuned_parameters().values())
-    assert (run / "best.safetensors").stat().st_size < 4 * tuned + 12_000, "the checkpoint holds the tuner alone"
+    assert (run / "best.safetensors").stat().st_size < 4 * tuned + 12_000, (
+        "the checkpoint holds the tuner alone"
+    )
 
     masks = tmp_path / "masks"
     code, out, err = cli("evaluate", "--ckpt", run, "--save-masks", masks, "--figure", 4)
@@ -65,10 +75,14 @@ def test_a_run_from_training_to_pictures(cli, quick, tmp_path, folder):
     for file in (folder / "masks").iterdir():
         if not (masks / file.name).exists():
             file.unlink()
-    code, out, err = cli("evaluate", "--pred", masks, "--target", folder / "masks", "--out", tmp_path / "scores")
+    code, out, err = cli(
+        "evaluate", "--pred", masks, "--target", folder / "masks", "--out", tmp_path / "scores"
+    )
     again = json.loads((tmp_path / "scores" / "metrics.json").read_text())
     for metric in ("dsc", "iou", "hd95"):
-        assert again[metric] == pytest.approx(result[metric], nan_ok=True), "scoring the saved masks gives the same figures"
+        assert again[metric] == pytest.approx(result[metric], nan_ok=True), (
+            "scoring the saved masks gives the same figures"
+        )
 
 
 def test_saved_run_gives_the_same_logits_in_a_new_model(trained):
@@ -101,17 +115,46 @@ def test_evaluation_is_reproducible_and_options_have_effects(cli, trained, tmp_p
 
 def test_prediction_without_ground_truth(cli, trained, folder, tmp_path):
     out = tmp_path / "out"
-    Image.open(folder / "images" / "d0.png").resize((33, 71)).convert("L").save(folder / "images" / "tall.jpg")
+    Image.open(folder / "images" / "d0.png").resize((33, 71)).convert("L").save(
+        folder / "images" / "tall.jpg"
+    )
     code, said, err = cli(
-        "evaluate", "--ckpt", trained, "--images", folder / "images", "--prompt", "red disk", "--save-masks", out, "--overlay"
+        "evaluate",
+        "--ckpt",
+        trained,
+        "--images",
+        folder / "images",
+        "--prompt",
+        "red disk",
+        "--save-masks",
+        out,
+        "--overlay",
     )
     assert code == 0 and "Wrote 37 masks" in said, err
-    assert Image.open(out / "tall.png").size == (33, 71) and Image.open(out / "tall.overlay.png").size == (33, 71)
+    assert Image.open(out / "tall.png").size == (33, 71) and Image.open(out / "tall.overlay.png").size == (
+        33,
+        71,
+    )
     one = tmp_path / "one"
-    assert cli("evaluate", "--ckpt", trained, "--images", folder / "images" / "d1.png", "--prompt", "red disk", "--save-masks", one)[0] == 0
+    assert (
+        cli(
+            "evaluate",
+            "--ckpt",
+            trained,
+            "--images",
+            folder / "images" / "d1.png",
+            "--prompt",
+            "red disk",
+            "--save-masks",
+            one,
+        )[0]
+        == 0
+    )
     assert (np.asarray(Image.open(one / "d1.png")) == np.asarray(Image.open(out / "d1.png"))).mean() > 0.999
     Image.open(folder / "images" / "d0.png").save(folder / "images" / "d0.bmp")
-    code, _, err = cli("evaluate", "--ckpt", trained, "--images", folder / "images", "--prompt", "x", "--save-masks", out)
+    code, _, err = cli(
+        "evaluate", "--ckpt", trained, "--images", folder / "images", "--prompt", "x", "--save-masks", out
+    )
     assert code == 2 and "Several pictures would be written to 'd0.png'" in err
     code, _, err = cli("evaluate", "--ckpt", trained, "--images", folder / "images")
     assert code == 2 and "--prompt" in err
@@ -126,7 +169,9 @@ def test_four_epochs_are_two_and_two(cli, quick, tmp_path):
     assert code == 0 and "after epoch 2" in out, err
     assert same_tensors(whole / "last.safetensors", parts / "last.safetensors")
     assert same_tensors(whole / "best.safetensors", parts / "best.safetensors")
-    strip = lambda path: [{k: v for k, v in r.items() if k not in ("seconds", "images_per_second")} for r in rows(path)]  # noqa: E731
+    strip = lambda path: [
+        {k: v for k, v in r.items() if k not in ("seconds", "images_per_second")} for r in rows(path)
+    ]  # noqa: E731
     assert strip(whole / "log.csv") == strip(parts / "log.csv")
 
 
@@ -180,7 +225,10 @@ def test_ctrl_c_says_how_to_resume(quick, tmp_path):
     process.send_signal(signal.SIGINT)
     text = process.communicate()[0]
     assert process.returncode == 130
-    assert f"is saved. Go on with: python train.py --out {tmp_path / 'run'} --resume" in text and "Traceback" not in text
+    assert (
+        f"is saved. Go on with: python train.py --out {tmp_path / 'run'} --resume" in text
+        and "Traceback" not in text
+    )
     assert load_file(tmp_path / "run" / "last.safetensors")
 
 
@@ -192,7 +240,9 @@ def test_raising_epochs_of_a_finished_run_goes_on(cli, trained):
 
 
 def test_early_stop_and_plateau(cli, quick, tmp_path):
-    code, out, _ = cli("train", *quick, "--epochs", 30, "--min-epochs", 2, "--patience", 2, "--lr", 1e-9, "--lr-patience", 1)
+    code, out, _ = cli(
+        "train", *quick, "--epochs", 30, "--min-epochs", 2, "--patience", 2, "--lr", 1e-9, "--lr-patience", 1
+    )
     assert code == 0 and "Stopping early: 2 epochs" in out
     log = rows(tmp_path / "run" / "log.csv")
     assert 3 <= len(log) < 10
@@ -222,7 +272,9 @@ def test_other_methods_train_resume_and_evaluate(cli, quick, tmp_path, method):
     if method == "decoder":
         assert all(n.startswith("decoder.") for n in names)
     if method == "full":
-        assert "clip.vision_model.encoder.layers.0.mlp.fc1.weight" in names and "clip.logit_scale" not in names
+        assert (
+            "clip.vision_model.encoder.layers.0.mlp.fc1.weight" in names and "clip.logit_scale" not in names
+        )
     one, two = vlsm.load(whole / "last.safetensors"), vlsm.load(parts / "last.safetensors")
     pixels, ids = torch.randn(2, 3, 48, 48), one.tokenizer()(["red disk"] * 2)[0]
     assert torch.equal(one(pixels, ids), two(pixels, ids))
@@ -234,7 +286,10 @@ def test_each_paper_has_its_recipe(cli, quick, folder, tmp_path):
         code, _, err = cli("train", *options, "--peft", method, "--epochs", 1, *more)
         assert code == 0, err
         config = json.loads((tmp_path / f"{method}{len(more)}" / "config.json").read_text())
-        return {**config["options"], "upsampler": vlsm.load(tmp_path / f"{method}{len(more)}").info["options"]["upsampler"]}
+        return {
+            **config["options"],
+            "upsampler": vlsm.load(tmp_path / f"{method}{len(more)}").info["options"]["upsampler"],
+        }
 
     names = (
         "lr",
@@ -251,23 +306,64 @@ def test_each_paper_has_its_recipe(cli, quick, folder, tmp_path):
     )
     adapters = (1e-3, 1e-3, 1.5, 1.0, "random", False, 20, "dsc", 0.3, 0.5, False)
     learners = (2e-4, 0.0, 1.0, 0.2, "class", True, 12, "loss", 0.2, 0.0, True)
-    assert tuple(map(recipe("dense").get, names)) == adapters and tuple(map(recipe("vpt").get, names)) == learners
-    given = recipe(
-        "coop", "--lr", 0.1, "--no-augment", "--prompts", "p2", "--clip", 2, "--no-upsampler", "--monitor", "dsc", "--context", 2
+    assert (
+        tuple(map(recipe("dense").get, names)) == adapters
+        and tuple(map(recipe("vpt").get, names)) == learners
     )
-    assert tuple(map(given.get, names)) == (0.1, 0.0, 1.0, 0.2, "p2", False, 12, "dsc", 0.2, 2.0, False) and given["context_init"] is None
+    given = recipe(
+        "coop",
+        "--lr",
+        0.1,
+        "--no-augment",
+        "--prompts",
+        "p2",
+        "--clip",
+        2,
+        "--no-upsampler",
+        "--monitor",
+        "dsc",
+        "--context",
+        2,
+    )
+    assert (
+        tuple(map(given.get, names)) == (0.1, 0.0, 1.0, 0.2, "p2", False, 12, "dsc", 0.2, 2.0, False)
+        and given["context_init"] is None
+    )
     assert recipe("coop")["context_init"] == ["a photo of a"]
-    assert recipe("coop", "--reference")["ce"] == "logits" and recipe("dense", "--reference")["ce"] == "reference"
+    assert (
+        recipe("coop", "--reference")["ce"] == "logits"
+        and recipe("dense", "--reference")["ce"] == "reference"
+    )
     both = recipe("dense+vpt")
     assert both["lr"] == 1e-3 and both["upsampler"], "the first method's recipe"
-    code, _, err = cli("train", *without_dim(quick), "--peft", "full", "--epochs", 30, "--lr", 0, "--min-epochs", 1, "--patience", 2)
+    code, _, err = cli(
+        "train",
+        *without_dim(quick),
+        "--peft",
+        "full",
+        "--epochs",
+        30,
+        "--lr",
+        0,
+        "--min-epochs",
+        1,
+        "--patience",
+        2,
+    )
     assert code == 0 and len(rows(tmp_path / "run" / "log.csv")) == 3, "without progress it stops"
 
 
 @pytest.mark.parametrize("monitor, stalled, best", [("dsc", 0, True), ("loss", 2, True)])
 def test_what_is_monitored_is_what_must_progress(monitor, stalled, best):
     plateau = SimpleNamespace(step=lambda loss: None)
-    job = SimpleNamespace(args=SimpleNamespace(monitor=monitor), scheduler=plateau, history=[], best=-1.0, stalled=0, mark=-math.inf)
+    job = SimpleNamespace(
+        args=SimpleNamespace(monitor=monitor),
+        scheduler=plateau,
+        history=[],
+        best=-1.0,
+        stalled=0,
+        mark=-math.inf,
+    )
     for dsc, loss in ((0.5, 1.0), (0.6, 0.99995), (0.7, 1.2)):
         assert Job.note(job, dict(val_dsc=dsc, val_loss=loss)) == best
     assert job.stalled == stalled and job.best == 0.7
@@ -278,7 +374,9 @@ def test_merged_weights_are_a_plain_clipseg(cli, quick, folder, tmp_path, method
     from transformers import CLIPSegForImageSegmentation
 
     options = without_dim(quick)
-    assert cli("train", *options, "--peft", method, "--epochs", 2, *["--lr", 5e-3] * (method != "none"))[0] == 0
+    assert (
+        cli("train", *options, "--peft", method, "--epochs", 2, *["--lr", 5e-3] * (method != "none"))[0] == 0
+    )
     code, said, err = cli("evaluate", "--ckpt", tmp_path / "run", "--merge", tmp_path / "merged")
     assert code == 0 and "transformers loads it" in said, err
     tuned, plain = vlsm.load(tmp_path / "run"), vlsm.build("clipseg", tmp_path / "merged")
@@ -291,7 +389,20 @@ def test_merged_weights_are_a_plain_clipseg(cli, quick, folder, tmp_path, method
         torch.testing.assert_close(logits.reshape(want.shape), want, atol=1e-4, rtol=0)
         moved = (want - vlsm.build("clipseg", "mini")(pixels, ids, mask)).abs().max()
     assert (moved > 0.1) == (method != "none")
-    assert cli("train", *options[:-1], tmp_path / "again", "--weights", tmp_path / "merged", "--peft", "coop", "--epochs", 1)[0] == 0
+    assert (
+        cli(
+            "train",
+            *options[:-1],
+            tmp_path / "again",
+            "--weights",
+            tmp_path / "merged",
+            "--peft",
+            "coop",
+            "--epochs",
+            1,
+        )[0]
+        == 0
+    )
     code, _, err = cli("evaluate", "--ckpt", tmp_path / "run", "--merge", tmp_path / "merged")
     assert code == 2 and "is not empty" in err
 
@@ -322,13 +433,21 @@ def test_reference_switch_reaches_loss_and_model(cli, quick, tmp_path):
 
 
 def test_recipe_options_have_effects(cli, quick, tmp_path):
-    changes = [["--lr", 3e-3], ["--weight-decay", 0.5], ["--clip", 1e-3], ["--dice-weight", 0.1], ["--bce-weight", 9]]
+    changes = [
+        ["--lr", 3e-3],
+        ["--weight-decay", 0.5],
+        ["--clip", 1e-3],
+        ["--dice-weight", 0.1],
+        ["--bce-weight", 9],
+    ]
     changes += [["--prompts", "p1"], ["--augment"], ["--batch-size", 5]]
     for n, option in enumerate(changes):
         assert cli("train", *quick[:-1], tmp_path / str(n), "--epochs", 1, *option)[0] == 0
     assert cli("train", *quick, "--epochs", 1)[0] == 0
     for n in range(len(changes)):
-        assert not same_tensors(tmp_path / "run" / "last.safetensors", tmp_path / str(n) / "last.safetensors"), n
+        assert not same_tensors(
+            tmp_path / "run" / "last.safetensors", tmp_path / str(n) / "last.safetensors"
+        ), n
 
 
 def test_data_options_have_effects(cli, quick, folder, tmp_path):
@@ -336,7 +455,12 @@ def test_data_options_have_effects(cli, quick, folder, tmp_path):
     assert len(list((tmp_path / "kept").glob("*.npy"))) == 6
     (folder / "images" / "d3.png").write_bytes(b"broken")
     code, _, err = cli("train", *quick[:-1], tmp_path / "b", "--epochs", 1)
-    assert code == 2 and "1 of 24 records cannot be used" in err and "d3.png" in err and not (tmp_path / "b").exists()
+    assert (
+        code == 2
+        and "1 of 24 records cannot be used" in err
+        and "d3.png" in err
+        and not (tmp_path / "b").exists()
+    )
     code, out, err = cli("train", *quick[:-1], tmp_path / "b", "--epochs", 1, "--skip-bad")
     assert code == 0 and "dropped 1 of 24 records" in out and "23 train" in out, err
     shutil.rmtree(folder / "anns")
@@ -344,7 +468,17 @@ def test_data_options_have_effects(cli, quick, folder, tmp_path):
     (folder / "masks" / "d3.png").unlink()
     sides = set()
     for seed in (0, 1):
-        code, out, err = cli("train", *quick[:-1], tmp_path / f"s{seed}", "--epochs", 1, "--prompts", "disk", "--split-seed", seed)
+        code, out, err = cli(
+            "train",
+            *quick[:-1],
+            tmp_path / f"s{seed}",
+            "--epochs",
+            1,
+            "--prompts",
+            "disk",
+            "--split-seed",
+            seed,
+        )
         assert code == 0, err
         code, _, err = cli("evaluate", "--ckpt", tmp_path / f"s{seed}")
         assert code == 0, err
@@ -355,15 +489,23 @@ def test_data_options_have_effects(cli, quick, folder, tmp_path):
 def test_plateau_lowers_the_learning_rate(cli, quick, tmp_path):
     assert cli("train", *quick, "--epochs", 4, "--lr", 4e-8, "--lr-patience", 0, "--lr-factor", 0.5)[0] == 0
     rates = [float(r["lr"]) for r in rows(tmp_path / "run" / "log.csv")]
-    assert rates[0] == 4e-8 and min(rates) < 4e-8 and all(a == b or b == pytest.approx(a / 2) for a, b in zip(rates, rates[1:]))
+    assert (
+        rates[0] == 4e-8
+        and min(rates) < 4e-8
+        and all(a == b or b == pytest.approx(a / 2) for a, b in zip(rates, rates[1:]))
+    )
 
 
 @pytest.mark.parametrize("values", [[0.0], [0.0, 0.0], [0.3, 0.3, 0.3], [1e-7, 247.0], [5.0, -2.0]])
 def test_curves_of_any_values_are_drawn(tmp_path, values):
     keys = ("train_loss", "val_loss", "train_dsc", "val_dsc")
-    pictures.curves([dict(epoch=e, **dict.fromkeys(keys, v)) for e, v in enumerate(values, 1)], tmp_path / "c.png")
+    pictures.curves(
+        [dict(epoch=e, **dict.fromkeys(keys, v)) for e, v in enumerate(values, 1)], tmp_path / "c.png"
+    )
     pixels = np.asarray(Image.open(tmp_path / "c.png"))
-    assert (pixels[40:340, 55:545] == pictures.ORANGE).all(2).any() and (pixels[40:340, 615:1105] == pictures.ORANGE).all(2).any()
+    assert (pixels[40:340, 55:545] == pictures.ORANGE).all(2).any() and (
+        pixels[40:340, 615:1105] == pictures.ORANGE
+    ).all(2).any()
 
 
 @pytest.mark.parametrize("shadow", [False, True])
@@ -373,7 +515,9 @@ def test_a_package_named_datasets_does_no_harm(tmp_path, shadow):
         (tmp_path / "datasets").mkdir()
         (tmp_path / "datasets" / "__init__.py").write_text("raise RuntimeError('the wrong datasets')")
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "train.py", "--dry-run"], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "train.py", "--dry-run"], cwd=ROOT, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0 and "parameters are trained" in done.stdout, done.stderr
 
 

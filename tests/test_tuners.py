@@ -5,11 +5,13 @@ import torch
 
 import vlsm
 from tests.conftest import GOLDEN
-from vlsm.clipseg import CLIPSeg, CLIPSegConfig
-from vlsm.methods import METHODS
-from vlsm.tuners import Adapter
+from vlsm.methods.adapters import Adapter
+from vlsm.methods.registry import METHODS
+from vlsm.networks.clipseg import CLIPSeg, CLIPSegConfig
 
-REAL = CLIPSegConfig.from_dict(dict(vision_config=dict(patch_size=16), use_complex_transposed_convolution=True))
+REAL = CLIPSegConfig.from_dict(
+    dict(vision_config=dict(patch_size=16), use_complex_transposed_convolution=True)
+)
 
 
 def count(module):
@@ -39,7 +41,10 @@ def test_whole_clipseg_at_real_size():
     with torch.device("meta"):
         base = CLIPSeg(REAL)
     assert count(base) == 150_747_746
-    assert sum(base.get_parameter(n).numel() for n in METHODS["decoder"](REAL).base_parameters(base)) == 1_127_009
+    assert (
+        sum(base.get_parameter(n).numel() for n in METHODS["decoder"](REAL).base_parameters(base))
+        == 1_127_009
+    )
 
 
 def test_adapter_is_equation_1():
@@ -80,12 +85,20 @@ def test_exactly_the_chosen_branches_learn(method, branches):
 
 def test_names_of_tuned_tensors():
     dense = vlsm.build("clipseg", GOLDEN / "clipseg-tiny", "dense", branches="vlc", dim=6).tuned_state_dict()
-    shallow = vlsm.build("clipseg", GOLDEN / "clipseg-tiny", "shallow", branches="vlc", dim=6).tuned_state_dict()
+    shallow = vlsm.build(
+        "clipseg", GOLDEN / "clipseg-tiny", "shallow", branches="vlc", dim=6
+    ).tuned_state_dict()
     ends = [f"{m}.{p}" for m in ("down", "up") for p in ("weight", "bias")]
-    assert set(dense) == {f"{b}.{i}.{s}.{e}" for b in ("vision", "text") for i in range(9) for s in ("attn", "mlp") for e in ends} | {
+    assert set(dense) == {
+        f"{b}.{i}.{s}.{e}"
+        for b in ("vision", "text")
+        for i in range(9)
+        for s in ("attn", "mlp")
+        for e in ends
+    } | {f"cond.{e}" for e in ends}
+    assert set(shallow) == {f"{b}.{k}.{e}" for b in ("vision", "text") for k in range(3) for e in ends} | {
         f"cond.{e}" for e in ends
     }
-    assert set(shallow) == {f"{b}.{k}.{e}" for b in ("vision", "text") for k in range(3) for e in ends} | {f"cond.{e}" for e in ends}
     assert dense["cond.down.weight"].shape == (256, 32)
 
 
@@ -143,8 +156,12 @@ def test_wrong_options_are_sentences(options, message):
 
 
 def test_frozen_weights_in_half_precision_leave_the_trained_ones_alone():
-    model = vlsm.build("clipseg", GOLDEN / "clipseg-tiny", "dense", dim=4).hold_frozen_weights_in(torch.bfloat16)
+    model = vlsm.build("clipseg", GOLDEN / "clipseg-tiny", "dense", dim=4).hold_frozen_weights_in(
+        torch.bfloat16
+    )
     with torch.autocast("cpu", torch.bfloat16):
         model(*batch()).float().mean().backward()
-    assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in model.tuned_parameters().values())
+    assert all(
+        p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in model.tuned_parameters().values()
+    )
     assert model.base.decoder.film_add.weight.dtype == torch.bfloat16

@@ -16,7 +16,9 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 # the interpreter multiplies bf16 wrongly (Triton 3.9); a GPU does not
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 
-torch.use_deterministic_algorithms(True)  # also fills fresh memory with nan, so that what a kernel leaves out shows
+torch.use_deterministic_algorithms(
+    True
+)  # also fills fresh memory with nan, so that what a kernel leaves out shows
 torch.backends.cuda.matmul.allow_tf32 = False
 
 
@@ -27,7 +29,11 @@ def test_the_kernels_are_what_is_tested():
 def error(got, want):
     """Largest error relative to the largest entry."""
     assert got.shape == want.shape
-    return ((got.double() - want).abs().max() / want.abs().max().clamp(min=1e-30)).item() if want.numel() else 0.0
+    return (
+        ((got.double() - want).abs().max() / want.abs().max().clamp(min=1e-30)).item()
+        if want.numel()
+        else 0.0
+    )
 
 
 def lattice(generator, *shape, step, span):
@@ -61,7 +67,16 @@ def compare(tensors, upstream, tolerance):
     return out, got
 
 
-SIZES = [(5, 48, 8), (67, 80, 33), (70, 512, 64), (33, 768, 96), (1, 16, 1), (40, 128, 200), (20, 96, 512), (0, 32, 8)]
+SIZES = [
+    (5, 48, 8),
+    (67, 80, 33),
+    (70, 512, 64),
+    (33, 768, 96),
+    (1, 16, 1),
+    (40, 128, 200),
+    (20, 96, 512),
+    (0, 32, 8),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -101,7 +116,9 @@ def test_adapter_of_strided_inputs():
 
 def test_adapter_of_half_on_a_float32_stream():
     """What autocast makes: h in half precision, the residual stream and the weights in float32."""
-    out, _ = compare(*operands(50, 64, 16, torch.float16, residual_dtype=torch.float32), TOLERANCE[torch.float16])
+    out, _ = compare(
+        *operands(50, 64, 16, torch.float16, residual_dtype=torch.float32), TOLERANCE[torch.float16]
+    )
     assert out.dtype == torch.float32
 
 
@@ -162,16 +179,24 @@ def test_dice_bce(shape, kind, ce):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dice_bce_of_each_type(dtype):
     torch.manual_seed(1)
-    logits, target = (4 * torch.randn(2, 1, 40, 50)).to(DEVICE, dtype), (torch.rand(2, 1, 40, 50) < 0.5).to(DEVICE)
+    logits, target = (
+        (4 * torch.randn(2, 1, 40, 50)).to(DEVICE, dtype),
+        (torch.rand(2, 1, 40, 50) < 0.5).to(DEVICE),
+    )
     value, gradient = loss_and_gradient(dice_bce, logits, target, dice_weight=1.0, bce_weight=0.2, smooth=1.0)
-    want, wanted = loss_and_gradient(loss_reference, logits.double(), target, dice_weight=1.0, bce_weight=0.2, smooth=1.0)
+    want, wanted = loss_and_gradient(
+        loss_reference, logits.double(), target, dice_weight=1.0, bce_weight=0.2, smooth=1.0
+    )
     assert value.dtype == torch.float32 and gradient.dtype == dtype
     torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=0)
     assert error(gradient, wanted) <= TOLERANCE[dtype]
 
 
 def test_dice_bce_of_strided_logits():
-    logits, target = torch.randn(2, 1, 30, 40, device=DEVICE).mT, torch.rand(2, 1, 30, 40, device=DEVICE).mT > 0.5
+    logits, target = (
+        torch.randn(2, 1, 30, 40, device=DEVICE).mT,
+        torch.rand(2, 1, 30, 40, device=DEVICE).mT > 0.5,
+    )
     value, gradient = loss_and_gradient(dice_bce, logits, target)
     want, wanted = loss_and_gradient(loss_reference, logits.double(), target)
     torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=0)
@@ -181,7 +206,9 @@ def test_dice_bce_of_strided_logits():
 def random_masks(seed):
     g = torch.Generator().manual_seed(seed)
     b, h, w = (int(torch.randint(1, top, (), generator=g)) for top in (4, 45, 45))
-    pair = [torch.rand(b, h, w, generator=g) < torch.rand((), generator=g) ** (1 + seed % 3) for _ in range(2)]
+    pair = [
+        torch.rand(b, h, w, generator=g) < torch.rand((), generator=g) ** (1 + seed % 3) for _ in range(2)
+    ]
     if seed % 5 == 0:
         pair[0][0] = False
     if seed % 7 == 0:

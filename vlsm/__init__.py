@@ -1,16 +1,25 @@
-"""Fine-tuning of vision-language segmentation models with few trained parameters."""
+"""Fine-tuning of vision-language segmentation models with few trained parameters.
 
-import warnings
+Names load when first asked for.
+"""
 
-from kernels import dice_bce as dice_bce_loss
+from importlib import import_module
 
-from . import metrics
-from .bank import Bank, load_many
-from .checkpoint import load
-from .hub import push_to_hub
-from .model import VLSM, build
+_HOMES = dict(
+    Bank="vlsm.extras.multi_tuner",
+    METHODS="vlsm.methods.registry",
+    Tuner="vlsm.networks.hooks",
+    VLSM="vlsm.model",
+    build="vlsm.model",
+    dice_bce_loss="kernels",
+    load="vlsm.checkpoint",
+    load_many="vlsm.extras.multi_tuner",
+    push_to_hub="vlsm.extras.hub",
+)
+__all__ = [*_HOMES, "metrics"]
 
-# `python -m vlsm.cris` runs a module that this package has imported already; that is meant so
-warnings.filterwarnings("ignore", "'vlsm.cris' found in sys.modules", RuntimeWarning)
 
-__all__ = ["Bank", "VLSM", "build", "dice_bce_loss", "load", "load_many", "metrics", "push_to_hub"]
+def __getattr__(name):
+    if name not in __all__:
+        raise AttributeError(f"module 'vlsm' has no attribute '{name}'")
+    return import_module("vlsm.metrics") if name == "metrics" else getattr(import_module(_HOMES[name]), name)

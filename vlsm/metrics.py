@@ -1,6 +1,7 @@
 """DSC, IoU and HD95 of binary masks, one value an image, in torch on the device where the masks are.
 
-Masks are bool (or 0/1 of any type): threshold first. `[N, H, W]`, or lists of `[H, W]` masks of different sizes. Where masks are empty:
+Masks are bool (or 0/1 of any type): threshold first. `[N, H, W]`, or lists of `[H, W]` masks of different
+sizes. Where masks are empty:
 
 | pair         | DSC, IoU | HD95                                                                   |
 | both empty   | 1        | 0                                                                      |
@@ -9,7 +10,7 @@ Masks are bool (or 0/1 of any type): threshold first. `[N, H, W]`, or lists of `
 
 import torch
 
-from kernels import surface_distances
+import kernels
 
 
 def _batches(pred, target):
@@ -23,7 +24,8 @@ def _batches(pred, target):
     for i, (p, t) in enumerate(pairs):
         if p.shape != t.shape or p.dim() != 3:
             raise ValueError(
-                f"Masks {i}: prediction {list(p.shape)} and target {list(t.shape)} must be equal, and [H, W] each; nothing is broadcast."
+                f"Masks {i}: prediction {list(p.shape)} and target {list(t.shape)} must be equal, and [H, W] "
+                "each; nothing is broadcast."
             )
     return [(_as_bool(p), _as_bool(t)) for p, t in pairs]
 
@@ -31,13 +33,16 @@ def _batches(pred, target):
 def _as_bool(masks):
     if masks.dtype != torch.bool and not ((masks == 0) | (masks == 1)).all():
         raise ValueError(
-            "A mask holds values other than 0 and 1; threshold it first (grey masks: > 127, probabilities: > 0.5, logits: > 0)."
+            "A mask holds values other than 0 and 1; threshold it first (grey masks: > 127, probabilities: > "
+            "0.5, logits: > 0)."
         )
     return masks.bool()
 
 
 def _ratio(pred, target, numerator, denominator):
-    """numerator/denominator of (|P∧T|, |P|, |T|) in float64, counted in integers; 1 where both masks are empty."""
+    """numerator/denominator of (|P∧T|, |P|, |T|) in float64, counted in integers; 1 where both masks are
+    empty.
+    """
     batches = _batches(pred, target)
     counts = [torch.stack([m.sum((1, 2)) for m in (p & t, p, t)]) for p, t in batches]  # [3, n] each
     both, p, t = torch.cat(counts, 1) if counts else torch.zeros(3, 0, dtype=torch.int64)
@@ -46,29 +51,39 @@ def _ratio(pred, target, numerator, denominator):
 
 
 def dsc(pred, target):
-    """Dice similarity coefficient 2|P∧T| / (|P|+|T|) of each pair, float64 `[N]` in [0, 1]. Raises ValueError for unequal shapes."""
+    """Dice similarity coefficient 2|P∧T| / (|P|+|T|) of each pair, float64 `[N]` in [0, 1].
+
+    Raises ValueError for unequal shapes.
+    """
     return _ratio(pred, target, lambda both, p, t: 2 * both, lambda both, p, t: p + t)
 
 
 def iou(pred, target):
-    """Intersection over union |P∧T| / |P∨T| of each pair, float64 `[N]` in [0, 1]. Raises ValueError for unequal shapes."""
+    """Intersection over union |P∧T| / |P∨T| of each pair, float64 `[N]` in [0, 1].
+
+    Raises ValueError for unequal shapes.
+    """
     return _ratio(pred, target, lambda both, p, t: both, lambda both, p, t: p + t - both)
 
 
 def hd95(pred, target):
-    """95th-percentile Hausdorff distance of each pair in pixels, float64 `[N]`: the larger of both directions' percentiles.
+    """95th-percentile Hausdorff distance of each pair in pixels, float64 `[N]`: the larger of both
+    directions' percentiles.
 
-    Boundary: mask pixels with one of four neighbours outside the mask or the image. Distances: Euclidean, from each boundary pixel
-    to the other boundary's nearest, exact. Percentile: linear interpolation, its rank in integers. This is MONAI's definition;
-    medpy pools both directions and differs by pixels.
+    Boundary: mask pixels with one of four neighbours outside the mask or the image. Distances: Euclidean,
+    from each boundary pixel to the other boundary's nearest, exact. Percentile: linear interpolation, its
+    rank in integers. This is MONAI's definition; medpy pools both directions and differs by pixels.
     """
     values = [_hd95(p, t) for p, t in _batches(pred, target)]
     return torch.cat(values) if values else torch.zeros(0, dtype=torch.float64)
 
 
 def _hd95(pred, target):
-    """HD95 of masks `[B, H, W]`. Percentile: linear, of the roots of integer squares, its rank 0.95 (n-1) taken in integers: exact."""
-    squared, counts = surface_distances(pred, target)
+    """HD95 of masks `[B, H, W]`.
+
+    Percentile: linear, of the roots of integer squares, its rank 0.95 (n-1) taken in integers: exact.
+    """
+    squared, counts = kernels.surface_distances(pred, target)
     counts = counts.flatten()  # [2B]
     # one sort for all lists: each keeps its place, as the higher digits
     of = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(squared))
@@ -85,9 +100,10 @@ def _hd95(pred, target):
 def summarise(dsc_values, iou_values, hd95_values, diagonals, target_empty, pred_empty):
     """Means over images, as a dictionary ready for JSON; all arguments `[N]`.
 
-    `dsc`, `iou`, `hd95`: mean, std (population) and n. For hd95 n counts the defined pairs; `n_undefined` those with exactly one empty
-    mask, and `mean_with_diagonal` puts the image's diagonal in their place. `dsc_nonempty`: over images whose truth is not empty;
-    `empty_correct`: the share of empty truths predicted exactly empty. Where nothing is to be averaged the value is None.
+    `dsc`, `iou`, `hd95`: mean, std (population) and n. For hd95 n counts the defined pairs; `n_undefined`
+    those with exactly one empty mask, and `mean_with_diagonal` puts the image's diagonal in their place.
+    `dsc_nonempty`: over images whose truth is not empty; `empty_correct`: the share of empty truths predicted
+    exactly empty. Where nothing is to be averaged the value is None.
     """
 
     def stats(values):
@@ -98,7 +114,10 @@ def summarise(dsc_values, iou_values, hd95_values, diagonals, target_empty, pred
 
     d, h = torch.as_tensor(dsc_values, dtype=torch.float64), torch.as_tensor(hd95_values, dtype=torch.float64)
     diagonals = torch.as_tensor(diagonals, dtype=torch.float64)
-    empty, pred_empty = torch.as_tensor(target_empty, dtype=torch.bool), torch.as_tensor(pred_empty, dtype=torch.bool)
+    empty, pred_empty = (
+        torch.as_tensor(target_empty, dtype=torch.bool),
+        torch.as_tensor(pred_empty, dtype=torch.bool),
+    )
     defined = ~h.isnan()
     hd = stats(h[defined])
     hd["n_undefined"] = int((~defined).sum())

@@ -1,0 +1,72 @@
+"""HD95 against MONAI's way and a k-d tree; rows of kernels/bench.py. The comparisons need SciPy."""
+
+import numpy as np
+import torch
+
+import kernels
+from vlsm import metrics
+
+
+def lesions(count, side, generator):
+    """Smooth blobs that cover about a tenth to a third of the image: bool `[count, side, side]`."""
+    y, x = torch.meshgrid(torch.linspace(0, 1, side), torch.linspace(0, 1, side), indexing="ij")
+    masks = []
+    for _ in range(count):
+        u = torch.rand(12, generator=generator)
+        cy, cx, r = 0.4 + 0.2 * u[0], 0.4 + 0.2 * u[1], 0.18 + 0.14 * u[2]
+        angle = torch.atan2(y - cy, x - cx)
+        wave = sum(0.12 / k * u[k] * torch.sin(k * angle + 6 * u[k + 5]) for k in range(2, 7))
+        masks.append((y - cy) ** 2 + (x - cx) ** 2 < (r * (1 + wave)) ** 2)
+    return torch.stack(masks)
+
+
+def monai_way(pred, target):
+    """HD95 of one pair as MONAI computes it on a CPU: SciPy's erosion and distance transform on the joint
+    bounding box.
+    """
+    from scipy import ndimage
+
+    rows, cols = (np.flatnonzero((pred | target).any(axis)) for axis in (1, 0))
+    box = tuple(slice(max(i[0] - 1, 0), i[-1] + 2) for i in (rows, cols))
+    a, b = (m[box] ^ ndimage.binary_erosion(m[box]) for m in (pred, target))
+    values = []
+    for points, to in ((a, b), (b, a)):
+        distances = ndimage.distance_transform_edt(~to).astype(np.float32)[points]
+        values.append(np.quantile(distances, 0.95))
+    return max(values)
+
+
+def tree_way(pred, target):
+    """HD95 of one pair by a k-d tree on the boundary points."""
+    from scipy import ndimage
+    from scipy.spatial import cKDTree
+
+    a, b = (np.argwhere(m ^ ndimage.binary_erosion(m)) for m in (pred, target))
+    return max(np.quantile(cKDTree(to).query(points)[0], 0.95) for points, to in ((a, b), (b, a)))
+
+
+def bench_hd95(bench):
+    for side in (352, 1024, 2500):
+        _hd95(bench, side, 16 if bench.cuda or side < 2500 else 4)
+
+
+def _hd95(bench, side, count):
+    pred, target = lesions(2 * count, side, torch.Generator().manual_seed(0)).split(count)
+    arrays = [m.numpy() for m in (pred, target)]
+    p, t = pred.to(bench.device), target.to(bench.device)
+    found = dict(ours=lambda: metrics.hd95(p, t))
+    if bench.about["scipy"] == "not installed":
+        print("hd95: the comparisons need SciPy (pip install scipy)")
+    else:
+        for name, way in (("MONAI's way", monai_way), ("k-d tree", tree_way)):
+            found[name] = lambda way=way: [way(*pair) for pair in zip(*arrays)]
+            assert (
+                metrics.hd95(p, t).cpu() - torch.tensor(found[name](), dtype=torch.float64)
+            ).abs().max() < 1e-3, name
+    times = bench.time(found, bench.args.runs if side < 2500 else max(5, bench.args.runs // 6), warm=1)
+    boundary = int(kernels.surface_distances(p, t)[1].float().median())
+    bench.row(
+        f"hd95 {side} x {side}, a pair, of {count}",
+        {k: v / count for k, v in times.items()},
+        boundary_pixels=boundary,
+    )

@@ -1,0 +1,1 @@
+"""Pixels, masks and prompts: reading, caching, choosing, augmenting."""

@@ -1,0 +1,1 @@
+"""Tuning methods: adapters, LoRA, prompt learners, the learnable upsampler, and the dict of all."""

@@ -1,0 +1,286 @@
+"""Prompt learners: context vectors that join the tokens of an encoder, n for each of the first `prompt_depth`
+layers.
+
+Sources: Adhikari et al., "TuneVLSeg" (ACCV 2024), which measures all six; CoOp: Zhou et al. (IJCV 2022);
+CoCoOp: Zhou et al. (CVPR 2022); VPT: Jia et al. (ECCV 2022); MaPLe: Khattak et al. (CVPR 2023).
+"""
+
+import copy
+
+import torch
+from torch import nn
+
+from vlsm.networks.hooks import Contexts, Tuner
+from vlsm.networks.tokenizer import Tokenizer
+
+INIT_STD = 0.02  # of context vectors that start at random
+DEFAULT_DEPTH = 9  # layers with context vectors of their own, unless the network has fewer
+
+
+def projection(d_in, d_out, hidden, low_rank, norm, bias=True):
+    """Return a module from width `d_in` to `d_out`.
+
+    hidden: 0 for a linear layer; a width, or a list of widths, for an MLP. low_rank: the product of two
+    matrices (of one, where hidden > d_out) instead. norm: a LayerNorm behind an MLP or such a product. bias:
+    whether that norm, or the last layer, has one. Raises ValueError for widths below 1, and for a list with
+    `low_rank`.
+    """
+    widths = [hidden] if isinstance(hidden, int) else list(hidden or ())
+    if low_rank and len(widths) > 1:
+        raise ValueError(f"--lora-proj takes one --intermediate-dim, not {len(widths)}.")
+    if not any(widths):
+        return nn.Linear(d_in, d_out)
+    if min(widths) < 1:
+        given = " ".join(map(str, widths))
+        raise ValueError(f"--intermediate-dim {given}: give 1 or more, or 0 alone for a single layer.")
+    last_bias = bias and not norm
+    if low_rank and widths[0] > d_out:
+        layers = [nn.Linear(d_in, d_out, bias=False)]
+    elif low_rank:
+        layers = [nn.Linear(d_in, widths[0], bias=False), nn.Linear(widths[0], d_out, bias=last_bias)]
+    else:
+        layers = []
+        for a, b in zip([d_in, *widths], widths):
+            layers += [nn.Linear(a, b), nn.ReLU()]
+            nn.init.kaiming_normal_(layers[-2].weight, nonlinearity="relu")
+        layers.append(nn.Linear(widths[-1], d_out, bias=last_bias))
+    if norm:
+        layers.append(nn.LayerNorm(d_out, bias=bias))
+    return nn.Sequential(*layers)
+
+
+class PromptLearner(Tuner):
+    """What the six share: `context` `[depth, n, width]`, its depth and its start.
+
+    prompt_depth: layers with vectors of their own (default `default_depth`, or as many as act on the logits).
+    context: n. context_init: a text, or one for each of the first layers, whose tokens' embeddings the
+    vectors start from (they then set n). Raises ValueError where these do not fit the network.
+    """
+
+    default_upsampler = True
+    encoders = ("text",)  # whose tokens the vectors join
+    default_depth = DEFAULT_DEPTH
+
+    def __init__(self, config, width, prompt_depth, context, context_init=None, reference=False):
+        super().__init__(config, reference)
+        most = config.max_prompt_depth(self.encoders, reference)
+        depth = min(self.default_depth, most) if prompt_depth is None else prompt_depth
+        if not 1 <= depth <= most:
+            raise ValueError(
+                f"--prompt-depth {depth}: of this network's layers, {most} can take context vectors that the "
+                "logits "
+                f"depend on. Give 1 to {most}."
+            )
+        self.init_texts = [context_init] if isinstance(context_init, str) else list(context_init or ())
+        self.context = nn.Parameter(self.random_context(config, depth, context, width))
+
+    def random_context(self, config, depth, n, width):
+        """Return random vectors `[depth, n, width]`.
+
+        Raises ValueError where the text encoder has no room for n.
+        """
+        window = config.text.max_position_embeddings
+        room = window - 2  # start and end token
+        if n < 1 or ("text" in self.encoders and n > room):
+            most = " or more"
+            if "text" in self.encoders:
+                held = f"the text encoder's window of {window} tokens holds besides start and end"
+                most = f" to {room}, what {held}"
+            raise ValueError(
+                f"{n} context vectors (--context, or the tokens of --context-init): give 1{most}."
+            )
+        return torch.empty(depth, n, width).normal_(0, INIT_STD)
+
+    def on_attach(self, network, folder):
+        if self.init_texts:
+            texts = self.init_texts[: len(self.context)]
+            ids = self.encode_init_texts(texts, Tokenizer(folder, limit=1 << 20))
+            depth, _, width = self.context.shape
+            vectors = self.random_context(network.config, depth, ids.shape[1], width)
+            vectors[: len(ids)] = network.text_encoder().tokens(ids).detach()
+            self.context = nn.Parameter(vectors)
+        depth, n, _ = self.context.shape
+        return dict(prompt_depth=depth, context=n)
+
+    @staticmethod
+    def encode_init_texts(texts, tokenizer):
+        """Return the token ids `[texts, n]`.
+
+        Raises ValueError unless all texts have n tokens, at least one.
+        """
+        ids = [tokenizer.encode(text)[1:-1] for text in texts]
+        counts = [len(i) for i in ids]
+        if not all(counts):
+            empty = texts[counts.index(0)]
+            raise ValueError(
+                f"--context-init '{empty}' holds nothing that the tokenizer knows. Give a few words."
+            )
+        if len(set(counts)) > 1:
+            found = ", ".join(map(str, counts))
+            raise ValueError(
+                f"--context-init: texts of equally many tokens are needed, and these have {found}."
+            )
+        return torch.tensor(ids)
+
+    def uses_weight_decay(self, name, tensor):
+        """Tell whether a tensor decays: matrices and contexts do, biases and norms do not.
+
+        The published code leaves out the contexts, without saying so.
+        """
+        published = self.reference and name.endswith("context")
+        return super().uses_weight_decay(name, tensor) and tensor.dim() > 1 and not published
+
+    def module_per_layer(self, make, unified, copies=False):
+        """Return a module for each layer (`make()`, or copies of the first), or one for all if `unified`."""
+        first, rest = make(), 0 if unified else len(self.context) - 1
+        return nn.ModuleList([first, *(copy.deepcopy(first) if copies else make() for _ in range(rest))])
+
+    def apply_per_layer(self, modules, vectors=None):
+        """Return each layer's vectors (`context`, or others in its place) put through that layer's module."""
+        vectors = self.context if vectors is None else vectors
+        return [modules[min(i, len(modules) - 1)](v) for i, v in enumerate(vectors)]
+
+
+class CoOp(PromptLearner):
+    """Vectors in the text encoder."""
+
+    def __init__(self, config, prompt_depth=None, context=4, context_init=None, reference=False):
+        super().__init__(config, config.text.hidden_size, prompt_depth, context, context_init, reference)
+        self.ignores_upsampler = reference and config.published_coop_ignores_upsampler
+
+    def contexts(self):
+        return Contexts(text=self.context.unbind())
+
+    def adapt_logits(self, logits, features):
+        """Return the logits; on CLIPSeg the published code builds the upsampler and does not call it."""
+        return logits if self.ignores_upsampler else super().adapt_logits(logits, features)
+
+    def uses_weight_decay(self, name, tensor):
+        unused = self.ignores_upsampler and name.startswith("upsampler")
+        return super().uses_weight_decay(name, tensor) and not unused
+
+
+class CoCoOp(CoOp):
+    """Vectors in the text encoder, to which a projection of the image embedding is added: each image has its
+    own.
+
+    The embedding is that of the vision tower as it runs: beside a method that acts in it, the changed one.
+    """
+
+    needs_image_embedding = True
+
+    def __init__(
+        self, config, prompt_depth=None, context=4, context_init=None, intermediate_dim=64, lora_proj=False,
+        proj_norm=True, unified_proj=False, norm_image_features=False, reference=False,
+    ):  # fmt: skip
+        super().__init__(config, prompt_depth, context, context_init, reference)
+        self.normalise = norm_image_features
+        sizes = config.projection_dim, config.text.hidden_size, intermediate_dim, lora_proj, proj_norm
+        self.project = self.module_per_layer(lambda: projection(*sizes, bias=False), unified_proj)
+
+    def image_conditioned_contexts(self, contexts, image_embedding):
+        if self.normalise:
+            image_embedding = image_embedding / image_embedding.norm(dim=-1, keepdim=True)
+        shifts = [project(image_embedding)[:, None] for project in self.project]  # [B, 1, D]
+        return [v + shifts[min(i, len(shifts) - 1)] for i, v in enumerate(contexts)]
+
+
+class VPT(PromptLearner):
+    """Vectors in the vision encoder."""
+
+    encoders = ("vision",)
+
+    def __init__(self, config, prompt_depth=None, context=4, reference=False):
+        super().__init__(config, config.vision.hidden_size, prompt_depth, context, None, reference)
+
+    def contexts(self):
+        return Contexts(vision=self.context.unbind())
+
+    def adapt_logits(self, logits, features):
+        """Return the logits; the published code adds both terms, without the ratio."""
+        if self.reference and self.upsampler is not None:
+            return logits + self.upsampler.upsample(features)
+        return super().adapt_logits(logits, features)
+
+
+class MaPLe(PromptLearner):
+    """Vectors in the text encoder; those in the vision encoder are projected from them."""
+
+    encoders = ("vision", "text")
+
+    def __init__(
+        self, config, prompt_depth=None, context=4, context_init=None, intermediate_dim=64, lora_proj=False,
+        proj_norm=True, unified_proj=False, reference=False,
+    ):  # fmt: skip
+        super().__init__(config, config.text.hidden_size, prompt_depth, context, context_init, reference)
+        sizes = config.text.hidden_size, config.vision.hidden_size, intermediate_dim, lora_proj, proj_norm
+        self.project = self.module_per_layer(lambda: projection(*sizes), unified_proj)
+
+    def contexts(self):
+        return Contexts(vision=self.apply_per_layer(self.project), text=self.context.unbind())
+
+
+class SharedSeparate(PromptLearner):
+    """Vectors of a width of their own; two projections make those of the text and of the vision encoder."""
+
+    encoders = ("vision", "text")
+
+    def __init__(
+        self, config, prompt_depth=None, context=4, shared_dim=64, intermediate_dim=0, lora_proj=False,
+        proj_norm=True, unified_proj=False, reference=False,
+    ):  # fmt: skip
+        if shared_dim < 1:
+            raise ValueError(f"--shared-dim {shared_dim}: give 1 or more (default 64).")
+        super().__init__(config, shared_dim, prompt_depth, context, None, reference)
+
+        def projections(width):
+            make = lambda: projection(shared_dim, width, intermediate_dim, lora_proj, proj_norm)  # noqa: E731
+            return self.module_per_layer(make, unified_proj, copies=True)
+
+        self.text_project = projections(config.text.hidden_size)
+        self.vision_project = projections(config.vision.hidden_size)
+
+    def contexts(self):
+        vision, text = self.apply_per_layer(self.vision_project), self.apply_per_layer(self.text_project)
+        return Contexts(vision, text)
+
+
+class SharedAttention(PromptLearner):
+    """Vectors as wide as both encoders' tokens together.
+
+    A transformer layer mixes them, then each encoder takes its part.
+    """
+
+    encoders = ("vision", "text")
+    default_depth = 1  # each layer comes with a mixer of 10.5 million parameters at real size
+
+    def __init__(
+        self, config, prompt_depth=None, context=4, heads=16, feed_forward=1536, dropout=0.25,
+        norm_first=True, unified_proj=False, reference=False,
+    ):  # fmt: skip
+        self.text_width = config.text.hidden_size
+        width = config.text.hidden_size + config.vision.hidden_size
+        super().__init__(config, width, prompt_depth, context, None, reference)
+        if heads < 1 or width % heads:
+            some = ", ".join(str(h) for h in range(1, 65) if width % h == 0)
+            raise ValueError(
+                f"--heads {heads} does not divide the vectors' width {width}; give one of {some}."
+            )
+        if not 0 <= dropout < 1:
+            raise ValueError(f"--dropout {dropout}: give 0 or more, below 1.")
+        # the published layer takes the n vectors for a batch of sequences of length one, so none attends to
+        # another
+        how = dict(norm_first=norm_first, batch_first=not reference)
+        make = lambda: nn.TransformerEncoderLayer(width, heads, feed_forward, dropout, **how)  # noqa: E731
+        self.mixer = self.module_per_layer(make, unified_proj, copies=True)
+
+    def contexts(self):
+        mixed = self.apply_per_layer(
+            self.mixer, self.context[:, None]
+        )  # [1, n, width] each; one dropout draw
+        vision, text = ([m[0, :, part] for m in mixed] for part in self.encoder_slices())
+        return Contexts(vision, text)
+
+    def encoder_slices(self):
+        """Return the vision encoder's part of a vector, and the text encoder's."""
+        return slice(self.text_width, None), slice(None, self.text_width)

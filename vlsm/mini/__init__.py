@@ -1,0 +1,1 @@
+"""The embedded CLIPSeg, the demo data set, and what made them."""

@@ -1,0 +1,1 @@
+"""Segmentation networks with hooks for tuning methods, and loading their weights."""

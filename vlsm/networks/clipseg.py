@@ -1,0 +1,301 @@
+"""CLIPSeg in plain PyTorch: two pre-norm CLIP encoders and a small FiLM-conditioned decoder.
+
+Parameters carry the names of the Hugging Face checkpoint (`clip.vision_model...`, `clip.text_model...`,
+`decoder...`), so a checkpoint loads by name. The forward pass computes only what the logits depend on, and
+calls the hooks of a `Tuner` (hooks.py) where a tuning method may act.
+
+Sources: Lüddecke and Ecker, "Image Segmentation Using Text and Image Prompts" (CVPR 2022); Radford et al.,
+CLIP (2021).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vlsm.networks.base import (
+    VISION_DEFAULTS,
+    EncoderConfig,
+    ImageFeatures,
+    Network,
+    TextEncoder,
+    insert_context,
+    patch_tokens,
+)
+from vlsm.networks.transformer import MLP, Attention, encoder_block
+from vlsm.system.options import select_fields
+
+# Buffers that older transformers releases wrote; they hold 0, 1, 2, ... and are not needed.
+UNUSED_KEYS = ("clip.text_model.embeddings.position_ids", "clip.vision_model.embeddings.position_ids")
+
+
+@dataclass(frozen=True)
+class CLIPSegConfig:
+    """Sizes of a CLIPSeg network, as `config.json` holds them."""
+
+    text: EncoderConfig
+    vision: EncoderConfig
+    projection_dim: int = 512
+    extract_layers: tuple = (3, 6, 9)
+    reduce_dim: int = 64
+    decoder_num_attention_heads: int = 4
+    decoder_intermediate_size: int = 2048
+    conditional_layer: int = 0
+    use_complex_transposed_convolution: bool = False
+
+    published_coop_ignores_upsampler = True
+
+    @classmethod
+    def from_dict(cls, raw):
+        """Read the dictionary of a Hugging Face `config.json`.
+
+        Raises ValueError for sizes that cannot work.
+        """
+
+        def encoder(name, defaults):  # old files repeat the values, and win, under `<name>_dict`
+            values = {**defaults, **(raw.get(name) or {}), **(raw.get(f"{name}_dict") or {})}
+            return EncoderConfig.from_dict(values, name)
+
+        top = select_fields(cls, {k: v for k, v in raw.items() if k not in ("text", "vision")})
+        top["extract_layers"] = tuple(top.get("extract_layers", cls.extract_layers))
+        config = cls(text=encoder("text_config", {}), vision=encoder("vision_config", VISION_DEFAULTS), **top)
+        layers, count = config.extract_layers, config.vision.num_hidden_layers
+        if not layers or min(layers) < 0 or max(layers) >= count:
+            raise ValueError(f"extract_layers {list(layers)} must be indices of the {count} vision layers.")
+        return config
+
+    @property
+    def stride(self):
+        """Sides of images are multiples of this."""
+        return self.vision.patch_size
+
+    @property
+    def upsampler_sizes(self):
+        """Channels of the decoder's last features, to how many an upsampler reduces them (None: not), its
+        factor.
+        """
+        return self.reduce_dim, None, self.vision.patch_size
+
+    def max_prompt_depth(self, encoders, reference=False):
+        """Return how many sets of context vectors can act on the logits; the published code has one a layer.
+
+        In the vision encoder a set may stand over the last extracted output: the decoder sees it.
+        """
+        vision, text = self.vision.num_hidden_layers, self.text.num_hidden_layers
+        if reference:
+            return min(vision, text)
+        limits = dict(vision=max(self.extract_layers) + 2, text=text)
+        return min(limits[encoder] for encoder in encoders)
+
+
+class Encoder(nn.Module):
+    """The blocks of an encoder, under their name."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.layers = nn.ModuleList(encoder_block(config) for _ in range(config.num_hidden_layers))
+
+
+class VisionEmbeddings(nn.Module):
+    """Patches `[B, 3, H, W]` -> tokens `[B, 1+N, D]`, the class token in front."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.zeros(c.hidden_size))
+        self.patch_embedding = nn.Conv2d(
+            c.num_channels, c.hidden_size, c.patch_size, c.patch_size, bias=False
+        )
+        self.position_embedding = nn.Embedding((c.image_size // c.patch_size) ** 2 + 1, c.hidden_size)
+
+    def forward(self, pixel_values):
+        patches = self.patch_embedding(pixel_values)  # [B, D, h, w]
+        return patch_tokens(patches, self.class_embedding, self.position_embedding.weight)
+
+
+class VisionModel(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.embeddings = VisionEmbeddings(c)
+        self.pre_layrnorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)  # spelt so in the checkpoint
+        self.encoder = Encoder(c)
+        self.post_layernorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+
+
+class TextEmbeddings(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.token_embedding = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.position_embedding = nn.Embedding(c.max_position_embeddings, c.hidden_size)
+
+
+class TextModel(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.embeddings = TextEmbeddings(c)
+        self.encoder = Encoder(c)
+        self.final_layer_norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+
+
+class CLIP(nn.Module):
+    """Both encoders and their projections into one space."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.text_model = TextModel(c.text)
+        self.vision_model = VisionModel(c.vision)
+        self.visual_projection = nn.Linear(c.vision.hidden_size, c.projection_dim, bias=False)
+        self.text_projection = nn.Linear(c.text.hidden_size, c.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # not used; in the checkpoint
+
+
+class DecoderLayer(nn.Module):
+    """Post-norm transformer layer; its activation is ReLU whatever `decoder_hidden_act` says."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.self_attn = Attention(c.reduce_dim, c.decoder_num_attention_heads)
+        self.layer_norm1 = nn.LayerNorm(c.reduce_dim, eps=c.vision.layer_norm_eps)
+        self.mlp = MLP(c.reduce_dim, c.decoder_intermediate_size, "relu")
+        self.layer_norm2 = nn.LayerNorm(c.reduce_dim, eps=c.vision.layer_norm_eps)
+
+    def forward(self, x):
+        x = self.layer_norm1(x + self.self_attn(x))
+        return self.layer_norm2(x + self.mlp(x))
+
+
+class Decoder(nn.Module):
+    """Reduces the extracted activations, deepest first, modulates them by the prompt (FiLM), upsamples to
+    pixels.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        r, patch, depth = c.reduce_dim, c.vision.patch_size, len(c.extract_layers)
+        self.conditional_layer = c.conditional_layer
+        self.film_mul = nn.Linear(c.projection_dim, r)
+        self.film_add = nn.Linear(c.projection_dim, r)
+        if c.use_complex_transposed_convolution:
+            k = patch // 4
+            self.transposed_convolution = nn.Sequential(
+                nn.Conv2d(r, r, 3, padding=1),
+                nn.ReLU(),
+                nn.ConvTranspose2d(r, r // 2, k, k),
+                nn.ReLU(),
+                nn.ConvTranspose2d(r // 2, 1, k, k),
+            )
+        else:
+            self.transposed_convolution = nn.ConvTranspose2d(r, 1, patch, patch)
+        self.reduces = nn.ModuleList(nn.Linear(c.vision.hidden_size, r) for _ in range(depth))
+        self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(depth))
+
+    def forward(self, activations, cond, grid):
+        """Return (logits `[B, 1, H, W]`, the features `[B, r, h, w]` that they are made of); grid: (h, w)."""
+        x = 0
+        for k, (activation, reduce, layer) in enumerate(
+            zip(reversed(activations), self.reduces, self.layers)
+        ):
+            x = x + reduce(activation)  # [B, 1+N(+n), r]
+            if k == self.conditional_layer:
+                x = self.film_mul(cond)[:, None] * x + self.film_add(cond)[:, None]
+            x = layer(x)
+        h, w = grid
+        x = x[:, 1 : 1 + h * w]  # class token and contexts dropped
+        features = x.transpose(1, 2).unflatten(2, grid)  # [B, r, h, w]
+        return self.transposed_convolution(features), features
+
+
+class CLIPSeg(Network):
+    """CLIPSeg of a `CLIPSegConfig`; weights are uninitialised noise until loaded (see weights.py)."""
+
+    name = "CLIPSeg"
+    model_types = ("clipseg",)
+    default_weights = "CIDAS/clipseg-rd64-refined"
+    Config = CLIPSegConfig
+
+    def __init__(self, config, reference=False):
+        super().__init__(config, reference)
+        self.clip = CLIP(config)
+        self.decoder = Decoder(config)
+
+    def encode_image(self, pixel_values, tuner, contexts=()):
+        """Return the activations `[B, 1+N+n, D]` at the extract layers, and the embedding if the tuner needs
+        it.
+
+        Stops after the deepest extract layer, as nothing above it reaches the logits, unless the tuner needs
+        the embedding. The n contexts stand behind the patches; those of layer i replace their outputs of
+        layer i - 1, and so the decoder sees them too.
+        """
+        vision, wanted = self.clip.vision_model, self.config.extract_layers
+        x = vision.embeddings(pixel_values)
+        at, n = x.shape[1], contexts[0].shape[-2] if contexts else 0
+        if contexts:
+            x = insert_context(x, at, contexts[0])
+        x = vision.pre_layrnorm(x)
+        states = []
+        for i, block in enumerate(
+            vision.encoder.layers[: None if tuner.needs_image_embedding else max(wanted) + 1]
+        ):
+            x = block(x, tuner.residual_ops("vision", i), deltas=tuner.lora_deltas("vision", i))
+            if i + 1 < len(contexts):
+                x = insert_context(x, at, contexts[i + 1], replace=n)
+            states.append(x)
+        embedding = None
+        if tuner.needs_image_embedding:
+            embedding = self.clip.visual_projection(vision.post_layernorm(x[:, 0]))
+        return ImageFeatures([states[i] for i in wanted], embedding, tuple(pixel_values.shape[-2:]))
+
+    def encode_text(self, input_ids, attention_mask, tuner, contexts=()):
+        """Return (conditional embedding `[B, P]`, the pooled token's state `[B, D]` after each extract
+        layer...).
+        """
+        states, end, _ = self.run_text_blocks(input_ids, attention_mask, tuner, contexts)
+        rows = torch.arange(end.shape[0], device=end.device)
+        pooled = [x[rows, end] for x in states]
+        cond = self.clip.text_projection(self.clip.text_model.final_layer_norm(pooled[-1]))
+        return cond, *(pooled[i] for i in self.config.extract_layers if i < len(pooled))
+
+    def decode(self, image_features, text_features, tuner, pixel_values=None):
+        cond, *states = text_features
+        grid = tuple(side // self.config.vision.patch_size for side in image_features.size)
+        activations = [tuner.adapt_activation(k, x) for k, x in enumerate(image_features.activations)]
+        return tuner.adapt_logits(*self.decoder(activations, tuner.adapt_conditional(cond, states), grid))
+
+    @classmethod
+    def rename(cls, tensors):
+        return {name: t for name, t in tensors.items() if name not in UNUSED_KEYS}
+
+    def initialise(self):
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(self.clip.vision_model.embeddings.class_embedding, std=0.02)
+
+    def text_encoder(self):
+        text = self.clip.text_model
+        embeddings = text.embeddings
+        return TextEncoder(
+            embeddings.token_embedding, embeddings.position_embedding.weight, text.encoder.layers
+        )
+
+    def decoder_names(self):
+        return [name for name, _ in self.named_parameters() if name.startswith("decoder.")]
+
+    def full_tuning_names(self):
+        """Return the names of all parameters that the logits depend on.
+
+        With `reference`, the decoder's alone: the published end-to-end baseline trains no more, without
+        meaning to, as it runs both encoders without gradients.
+        """
+        if self.reference:
+            return self.decoder_names()
+        unused = ["clip.logit_scale", "clip.visual_projection.", "clip.vision_model.post_layernorm."]
+        layers = range(max(self.config.extract_layers) + 1, self.config.vision.num_hidden_layers)
+        unused += [f"clip.vision_model.encoder.layers.{i}." for i in layers]
+        return [name for name, _ in self.named_parameters() if not name.startswith(tuple(unused))]
+
+    def compilable_blocks(self):
+        return [
+            *self.clip.vision_model.encoder.layers,
+            *self.clip.text_model.encoder.layers,
+            *self.decoder.layers,
+        ]

@@ -1,0 +1,111 @@
+"""The hooks through which a tuning method acts on a frozen network: the contract between `networks/` and
+`methods/`.
+
+A network's forward pass calls every hook below; the base class changes nothing. A method is a subclass that
+holds all trained parameters and overrides a hook or two. To add one, write the class and put it into
+`METHODS` (registry.py).
+
+Throughout: B images, N patches, T text tokens, n context vectors, D the width of an encoder, P that of the
+embeddings.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+PLAIN_ADDITIONS = torch.add, torch.add  # of attention's and the MLP's output to the residual stream
+PROJECTIONS = ("q", "k", "v", "out")  # of attention, as LoRA calls them
+
+
+class Contexts(NamedTuple):
+    """Vectors that join an encoder's tokens in one forward pass: entry i, `[n, D]` or `[B, n, D]`, enters
+    layer i.
+    """
+
+    vision: tuple = ()
+    text: tuple = ()
+
+
+class Tuner(nn.Module):
+    """Base class of all tuning methods, and the method `none`: changes nothing, trains nothing.
+
+    config: the network's configuration. reference: do as the published code does where it departs from its
+    paper. `upsampler`: a learnable upsampler (see methods/upsampler.py) or None.
+    """
+
+    default_upsampler = False  # whether the method comes with the learnable upsampler unless told otherwise
+    needs_image_embedding = False  # whether `image_conditioned_contexts` reads the images' embeddings
+
+    def __init__(self, config=None, reference=False):
+        super().__init__()
+        self.reference, self.upsampler = reference, None
+
+    def on_attach(self, network, folder):
+        """Start from the network's weights, which were read from `folder`; called once.
+
+        Returns the options whose values this has settled, as a dictionary.
+        """
+        return {}
+
+    def trained_network_parameters(self, network):
+        """Return the names of the network's own parameters that this method trains."""
+        return []
+
+    def contexts(self):
+        """Return the `Contexts` of one forward pass."""
+        return Contexts()
+
+    def image_conditioned_contexts(self, contexts, image_embedding):
+        """Return the text encoder's contexts, given its `contexts` and the image embedding `[B, P]`.
+
+        Returns the same `[n, D]` for all images, or `[B, n, D]`.
+        """
+        return contexts
+
+    def residual_ops(self, encoder, layer):
+        """Return what adds attention's, and the MLP's, output to the residual stream of a layer.
+
+        encoder: "vision" or "text". Each is a function of (output, residual), both `[B, N, D]`.
+        """
+        return PLAIN_ADDITIONS
+
+    def lora_deltas(self, encoder, layer):
+        """Return what is added to the projections of a layer's attention.
+
+        A mapping from some of `PROJECTIONS` to functions of the projection's input, or None.
+        """
+        return None
+
+    def adapt_activation(self, k, x):
+        """Return the activation `[B, 1+N, D]` of the k-th extract layer on its way to the decoder."""
+        return x
+
+    def adapt_conditional(self, cond, states):
+        """Return the conditional embedding `[B, P]`.
+
+        states: the end-of-text token's state `[B, D]` after each extract layer.
+        """
+        return cond
+
+    def adapt_logits(self, logits, features):
+        """Return the logits `[B, 1, H, W]`, given the decoder's last features `[B, C, h, w]`, of which they
+        are made.
+        """
+        return logits if self.upsampler is None else self.upsampler(logits, features)
+
+    def uses_weight_decay(self, name, tensor):
+        """Tell whether weight decay acts on a trained tensor."""
+        return not name.endswith("upsampler.ratio")
+
+    def merge_into(self, network):
+        """Add what was learnt to the network's weights, in place.
+
+        Raises ValueError where no change of weights does the same.
+        """
+        if next(self.parameters(), None) is not None:
+            raise ValueError(
+                "What this method trains is no change of the network's own weights, so it cannot be merged "
+                "into "
+                "them. That is possible for lora, decoder and full, without --upsampler."
+            )

@@ -1,0 +1,1 @@
+"""Raw downloads, as their publishers ship them, into the layout that `datasets.py` knows."""

@@ -1,0 +1,187 @@
+"""From a raw download to a folder in MedVLSM's layout: images, one binary PNG a record, annotation files with
+prompts and splits.
+"""
+
+import io
+import json
+import random
+from collections import Counter, defaultdict
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image
+
+from vlsm.data.describe import describe
+from vlsm.data.images import mask_image
+from vlsm.raw.download import Download
+from vlsm.raw.readers import READERS
+from vlsm.system.console import progress, say
+from vlsm.system.files import atomic_write, leaves_folder, read_json
+
+# Records that MedVLSM has for train, val, test: the shares in which ours are split, where the publisher
+# leaves that open.
+SIZES = {
+    "kvasir": (800, 100, 100), "clinicdb": (490, 61, 61), "bkai": (800, 100, 100), "isic": (810, 90, 0),
+    "dfu": (1600, 200, 200), "camus": (400, 50, 50), "busi": (624, 78, 78),
+    "chexlocalize": (1279, 446, 452), "cityscapes": (9, 1, 0), "voc": (9, 1, 0),
+}  # fmt: skip
+SEED = 0  # of these splits
+CLASS_WORD_ONLY = (
+    "cityscapes",
+    "voc",
+)  # TuneVLSeg's prompt for them; shapes and colours of streets say little
+
+
+class Writer:
+    """Files below a folder, written only where their content is new; `counts` says what became of each."""
+
+    def __init__(self, root):
+        self.root, self.counts = Path(root), Counter()
+
+    def write(self, name, data):
+        if leaves_folder(name):
+            raise ValueError(f"the name '{name}' leaves the data set's folder")
+        path = self.root / name
+        if path.is_file() and path.read_bytes() == data:
+            self.counts["unchanged"] += 1
+            return
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(data)
+        self.counts["written"] += 1
+
+    def png(self, name, pixels):
+        """Pixels uint8, or bool as 0 and 255."""
+        data = io.BytesIO()
+        image = mask_image(pixels) if pixels.dtype == bool else Image.fromarray(pixels)
+        image.save(data, format="PNG")
+        self.write(name, data.getvalue())
+
+
+def prepare(name, source, root, anns=None, descriptions=()):
+    """Read the download `source` of a data set and write its folder `root`. anns: a folder with the published
+    annotation files, which are then used as they are; else prompts and splits are made here. descriptions:
+    general ones of the class, for p7 to p9.
+
+    Can be run again: files that would not change stay. Raises ValueError where nothing fits,
+    FileNotFoundError for what is not there.
+    """
+    download, writer, entries = Download(source), Writer(root), []
+    if (
+        Path(root).resolve() == download.path.resolve()
+        or download.path.resolve() in Path(root).resolve().parents
+    ):
+        raise ValueError(
+            f"'{root}' lies in the download '{source}', where nothing is written. Choose another --data-root."
+        )
+    with progress(None, f"preparing {name}") as bar:
+        for sample in READERS[name](download):
+            with download.skipping(sample.name):
+                entries += _write(name, download, writer, sample, descriptions, made=anns is None)
+            bar.update()
+    if not entries:
+        some = ", ".join(download.names[:5]) or "nothing"
+        raise ValueError(
+            f"'{source}' does not look like {name}'s download: no image with a mask was found. It holds "
+            f"{some}, ..."
+        )
+    if anns is None:
+        splits = split(name, entries)
+        for part, rows in splits.items():
+            found = [{k: v for k, v in e.items() if k not in ("split", "group", "below")} for e in rows]
+            writer.write(f"anns/{part}.json", json.dumps(found, indent=1).encode())
+    else:
+        splits = published(anns, writer, entries)
+    images = len({(e["below"], e["img_name"]) for e in entries})
+    say(f"{name}: {images} images and {len(entries)} masks from '{source}'")
+    say(
+        f"  records: {', '.join(f'{len(rows)} {part}' for part, rows in splits.items())} "
+        f"({'published' if anns else 'made here'})"
+    )
+    say(f"  files in '{root}': {writer.counts['written']} written, {writer.counts['unchanged']} unchanged")
+    for reason, names in download.skipped.items():
+        say(f"  skipped, {reason}: {len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
+    return splits
+
+
+def _write(name, download, writer, sample, descriptions, made):
+    """Write an image and its masks; an entry of the annotation files for each mask."""
+    if isinstance(sample.image, str):
+        writer.write(PurePosixPath("images", sample.below, sample.name), download.read(sample.image))
+        pixels = download.pixels(sample.image) if made else None
+    else:
+        pixels = sample.image
+        writer.png(PurePosixPath("images", sample.below, sample.name), pixels)
+    if pixels is not None:
+        pixels = pixels[..., :3] if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, 2)
+    entries = []
+    for mask_name, mask, word in sample.masks:
+        if pixels is not None and mask.shape != pixels.shape[:2]:
+            raise ValueError(f"image and mask differ in size, {pixels.shape[:2]} and {mask.shape}")
+        writer.png(PurePosixPath("masks", sample.below, mask_name), mask)
+        prompts = None
+        if made:
+            prompts = (
+                dict(p0="", p1=word)
+                if name in CLASS_WORD_ONLY
+                else describe(pixels, mask, word, descriptions)
+            )
+        entry = dict(img_name=sample.name, mask_name=mask_name, prompts=prompts, below=sample.below)
+        entries.append(dict(entry, split=sample.split, group=sample.group or f"{sample.below}/{sample.name}"))
+    return entries
+
+
+def split(name, entries):
+    """{part: entries}: the publisher's where it has one, else drawn from a fixed seed in the published
+    shares, group by group, so that no image (of CAMUS and CheXlocalize: no patient) is in two parts.
+    """
+    groups = defaultdict(list)
+    for entry in entries:
+        groups[entry["split"], entry["group"]].append(entry)
+    free = sorted(group for part, group in groups if part is None)
+    random.Random(SEED).shuffle(free)
+    shares = SIZES.get(name, (0, 0, 1))
+    if any(part == "test" for part, _ in groups):
+        shares = (*shares[:2], 0)
+    ends = [round(len(free) * sum(shares[: k + 1]) / (sum(shares) or 1)) for k in range(3)]
+    drawn = {"train": free[: ends[0]], "val": free[ends[0] : ends[1]], "test": free[ends[1] : ends[2]]}
+    found = {
+        part: [e for group in sorted(names) for e in groups[None, group]] for part, names in drawn.items()
+    }
+    for (part, _), rows in groups.items():
+        if part is not None:
+            found[part] += rows
+    return {part: rows for part, rows in found.items() if rows}
+
+
+def published(folder, writer, entries):
+    """{part: records} of published annotation files, copied as they are.
+
+    Raises ValueError where records lack their files.
+    """
+    masks = {PurePosixPath(e["mask_name"]).with_suffix("") for e in entries}
+    images = {PurePosixPath(e["img_name"]).with_suffix("") for e in entries}
+    found, missing = {}, []
+    for part in ("train", "val", "test"):
+        file = Path(folder) / f"{part}.json"
+        if file.is_file():
+            found[part] = read_json(file, list, "a list of records")
+            for record in found[part]:
+                pair = [PurePosixPath(record[key]).with_suffix("") for key in ("img_name", "mask_name")]
+                missing += [record["mask_name"]] if pair[0] not in images or pair[1] not in masks else []
+            writer.write(f"anns/{part}.json", file.read_bytes())
+    if not found:
+        raise ValueError(f"'{folder}' holds no train.json, val.json or test.json.")
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of the published records have no image or mask in the download: "
+            f"{', '.join(missing[:3])}, ... Is it complete?"
+        )
+    return found
+
+
+def read_descriptions(file):
+    """The texts of --describe: a JSON list of general descriptions of the class."""
+    texts = read_json(file, list, "a list of texts")
+    if not texts or not all(isinstance(t, str) and t.strip() for t in texts):
+        raise ValueError(f"'{file}' should hold a list of texts, such as [\"an abnormal growth of tissue\"].")
+    return texts

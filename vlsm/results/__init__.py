@@ -1,0 +1,1 @@
+"""Results: scores, predicted masks, tables, figures, checks of a data set."""

@@ -1,0 +1,229 @@
+"""Results of many runs as the papers print them: data sets, metrics and methods, means over seeds."""
+
+import json
+import math
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vlsm.checkpoint import read_metadata
+from vlsm.results.scores import METRICS
+from vlsm.system import plots
+from vlsm.system.console import say
+from vlsm.system.files import atomic_write, csv_text, read_json
+
+THEIRS = " †"  # behind the method's name where a figure is a paper's
+NETWORK_LABELS = {"clipseg": "", "cris": "CRIS ", "san": "SAN "}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One evaluation of one run."""
+
+    path: Path
+    dataset: str
+    label: str
+    recipe: str
+    seed: int
+    trained: int
+    scores: dict
+
+
+@dataclass
+class Cell:
+    """A metric's mean over seeds, its standard deviation (of a sample; None for one seed), their number."""
+
+    mean: float
+    std: float | None
+    seeds: int
+
+
+def label_of(about):
+    """Return a method and what tells it from its like: "dense vl 64", "coop J9", "CRIS full"."""
+    options = about["options"]
+    parts = [about["method"], *(str(options[k]) for k in ("branches", "dim") if k in options)]
+    if "prompt_depth" in options:
+        parts.append(f"J{options['prompt_depth']}")
+    if about["reference"]:
+        parts.append("(published code)")
+    return NETWORK_LABELS[about["model"]] + " ".join(parts)
+
+
+def collect(root, split="test"):
+    """Return the `Run`s below a folder that were evaluated on a split.
+
+    Raises FileNotFoundError where there is no folder, ValueError where there are no runs.
+    """
+    root, found, outdated = Path(root), [], 0
+    if not root.is_dir():
+        raise FileNotFoundError(f"There is no folder '{root}'.")
+    for file in sorted(root.rglob(f"eval-{split}/metrics.json")):
+        folder = file.parents[1]
+        if not (folder / "best.safetensors").is_file():
+            continue
+        about, metrics = read_metadata(folder), read_json(file)
+        if "trained" not in metrics:  # of an older evaluate.py
+            outdated += 1
+            continue
+        scores = {name: metrics[name]["mean"] for name in METRICS}
+        recipe = dict(about["recipe"], weights=about["weights"], image_size=about["image_size"])
+        seed, name = recipe.pop("seed"), Path(metrics["dataset"]).name
+        found.append(Run(folder, name, label_of(about), json.dumps(recipe), seed, metrics["trained"], scores))
+    if outdated:
+        say(
+            f"{outdated} evaluations were written by an older version and are left out; evaluate these runs "
+            "again."
+        )
+    if not found:
+        raise ValueError(
+            f"Below '{root}' there is no run with eval-{split}/metrics.json. Evaluate the runs first: "
+            "evaluate.py "
+            "--ckpt RUN."
+        )
+    return _tell_apart(found)
+
+
+def _tell_apart(runs):
+    """Put what differs between recipes into the labels of runs that share a data set and a label.
+
+    Of runs that are equal in that and in their seed, the first alone counts.
+    """
+    recipes, found = defaultdict(set), {}
+    for run in runs:
+        recipes[run.dataset, run.label].add(run.recipe)
+    for run in runs:
+        own, others = json.loads(run.recipe), [json.loads(r) for r in recipes[run.dataset, run.label]]
+        differing = [k for k in own if len({json.dumps(o.get(k)) for o in others}) > 1]
+        told = f" ({', '.join(f'{k} {own[k]}' for k in differing)})" if differing else ""
+        found.setdefault((run.dataset, run.label + told, run.seed), replace(run, label=run.label + told))
+    return list(found.values())
+
+
+def tabulate(runs):
+    """Return (data sets, labels by trained parameters, {(data set, label, metric): Cell}, {label: n})."""
+    values, trained = defaultdict(list), {}
+    for run in runs:
+        trained[run.label] = run.trained
+        for metric, value in run.scores.items():
+            if value is not None:
+                values[run.dataset, run.label, metric].append(value * METRICS[metric][1])
+    cells = {}
+    for key, numbers in values.items():
+        n, mean = len(numbers), sum(numbers) / len(numbers)
+        std = math.sqrt(sum((v - mean) ** 2 for v in numbers) / (n - 1)) if n > 1 else None
+        cells[key] = Cell(mean, std, n)
+    names = list(dict.fromkeys(r.dataset for r in runs))
+    return names, sorted(trained, key=lambda k: (trained[k], k)), cells, trained
+
+
+def short_count(n):
+    """Return a number of parameters for people: 20.0 k, 2.97 M."""
+    return str(n) if n < 1000 else f"{n / 1e3:.3g} k" if n < 1e6 else f"{n / 1e6:.3g} M"
+
+
+def published(file):
+    """Return the cells, the methods' trained parameters and the source of a JSON file with a paper's figures.
+
+    {"source": "...", "rows": [{"dataset": "kvasir", "method": "dense vl 64", "trained": 2974464, "dsc": ...,
+    "dsc_std": ..., "iou": ..., "hd95": ...}, ...]}; DSC and IoU in per cent, what is not known left out.
+    Raises ValueError for a file of another kind.
+    """
+    cells, trained, found = {}, {}, read_json(file)
+    if not isinstance(found.get("source"), str) or not isinstance(found.get("rows"), list):
+        raise ValueError(f"'{file}' should hold a source (a text) and rows (a list).")
+    for i, row in enumerate(found["rows"]):
+        if not isinstance(row, dict) or not all(
+            isinstance(row.get(key), str) for key in ("dataset", "method")
+        ):
+            raise ValueError(f"'{file}', row {i}: dataset and method are texts, and one of them is missing.")
+        label = row["method"] + THEIRS
+        trained[label] = int(row.get("trained", 0))
+        for metric in METRICS:
+            if row.get(metric) is not None:
+                cells[row["dataset"], label, metric] = Cell(float(row[metric]), row.get(f"{metric}_std"), 1)
+    return cells, trained, found["source"]
+
+
+def table(runs, kind="md", layout="datasets", papers=None):
+    """Return the table as text: mean (and deviation over seeds), our best in bold; what was not run is empty.
+
+    kind: md, csv or tex. layout: "datasets", a row for each data set and metric, a column for each method
+    with its trained parameters in the head (VLSM-Adapter's Table 1); "methods", the other way round, without
+    HD95 (TuneVLSeg's way). papers: what `published` returns; these columns or rows are marked.
+    """
+    names, labels, cells, trained = tabulate(runs)
+    best = {}
+    for name in names:
+        for metric, (_, _, better) in METRICS.items():
+            present = [round(cells[name, n, metric].mean, 2) for n in labels if (name, n, metric) in cells]
+            best[name, metric] = better(present, default=None)
+    if papers:
+        cells, trained = {**cells, **papers[0]}, {**trained, **papers[1]}
+        labels = sorted(trained, key=lambda k: (trained[k], k))
+
+    def show(name, label, metric):
+        ours = None if label.endswith(THEIRS) else best[name, metric]
+        return _cell(cells.get((name, label, metric)), ours, kind)
+
+    if layout == "methods":
+        columns = [(name, metric) for name in names for metric in ("dsc", "iou")]
+        rows = [["method", "trained", *(f"{name} {METRICS[metric][0]}" for name, metric in columns)]]
+        rows += [[n, short_count(trained[n]), *(show(name, n, m) for name, m in columns)] for n in labels]
+    else:
+        rows = [["data set", "metric", *(f"{label} ({short_count(trained[label])})" for label in labels)]]
+        pairs = [(name, metric) for name in names for metric in METRICS]
+        rows += [[name, METRICS[m][0], *(show(name, label, m) for label in labels)] for name, m in pairs]
+    note = f"\n{THEIRS.strip()} {papers[2]}\n" if papers and kind == "md" else ""
+    return _format(rows, kind) + note
+
+
+def _format(rows, kind):
+    """Format rows of texts, the first of which is the head, as markdown, CSV or LaTeX (booktabs)."""
+    right = len(rows[0]) - 2
+    if kind == "csv":
+        return csv_text(rows)
+    if kind == "tex":
+        body = "\n".join(" & ".join(row) + r" \\" for row in rows)
+        for sign, escaped in (("%", r"\%"), ("_", r"\_"), (THEIRS, r"$^\dagger$")):
+            body = body.replace(sign, escaped)
+        head, _, rest = body.partition("\n")
+        lines = [
+            rf"\begin{{tabular}}{{ll{'r' * right}}}",
+            r"\toprule",
+            head,
+            r"\midrule",
+            rest,
+            r"\bottomrule",
+        ]
+        return "\n".join([*lines, r"\end{tabular}", ""])
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "| --- | --- |" + " ---: |" * right, *lines[1:]]) + "\n"
+
+
+def _cell(cell, best, kind):
+    if cell is None:
+        return ""
+    mean = f"{cell.mean:.2f}"
+    if kind == "csv":
+        return mean if cell.std is None else f"{mean} +- {cell.std:.2f}"
+    spread = (
+        "" if cell.std is None else (rf" $\pm$ {cell.std:.2f}" if kind == "tex" else f" ± {cell.std:.2f}")
+    )
+    if round(cell.mean, 2) == best:
+        mean = rf"\textbf{{{mean}}}" if kind == "tex" else f"**{mean}**"
+    return mean + spread
+
+
+def draw(runs, folder):
+    """Write dsc.png (bars by data set and method) and parameters.png (DSC against trained parameters); the
+    files.
+    """
+    names, labels, cells, trained = tabulate(runs)
+    files = Path(folder) / "dsc.png", Path(folder) / "parameters.png"
+    dsc = {name: {label: cells.get((name, label, "dsc")) for label in labels} for name in names}
+    with atomic_write(files[0]) as temporary:
+        plots.bars(dsc, "DSC in %", temporary)
+    points = {n: [(trained[label], c.mean, label) for label, c in row.items() if c] for n, row in dsc.items()}
+    with atomic_write(files[1]) as temporary:
+        plots.against_parameters(points, temporary)
+    return list(files)

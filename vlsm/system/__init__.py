@@ -1,0 +1,1 @@
+"""Files, processes, the console, devices: what knows nothing of images or networks."""

@@ -1,0 +1,135 @@
+"""Several processes, one run, as torchrun starts them: how the work is split, and what is summed over all.
+
+A step reduces one buffer of gradients: what is trained is small, and the frozen base needs no traffic.
+Without torchrun every function does what a single process needs.
+"""
+
+import os
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+
+def join_processes(device):
+    """Join the processes that torchrun has started, if it has.
+
+    device: the `--device` option. Returns the device of this process: its own GPU where there is one.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        return device
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return f"cuda:{local_rank()}" if cuda and device in ("auto", "cuda") else device
+
+
+def shut_down():
+    """Wait for the other processes and close the connections, on which their threads may still be reading."""
+    if world_size() > 1:
+        barrier()
+        dist.destroy_process_group()
+
+
+def world_size():
+    """Return the number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank():
+    """Return this process's rank; 0 writes the files."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def local_rank():
+    """Return this process's rank on its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0)) if world_size() > 1 else 0
+
+
+def local_world_size():
+    """Return the number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if world_size() > 1 else 1
+
+
+def barrier():
+    """Wait until every process is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+@contextmanager
+def local_first():
+    """Let the machine's first process do something (a download, a cache) before the others."""
+    if local_rank():
+        barrier()
+    try:
+        yield
+    finally:
+        if not local_rank():
+            barrier()
+
+
+def own_batches(batches):
+    """Return this process's share of some batches as (index, batch); each batch goes to one process."""
+    return list(enumerate(batches))[rank() :: world_size()]
+
+
+class Share(NamedTuple):
+    """This process's part of a batch.
+
+    indices: its rows; where it has none, the batch's first, which then count for nothing. count: how many
+    rows it has. weight: of their mean loss, such that the mean of all processes' weighted gradients is the
+    gradient of the batch's mean loss. part: the slice of the batch. batch_size: rows of the whole batch.
+    """
+
+    indices: list
+    count: int
+    weight: float
+    part: slice
+    batch_size: int
+
+
+def share_batch(batch):
+    """Return this process's `Share` of a batch, a list of indices."""
+    part = slice(rank(), None, world_size())
+    rows, size = batch[part], len(batch)
+    weight = len(rows) * world_size() / size
+    return Share(rows or batch[:1], len(rows), weight, part if rows else slice(0, 1), size)
+
+
+def all_reduce_mean(tensors):
+    """Replace tensors by their mean over all processes, in one reduction."""
+    tensors = list(tensors)
+    if world_size() == 1 or not tensors:
+        return
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat)
+    for tensor, mean in zip(tensors, (flat / world_size()).split([t.numel() for t in tensors])):
+        tensor.copy_(mean.view_as(tensor))
+
+
+def all_reduce_sum(numbers, device):
+    """Sum numbers over all processes, in float64."""
+    if world_size() == 1:
+        return numbers
+    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def all_gather(value, group=None):
+    """Return every process's value, by rank.
+
+    group: a process group of its own, for calls from another thread.
+    """
+    if world_size() == 1:
+        return [value]
+    found = [None] * world_size()
+    dist.all_gather_object(found, value, group)
+    return found
+
+
+def gather_sorted(items):
+    """Return the (index, ...) tuples of all processes, sorted by index."""
+    return sorted((item for part in all_gather(items) for item in part), key=lambda item: item[0])

@@ -1,0 +1,109 @@
+"""Charts of plain numbers, drawn by matplotlib as PNG files."""
+
+from itertools import cycle
+
+BLUE, ORANGE, PALE = "#1f5ab4", "#dc6e14", "#c8c8d0"
+PANEL = (5.6, 3.8)  # inches; 100 dots each
+COLOURS = (
+    "#1f5ab4", "#dc6e14", "#3ca050", "#9650aa", "#c8323c", "#5a5a64", "#00a0b4", "#b49614",
+)  # fmt: skip
+
+
+def _panels(count, across=3):
+    """Return (figure, axes) of `count` panels, `across` in a row; loads matplotlib, which takes a while."""
+    from matplotlib.figure import Figure
+
+    columns = min(across, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows), dpi=100, layout="constrained")
+    axes = [figure.add_subplot(rows, columns, k + 1) for k in range(count)]
+    for axis in axes:
+        axis.grid(True, color="#e6e6ea")
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure, path):
+    """Write a figure as PNG without its date, so that equal figures are equal files."""
+    figure.savefig(path, format="png", metadata=dict(Software=None))
+
+
+def curves(history, path):
+    """Plot loss and DSC against epochs; history: dictionaries with the columns of log.csv."""
+    figure, axes = _panels(2)
+    epochs = [row["epoch"] for row in history]
+    panels = (
+        ("loss", "train_loss", "val_loss", 1),
+        ("DSC in %, at the model's size", "train_dsc", "val_dsc", 100),
+    )
+    for axis, (title, train, val, factor) in zip(axes, panels):
+        for label, column, colour in (("training", train, BLUE), ("validation", val, ORANGE)):
+            axis.plot(
+                epochs, [factor * row[column] for row in history], color=colour, label=label, marker="."
+            )
+        axis.set(title=title, xlabel="epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.legend(frameon=False)
+    _save(figure, path)
+
+
+def scatter(columns, values, best, faint, title, path, log=()):
+    """Plot `values` against each of some columns, a panel each.
+
+    columns: name -> numbers, or words, which stand side by side. best: index of the point in orange. faint:
+    indices of pale points. log: names with a logarithmic axis.
+    """
+    figure, axes = _panels(len(columns))
+    for axis, (name, xs) in zip(axes, columns.items()):
+        if name in log:
+            axis.set_xscale("log")
+        elif not all(isinstance(x, float) for x in xs):
+            words = sorted(set(xs), key=lambda x: (isinstance(x, str), x))
+            axis.set_xticks(range(len(words)), list(map(str, words)))
+            axis.set_xlim(-0.5, len(words) - 0.5)
+            xs = [words.index(x) for x in xs]
+        for i, (x, y) in enumerate(zip(xs, values)):
+            colour = ORANGE if i == best else PALE if i in faint else BLUE
+            axis.plot(x, y, "o", color=colour, zorder=3 if i == best else 2)
+        axis.set(title=title, xlabel=name)
+    _save(figure, path)
+
+
+def bars(groups, title, path):
+    """Plot bars with error bars; groups: name -> {label of a bar: something with mean and std, or None}."""
+    labels = list(dict.fromkeys(label for group in groups.values() for label in group))
+    figure, (axis,) = _panels(1)
+    figure.set_figwidth(max(PANEL[0], 0.8 + len(groups) * (0.3 * len(labels) + 0.3)))
+    width = 0.9 / max(len(labels), 1)
+    for k, (label, colour) in enumerate(zip(labels, cycle(COLOURS))):
+        cells = [(g, group[label]) for g, group in enumerate(groups.values()) if group.get(label)]
+        places = [g + (k - (len(labels) - 1) / 2) * width for g, _ in cells]
+        errors = [cell.std or 0 for _, cell in cells]
+        axis.bar(
+            places, [cell.mean for _, cell in cells], 0.9 * width, yerr=errors, color=colour, label=label
+        )
+    axis.set_xticks(range(len(groups)), list(groups))
+    axis.grid(False, axis="x")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    axis.set_title(title)
+    _save(figure, path)
+
+
+def against_parameters(groups, path):
+    """Plot DSC against trained parameters, a panel for each data set; groups: name -> [(trained, DSC,
+    label)].
+
+    Points without trained parameters stand at the left border, in orange.
+    """
+    figure, axes = _panels(len(groups))
+    for axis, (name, points) in zip(axes, groups.items()):
+        trained = [n for n, _, _ in points if n] or [10]
+        left = min(trained) / 3
+        axis.set_xscale("log")
+        axis.set_xlim(left / 1.5, max(trained) * 10)
+        for n, value, label in points:
+            axis.plot(n or left, value, "o", color=BLUE if n else ORANGE)
+            axis.annotate(label, (n or left, value), xytext=(6, 3), textcoords="offset points", fontsize=8)
+        axis.set(title=f"{name}: DSC in %", xlabel="trained parameters")
+    _save(figure, path)

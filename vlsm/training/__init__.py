@@ -1,0 +1,1 @@
+"""A training run: its options, its state, its folder, what is kept of frozen encoders."""
