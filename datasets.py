@@ -32,14 +32,14 @@ SPLIT_FOLDERS = {
 class Source:
     """A data set in MedVLSM's layout.
 
-    word: its class in words, None where each record's p1 names it. by_split: whether images and masks lie in
-    a folder of their split's name.
+    word: its class in words, None where each record's p1 names it. subfolders: split -> folder below images/
+    and masks/.
     """
 
     folder: str
     url: str
     word: str | None = None
-    by_split: bool = False
+    subfolders: dict | None = None
 
 
 DATASETS = {
@@ -48,7 +48,11 @@ DATASETS = {
     "bkai": Source("bkai_polyp", "https://www.kaggle.com/c/bkai-igh-neopolyp", "polyp"),
     "isic": Source("isic", "https://challenge.isic-archive.com/data/#2016"),
     "dfu": Source("dfu", "https://dfu-challenge.github.io", "foot ulcer"),
-    "camus": Source("camus", "https://www.creatis.insa-lyon.fr/Challenge/camus", by_split=True),
+    "camus": Source(
+        "camus",
+        "https://www.creatis.insa-lyon.fr/Challenge/camus",
+        subfolders=dict(train="train", val="train", test="test"),
+    ),
     "busi": Source("busi", "https://scholar.cu.edu.eg/?q=afahmy/pages/dataset", "tumor"),
     "chexlocalize": Source("chexlocalize", "https://stanfordaimi.azurewebsites.net/datasets"),
     "cvc300": Source("cvc300_polyp", "https://github.com/DengPingFan/PraNet", "polyp"),
@@ -152,7 +156,7 @@ def _annotated_records(root, split, source):
             f"{root}/anns/{{train,val,test}}.json; in "
             f"anns/ there is {there}."
         )
-    below = split if source.by_split else ""
+    below = (source.subfolders or {}).get(split, "")
     images, masks = ImageFolder(root / "images" / below), ImageFolder(root / "masks" / below)
     found = []
     for i, entry in enumerate(read_json(path, list, "a list of records")):

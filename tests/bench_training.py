@@ -1,9 +1,10 @@
 """Whole training steps and epochs against the way the papers' own code takes them; rows of bench.py.
 
-That way: transformers' CLIPSeg modules in eager mode with eager attention, all 12 blocks of both encoders, prompts padded to 77 tokens
-(prompt learners: to the longest), each encoded, an adapter as two Linears and two ReLUs, the upsampler as a convolution of the enlarged
-features, autocast (fp16 on a GPU, none in float32) over float32 weights, Dice and cross entropy in eager
-ops; pictures decoded and resized by PIL in DataLoader workers at each epoch. Both sides hold the same weights; their losses must agree.
+That way: transformers' CLIPSeg modules in eager mode with eager attention, all 12 blocks of both encoders,
+prompts padded to 77 tokens (prompt learners: to the longest), each encoded, an adapter as two Linears and two
+ReLUs, the upsampler as a convolution of the enlarged features, autocast (fp16 on a GPU, none in float32) over
+float32 weights, Dice and cross entropy in eager ops; pictures decoded and resized by PIL in DataLoader
+workers at each epoch. Both sides hold the same weights; their losses must agree.
 """
 
 import copy
@@ -40,7 +41,9 @@ class ReferenceAdapter(nn.Module):
 
 
 class Reference(nn.Module):
-    """CLIPSeg of transformers with the adapters of one of our tuners (dense vl or shallow vl), run as the papers' code runs it."""
+    """CLIPSeg of transformers with the adapters of one of our tuners (dense vl or shallow vl), run as the
+    papers' code runs it.
+    """
 
     def __init__(self, network, tuner, method):
         super().__init__()
@@ -153,7 +156,9 @@ class ReferenceLearner(Reference):
 
 
 def real_size(folder):
-    """A CLIPSeg of the published sizes with random weights, written by transformers: (its network, the folder)."""
+    """A CLIPSeg of the published sizes with random weights, written by transformers: (its network, the
+    folder).
+    """
     from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
 
     torch.manual_seed(0)
@@ -300,7 +305,9 @@ class Pictures(Dataset):
 
 
 def some_records(bench, folder):
-    """The first `--images` training records of the data set; the demo is written to a folder, so that there is something to decode."""
+    """The first `--images` training records of the data set; the demo is written to a folder, so that there
+    is something to decode.
+    """
 
     args = bench.args
     if args.dataset == "demo":

@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,10 +14,23 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from vlsm.system.console import speaking
+from vlsm.data import pixel_values
+from vlsm.networks.base import IMAGENET_MEAN, IMAGENET_STD
+from vlsm.system.console import friendly_errors
+
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # several tests at a time: a thread each, and so their child processes
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
+
+
+def normalise(images, out=None, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """Pixel values by CLIPSeg's mean and deviation, unless others are given."""
+    return pixel_values.normalise(images, mean, std, out)
 
 
 def rows(path):
@@ -123,7 +137,7 @@ def cli(capsys):
         capsys.readouterr()
         code = 0
         try:
-            with speaking():
+            with friendly_errors():
                 main([str(a) for a in argv])
         except SystemExit as stop:
             code = stop.code

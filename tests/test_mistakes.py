@@ -8,9 +8,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import kernels
 from tests.conftest import ROOT, rows
 from vlsm.networks.weights import MINI
-from vlsm.training import job
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from vlsm.training import job
     ],
 )
 def test_loss_that_is_not_finite_stops_with_a_sentence(cli, quick, tmp_path, monkeypatch, call, message):
-    real, calls = job.dice_bce, []
+    real, calls = kernels.dice_bce_loss, []
 
     def broken(*args, **kw):
         calls.append(1)
@@ -30,7 +30,7 @@ def test_loss_that_is_not_finite_stops_with_a_sentence(cli, quick, tmp_path, mon
             float("nan") if len(calls) == call else 1
         )  # 3 steps and 1 validation batch an epoch
 
-    monkeypatch.setattr(job, "dice_bce", broken)
+    monkeypatch.setattr(kernels, "dice_bce_loss", broken)
     code, _, err = cli("train", *quick, "--epochs", 4)
     assert code == 2 and f"{message}, at learning rate 0.001" in err and "after epoch 1, is kept" in err
     assert load_file(tmp_path / "run" / "best.safetensors") and len(rows(tmp_path / "run" / "log.csv")) == 1

@@ -357,7 +357,7 @@ def test_each_paper_has_its_recipe(cli, quick, folder, tmp_path):
 def test_what_is_monitored_is_what_must_progress(monitor, stalled, best):
     plateau = SimpleNamespace(step=lambda loss: None)
     job = SimpleNamespace(
-        args=SimpleNamespace(monitor=monitor),
+        options=SimpleNamespace(monitor=monitor),
         scheduler=plateau,
         history=[],
         best=-1.0,
@@ -365,7 +365,7 @@ def test_what_is_monitored_is_what_must_progress(monitor, stalled, best):
         mark=-math.inf,
     )
     for dsc, loss in ((0.5, 1.0), (0.6, 0.99995), (0.7, 1.2)):
-        assert Job.note(job, dict(val_dsc=dsc, val_loss=loss)) == best
+        assert Job.end_epoch(job, dict(val_dsc=dsc, val_loss=loss)) == best
     assert job.stalled == stalled and job.best == 0.7
 
 

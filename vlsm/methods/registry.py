@@ -45,64 +45,43 @@ OPTIONS = tuple(dict.fromkeys(option for method in METHODS for option in default
 
 
 def add_method_options(parser):
-    """Add the options of all methods to an argparse parser; None where the method's own default holds."""
+    """Add the options of all methods to an argparse parser."""
+    add_adapter_options(parser.add_argument_group("adapters and LoRA").add_argument)
+    learners = [name for name, kind in METHODS.items() if issubclass(kind, PromptLearner)]
+    add_learner_options(parser.add_argument_group(f"prompt learners ({', '.join(learners)})").add_argument)
 
-    def default(method, name):
-        return default_options(method)[name]
 
-    g = parser.add_argument_group("adapters and LoRA")
-    add = g.add_argument
-    add(
-        "--branches",
-        help="adapters in: any of v (vision), l (language), c (conditional embedding); default vl",
-    )
-    widths = f"{default('dense', 'dim')} dense, {default('shallow', 'dim')} shallow"
-    rank = default("lora", "dim")
+def add_adapter_options(add):
+    """Declare the options of adapters and LoRA; add: a parser's `add_argument`."""
+    dense, shallow, lora = (default_options(name) for name in ("dense", "shallow", "lora"))
+    branches = "any of v (vision), l (language), c (conditional embedding)"
+    add("--branches", help=f"adapters in: {branches}; default {dense['branches']}")
+    widths = f"{dense['dim']} dense, {shallow['dim']} shallow"
     add(
         "--dim",
         type=int,
-        help=f"hidden width of an adapter (default: {widths}), rank of LoRA (default {rank})",
+        help=f"width of an adapter (default: {widths}), rank of LoRA (default {lora['dim']})",
     )
-    alpha, targets = default("lora", "lora_alpha"), " ".join(default("lora", "lora_targets"))
-    add(
-        "--lora-alpha",
-        type=float,
-        help=f"LoRA's update is alpha / rank times its product (default {alpha:g})",
+    alpha, targets = f"{lora['lora_alpha']:g}", " ".join(lora["lora_targets"])
+    add("--lora-alpha", type=float, help=f"LoRA's update is alpha / rank times its product (default {alpha})")
+    names = f"any of {', '.join(PROJECTIONS)} (default: {targets})"
+    add("--lora-targets", nargs="+", metavar="NAME", help=f"attention projections: {names}")
+
+
+def add_learner_options(add):
+    """Declare the options of the prompt learners and the upsampler; add: a parser's `add_argument`."""
+    coop, maple, separate, attention = (
+        default_options(name) for name in ("coop", "maple", "shared_separate", "shared_attention")
     )
-    names = ", ".join(PROJECTIONS)
-    add(
-        "--lora-targets",
-        nargs="+",
-        metavar="NAME",
-        help=f"attention projections: any of {names} (default: {targets})",
-    )
-    learners = [name for name, kind in METHODS.items() if issubclass(kind, PromptLearner)]
-    g = parser.add_argument_group(f"prompt learners ({', '.join(learners)})")
-    add, shared = g.add_argument, default_options("shared_attention")
     depth = f"default {DEFAULT_DEPTH} or all; shared_attention {SharedAttention.default_depth}"
     add("--prompt-depth", type=int, metavar="J", help=f"layers that get vectors of their own ({depth})")
-    add(
-        "--context",
-        type=int,
-        metavar="N",
-        help=f"context vectors a layer (default {default('coop', 'context')})",
-    )
-    add(
-        "--context-init",
-        nargs="+",
-        metavar="TEXT",
-        help="text whose tokens the vectors start from, and which sets N; several: a layer each (coop, "
-        'cocoop: "a photo of a" unless --context is given; else random)',
-    )
-    width = default("maple", "intermediate_dim")
-    widths = f"cocoop, maple (default {width}), shared_separate (default 0: one layer)"
-    add(
-        "--intermediate-dim",
-        type=int,
-        nargs="+",
-        metavar="H",
-        help=f"width inside the projections of {widths}; several: more layers",
-    )
+    add("--context", type=int, metavar="N", help=f"context vectors a layer (default {coop['context']})")
+    start = "text whose tokens the vectors start from, and which sets N; several: a layer each"
+    default = 'coop, cocoop: "a photo of a" unless --context is given; else random'
+    add("--context-init", nargs="+", metavar="TEXT", help=f"{start} ({default})")
+    width = f"cocoop, maple (default {maple['intermediate_dim']}), shared_separate (default 0: one layer)"
+    width = f"width inside the projections of {width}; several: more layers"
+    add("--intermediate-dim", type=int, nargs="+", metavar="H", help=width)
     for name, meaning in (
         ("lora-proj", "a product of two matrices as projection instead of an MLP (default: no)"),
         ("proj-norm", "LayerNorm behind a projection (default: yes)"),
@@ -112,11 +91,12 @@ def add_method_options(parser):
         ("upsampler", "learnable upsampler beside the decoder's last layer (default: with prompt learners)"),
     ):
         add(f"--{name}", action=BooleanOptionalAction, help=meaning)
-    width = default("shared_separate", "shared_dim")
-    add("--shared-dim", type=int, help=f"shared_separate: width of the vectors (default {width})")
-    add("--heads", type=int, help=f"shared_attention: attention heads (default {shared['heads']})")
-    add("--feed-forward", type=int, help=f"shared_attention: hidden width (default {shared['feed_forward']})")
-    add("--dropout", type=float, help=f"shared_attention: dropout (default {shared['dropout']})")
+    shared = f"shared_separate: width of the vectors (default {separate['shared_dim']})"
+    add("--shared-dim", type=int, help=shared)
+    add("--heads", type=int, help=f"shared_attention: attention heads (default {attention['heads']})")
+    hidden = f"shared_attention: hidden width (default {attention['feed_forward']})"
+    add("--feed-forward", type=int, help=hidden)
+    add("--dropout", type=float, help=f"shared_attention: dropout (default {attention['dropout']})")
 
 
 def split_methods(method):

@@ -143,8 +143,8 @@ class Network(nn.Module):
             self.check_size(*pixel_values.shape[-2:])
             image_features = self.encode_image(pixel_values, tuner, contexts.vision)
         if text_features is None:
-            images = len(image_features.activations[0])
-            if len(input_ids) != images:
+            images = image_features.activations[0].shape[0]  # `len` would bind an exported file to one number
+            if input_ids.shape[0] != images:
                 raise ValueError(f"{images} images came with {len(input_ids)} prompts; each image needs one.")
             text_features = self.encode_prompts(
                 input_ids, attention_mask, tuner, contexts.text, image_features.embedding

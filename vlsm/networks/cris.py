@@ -138,7 +138,8 @@ class AttentionPool(Attention):
     def forward(self, x):
         h, w = x.shape[-2:]
         position = resize_positions(self.positional_embedding[1:], h, w)
-        out = super().forward(x.flatten(2).transpose(1, 2) + position)  # [B, h*w, P]
+        pixels = x.flatten(2).transpose(1, 2) + position  # [B, h*w, D]
+        out = super().forward(pixels, pixels)  # [B, h*w, P]
         return (out.transpose(1, 2).unflatten(2, (h, w)) + self.connect(x)).relu()
 
 

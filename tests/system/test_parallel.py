@@ -1,0 +1,249 @@
+"""Two processes over gloo give what one gives: losses, weights, metrics, files; and go on where the other number stopped."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import datasets
+from tests.conftest import ROOT, rows
+from vlsm.data import sharded_cache as shards
+from vlsm.data.augment import augment
+from vlsm.data.records import DataError
+from vlsm.system import parallel
+
+SINGLE = dict(os.environ, OMP_NUM_THREADS="1")
+
+
+def torchrun(program, *argv, processes=2):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(processes),
+        "--master_port",
+        "0",
+        "--standalone",
+    ]
+    command += [ROOT / f"{program}.py", *map(str, argv), "--device", "cpu"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=SINGLE, cwd=ROOT
+    ) as running:
+        try:
+            said, err = running.communicate(timeout=240)
+        finally:
+            running.terminate()  # processes that wait for each other; it ends its own
+    return running.returncode, said, err
+
+
+def losses(out):
+    return [
+        [float(row[k]) for k in ("train_loss", "train_dsc", "val_loss", "val_dsc", "val_iou")]
+        for row in rows(out / "log.csv")
+    ]
+
+
+def options(quick, *more):
+    """Batches of 7 of 24 records: parts of 4 and 3, and at the end 2 and 1. (Of 23: 12 and 11, then 1 and none.)"""
+    at = quick.index("--batch-size")
+    return [*quick[:at], "--batch-size", 7, *quick[at + 2 : -2], *more]
+
+
+CASES = [
+    (["--batch-size", 23], False),
+    (["--augment"], False),
+    (["--peft", "shallow"], False),
+    (["--batch-size", 2], True),
+    (["--peft", "shallow"], True),
+]
+
+
+@pytest.mark.parametrize("more, shard", CASES)
+def test_two_processes_train_as_one(cli, quick, tmp_path, more, shard):
+    argv = options(quick, "--epochs", 2, *more)
+    code, said, err = torchrun(
+        "train",
+        *argv,
+        "--out",
+        tmp_path / "two",
+        *["--shard-cache"] * shard,
+        "--cache-dir",
+        tmp_path / "cache",
+    )
+    assert code == 0, err
+    assert (
+        said.count("epoch   2/2") == 1
+        and err.count("gradients at the first step") + said.count("gradients at the first step") == 1
+    )
+    assert cli("train", *argv, "--out", tmp_path / "one")[0] == 0
+    files = sorted((tmp_path / "cache").glob("*-train-*.images.npy"))
+    assert [len(np.load(file, mmap_mode="r")) for file in files] == ([12, 12] if shard else [24])
+    for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
+    one, two = (load_file(tmp_path / name / "last.safetensors") for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=2e-4, rtol=1e-2, msg=name)
+
+
+@pytest.mark.parametrize("shard", [[], ["--shard-cache"]])
+def test_metrics_are_exactly_those_of_one_process(cli, quick, trained, tmp_path, shard):
+    argv = [
+        "--ckpt",
+        trained,
+        "--batch-size",
+        2,
+        "--figure",
+        3,
+    ]  # 6 records: two batches for one process, one for the other
+    code, said, err = torchrun(
+        "evaluate", *argv, "--out", tmp_path / "two", "--save-masks", tmp_path / "masks2", *shard
+    )
+    assert code == 0, err
+    assert said.count("6 records") == 1
+    assert cli("evaluate", *argv, "--out", tmp_path / "one", "--save-masks", tmp_path / "masks1")[0] == 0
+    for name in ("metrics.csv", "figure.png"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert one == two
+    masks = [
+        {p.name: p.read_bytes() for p in (tmp_path / name).glob("*.png")} for name in ("masks1", "masks2")
+    ]
+    assert len(masks[0]) == 6 and masks[0] == masks[1]
+
+
+def test_problems_in_one_share_are_said_by_all(demo, tmp_path, monkeypatch):
+    """Two processes take turns here: each notes what it gives the other, then hears of both."""
+    shutil.copytree(demo, tmp_path / "bad")
+    records = datasets.records(str(tmp_path / "bad"), "val")
+    for i in (3, 4, 7):
+        Path(records[i].mask).write_text("no picture")
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    notes, messages = [], []
+    for hear in (lambda given: notes.append(given) or [given], lambda given: notes):
+        monkeypatch.setattr(parallel, "all_gather", hear)
+        for rank in (0, 1):
+            monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+            with pytest.raises(DataError) as caught:
+                shards.open_share(records, 32, None, "bad val")
+            messages.append((caught.value.bad, str(caught.value)))
+    assert [bad for bad, _ in messages[:2]] == [[4], [3, 7]]
+    assert (
+        messages[2] == messages[3]
+        and messages[2][0] == [3, 4, 7]
+        and "3 of 48 records cannot be used" in messages[2][1]
+    )
+    monkeypatch.setattr(parallel, "all_gather", lambda given: [given, ({}, "the disk of another is full")])
+    with pytest.raises(ValueError, match="the disk of another is full"):
+        shards.open_share(records, 32, None, "bad val")
+
+
+def test_a_run_goes_on_with_another_number_of_processes(cli, quick, tmp_path):
+    argv = options(quick, "--epochs")
+    assert cli("train", *argv, 3, "--out", tmp_path / "straight")[0] == 0
+    assert cli("train", *argv, 1, "--out", tmp_path / "parts")[0] == 0
+    code, _, err = torchrun("train", "--out", tmp_path / "parts", "--resume", "--epochs", 2)
+    assert code == 0, err
+    assert cli("train", "--out", tmp_path / "parts", "--resume", "--epochs", 3)[0] == 0
+    for a, b in zip(losses(tmp_path / "straight"), losses(tmp_path / "parts"), strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+
+
+def test_statistics_that_move_are_those_of_all(cli, tmp_path, folder):
+    """The first BatchNorm's running mean is a mean over pictures: of two equal shares, whose statistics are averaged, as of the whole."""
+    weights = f"random:{ROOT / 'tests' / 'tiny' / 'cris.json'}"
+    argv = [
+        "--model",
+        "cris",
+        "--weights",
+        weights,
+        "--dataset",
+        folder,
+        "--image-size",
+        64,
+        "--batch-size",
+        8,
+        "--epochs",
+        1,
+        "--lr",
+        0,
+    ]
+    code, _, err = torchrun("train", *argv, "--out", tmp_path / "two")
+    assert code == 0, err
+    assert cli("train", *argv, "--out", tmp_path / "one")[0] == 0
+    one, two = (
+        load_file(tmp_path / name / "last.safetensors")["backbone.visual.bn1.running_mean"]
+        for name in ("one", "two")
+    )
+    assert one.any()
+    torch.testing.assert_close(two, one, atol=1e-5, rtol=1e-5)
+
+
+def test_mistakes_are_sentences(cli, quick, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = cli("train", *quick, "--sweep", 2)
+    assert code == 2 and "start it without torchrun" in err
+    code, _, err = cli("train", *quick, "--shard-cache", "--data-device", "cuda")
+    assert code == 2 and "leave one of them out" in err
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setattr(parallel, "world_size", lambda: 16)
+    monkeypatch.setattr(parallel, "rank", lambda: 0)
+    code, _, err = cli("train", *quick)
+    assert code == 2 and "--batch-size 8 is the whole batch, and there are 16 processes to share it" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_pictures_without_truth_are_shared_out(cli, folder, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(parallel, "shut_down", lambda: None)
+    monkeypatch.setattr(parallel, "barrier", lambda: None)
+    written = []
+    for rank in (0, 1):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        argv = [
+            "--images",
+            folder / "images",
+            "--prompt",
+            "polyp",
+            "--save-masks",
+            tmp_path / str(rank),
+            "--batch-size",
+            7,
+        ]
+        code, _, err = cli("evaluate", "--ckpt", trained, *argv)
+        assert code == 0, err
+        written.append({p.name for p in (tmp_path / str(rank)).iterdir()})
+    assert not written[0] & written[1] and written[0] | written[1] == {
+        p.name for p in (folder / "images").iterdir()
+    }
+
+
+def test_one_process_needs_nothing():
+    assert (parallel.world_size(), parallel.rank(), parallel.join_processes("auto")) == (1, 0, "auto")
+    assert parallel.share_batch([3, 1, 2]) == ([3, 1, 2], 3, 1.0, slice(0, None, 1), 3)
+    assert parallel.own_batches(["a", "b"]) == [(0, "a"), (1, "b")]
+    tensor = torch.randn(3)
+    before = tensor.clone()
+    parallel.all_reduce_mean([tensor])
+    assert torch.equal(tensor, before) and parallel.all_reduce_sum([1.5, 2], None) == [1.5, 2]
+    assert parallel.gather_sorted([(1, "b"), (0, "a")]) == [(0, "a"), (1, "b")]
+
+
+def test_a_part_of_a_batch_is_augmented_as_in_the_whole():
+    pixels, masks = (
+        torch.randint(0, 256, (7, 3, 16, 16), dtype=torch.uint8),
+        torch.randint(0, 2, (7, 1, 16, 16), dtype=torch.uint8),
+    )
+    whole = augment(pixels, masks, torch.Generator().manual_seed(3))
+    assert 0 < whole[2].sum() < 7
+    for k in (0, 1, 2):
+        part = slice(k, None, 3)
+        found = augment(pixels[part], masks[part], torch.Generator().manual_seed(3), 7, part)
+        assert all(torch.equal(a, b[part]) for a, b in zip(found, whole))

@@ -1,0 +1,277 @@
+"""What is computed once must be what would have been computed each time."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import vlsm
+from tests.conftest import normalise, rows, same_tensors, same_tensors_nearly, without_dim
+from vlsm.data.cache import device_batches, open_split
+from vlsm.data.pixel_values import Normaliser
+from vlsm.data.records import Record
+from vlsm.system import device as runtime
+from vlsm.training import frozen_cache as frozen
+from vlsm.training.frozen_cache import FrozenCache, TieredStore
+
+CPU = torch.device("cpu")
+
+
+def wrap(method, tmp_path, cache_gb=None, **options):
+    torch.manual_seed(0)
+    model = vlsm.build("clipseg", "mini", method, **options)
+    return cache_of(model, tmp_path, cache_gb)
+
+
+def cache_of(model, folder, cache_gb=1):
+    normaliser = Normaliser(model.base.mean, model.base.std, CPU)
+    return FrozenCache(model, model.tokenizer(), normaliser, CPU, None, cache_gb, folder)
+
+
+def cached_logits(f, name, indices, prompts, images, changed=None):
+    """Logits of records by way of what is kept, as train.py has them."""
+    pixel_values = None if images is None else f.normalise(images)
+    kept = f.lookup(name, indices, prompts, pixel_values, changed)
+    return f.model(pixel_values, *f.tokenizer(prompts), **kept)
+
+
+def split(count=11, side=32):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (count, side, side, 3)).astype(np.uint8)
+    records = [Record(f"{i}", f"{i}", image, image[..., 0] > 127) for i, image in enumerate(pixels)]
+    return open_split([*records, records[3]], side, None, "noise", workers=1)
+
+
+@pytest.mark.parametrize(
+    "method, options, images, prompts",
+    [
+        ("shallow", {}, True, True),
+        ("shallow", dict(branches="v"), True, True),
+        ("decoder", {}, True, True),
+        ("dense", {}, False, False),
+        ("dense", dict(branches="v"), False, True),
+        ("dense", dict(branches="l"), True, False),
+        ("dense", dict(branches="c"), True, True),
+        ("coop", {}, True, False),
+        ("cocoop", {}, True, False),
+        ("vpt", {}, False, True),
+        ("maple", {}, False, False),
+        ("coop+vpt", {}, False, False),
+        ("lora", dict(branches="l"), True, False),
+        ("full", {}, False, False),
+        ("full", dict(reference=True), True, True),
+    ],
+)
+def test_what_is_frozen_is_found_out(tmp_path, method, options, images, prompts):
+    f = wrap(method, tmp_path, **options)
+    assert (f.images_frozen, f.prompts_frozen) == (images, prompts)
+
+
+@pytest.mark.parametrize(
+    "held", [dict(RAM=11), dict(RAM=4, disk=3), dict(RAM=0, disk=11), dict(RAM=0, disk=0)]
+)
+@pytest.mark.parametrize("method", ["shallow", "dense", "cocoop"])
+def test_logits_and_gradients_are_those_of_the_model(tmp_path, monkeypatch, method, held):
+    options = dict(shallow=dict(branches="vlc"), dense=dict(branches="lc"), cocoop={})[method]
+    f, data = wrap(method, tmp_path, 1, **options), split()
+    side = data.images.shape[-1]
+    image = (
+        3 * ((side // 8) ** 2 + 1) * 128 + 96 * (method == "cocoop")
+    ) * 4  # bytes of one image's activations (and features)
+    monkeypatch.setattr(frozen, "SHARE", 1)
+    monkeypatch.setattr(
+        frozen,
+        "free_bytes",
+        lambda *_: {p: n * image // (2 if p == "disk" else 1) + 7 for p, n in held.items()},
+    )
+    said = f.add_split("train", data, 4)
+    total = sum(held.values())
+    assert f"kept for {total} of 11" in said and ("half precision" in said) == (
+        "disk" in held and held["disk"] > 0
+    )
+    assert f.needs_pixels("train") == (total < 11)
+    indices, prompts = [5, 11, 0, 3, 9], ["red disk", "a polyp", "red disk", "", "x"]
+    pixels = data.batch(indices)[0]
+    want = f.model(normalise(pixels), *f.tokenizer(prompts))
+    wanted = torch.autograd.grad(want.square().mean(), f.model.tuned_parameters().values())
+    for given in (pixels, None)[: 1 + (total == 11)]:
+        got = cached_logits(f, "train", indices, prompts, given)
+        tolerance = 2e-2 if held.get("disk") else 1e-5
+        torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
+        for a, b in zip(
+            torch.autograd.grad(got.square().mean(), f.model.tuned_parameters().values()), wanted
+        ):
+            assert (a - b).norm() <= 10 * tolerance * b.norm()
+    assert not list(tmp_path.glob("activations-*")), "the file must have no name while it is in use"
+
+
+def test_float32_is_not_rounded_unless_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(frozen, "free_bytes", lambda *_: dict(RAM=0, disk=1 << 30))
+    assert "0 of 11 images (no room)" in wrap("shallow", tmp_path).add_split("train", split(), 4)
+
+
+def test_a_budget_holds_for_all_splits_together(tmp_path):
+    data = split()
+    image = 3 * 17 * 128 * 4
+    f = wrap("shallow", tmp_path, cache_gb=15 * image / frozen.GB)
+    f.add_split("train", data, 4)
+    f.add_split("val", data, 4)
+    assert f.stores["train"].held == 11 and f.stores["val"].held == 4
+    assert wrap("shallow", tmp_path, cache_gb=0).add_split("train", data, 4) is None
+    assert wrap("dense", tmp_path).add_split("train", data, 4) is None
+
+
+def test_images_and_prompts_are_encoded_once(tmp_path, monkeypatch):
+    f, data = wrap("shallow", tmp_path), split()
+    seen = []
+    for name in ("encode_image", "encode_text"):
+        encode = getattr(f.model.base, name)
+        monkeypatch.setattr(
+            f.model.base,
+            name,
+            lambda x, *rest, encode=encode, name=name: seen.append((name, len(x))) or encode(x, *rest),
+        )
+    f.add_split("train", data, 4)
+    assert seen == [("encode_image", 4), ("encode_image", 4), ("encode_image", 3)]
+    for _ in range(3):
+        cached_logits(f, "train", [1, 2, 3], ["a", "b", "a"], None)
+    assert seen[3:] == [("encode_text", 1)] * 2
+
+
+def test_store_of_half_precision(tmp_path):
+    """Under bf16 all places keep bf16: what the decoder would make of it anyway."""
+    store = TieredStore(
+        6, [(5, 4), (3, 2, 2), (8,)], torch.bfloat16, CPU, dict(RAM=2 * 2 * 40, disk=3 * 2 * 40 + 1), tmp_path
+    )
+    values = [torch.randn(6, 5, 4), torch.randn(6, 3, 2, 2), torch.randn(6, 8)]
+    store.put(0, [v[:3] for v in values])
+    store.put(3, [v[3:] for v in values])
+    assert store.held == 5 and store.nbytes() == dict(RAM=160, disk=240)
+    for got, value in zip(store.get(torch.tensor([4, 0, 3, 4])), values):
+        assert torch.equal(got, value[[4, 0, 3, 4]].bfloat16())
+
+
+def test_free_memory_is_a_number_of_bytes(tmp_path):
+    places = frozen.free_bytes(CPU, tmp_path / "not" / "there")
+    assert list(places) == ["RAM", "disk"] and places["disk"] > 0 and places["RAM"] >= 0
+
+
+@pytest.mark.parametrize(
+    "peft", [["shallow"], ["decoder"], ["dense", "--branches", "v"], ["dense", "--branches", "l"]]
+)
+def test_training_with_and_without_the_cache_agrees(cli, quick, tmp_path, peft):
+    options = without_dim(quick) if peft[0] == "decoder" else quick
+    weights = []
+    for gb in ("0", "1"):
+        out = tmp_path / f"cache{gb}"
+        code, said, err = cli(
+            "train", *options, "--peft", *peft, "--epochs", 2, "--cache-gb", gb, "--out", out
+        )
+        assert code == 0, err
+        assert ("output is kept for 24 of 24" in said) == (gb == "1" and peft[-1] != "v")
+        weights.append(
+            (load_file(out / "last.safetensors"), [float(r["val_loss"]) for r in rows(out / "log.csv")])
+        )
+    for name, tensor in weights[0][0].items():
+        torch.testing.assert_close(weights[1][0][name], tensor, atol=1e-5, rtol=1e-5, msg=name)
+    assert weights[0][1] == pytest.approx(weights[1][1], abs=1e-5)
+
+
+def test_a_cached_run_resumes_bit_for_bit(cli, quick, tmp_path):
+    options = [*quick, "--peft", "shallow", "--lr", "1e-3"]
+    assert cli("train", *options, "--epochs", 3, "--out", tmp_path / "straight")[0] == 0
+    assert cli("train", *options, "--epochs", 1, "--out", tmp_path / "parts")[0] == 0
+    code, _, err = cli("train", "--out", tmp_path / "parts", "--resume", "--epochs", 3)
+    assert code == 0, err
+    assert same_tensors(tmp_path / "straight" / "last.safetensors", tmp_path / "parts" / "last.safetensors")
+
+
+@pytest.mark.parametrize("method", ["shallow", "cocoop"])
+def test_what_is_kept_is_not_taken_for_changed_pictures(tmp_path, method):
+    f, data = wrap(method, tmp_path, 1), split()
+    f.add_split("train", data, 4)
+    indices, prompts = [5, 11, 0, 3], ["red disk"] * 4
+    pixels, changed = data.batch(indices)[0].float(), torch.tensor([False, True, False, True])
+    pixels[changed] = 255 - pixels[changed]
+    want = f.model(normalise(pixels), *f.tokenizer(prompts))
+    torch.testing.assert_close(
+        cached_logits(f, "train", indices, prompts, pixels, changed), want, atol=1e-5, rtol=1e-5
+    )
+    torch.testing.assert_close(
+        cached_logits(f, "train", indices, prompts, pixels, ~changed & changed)[~changed], want[~changed]
+    )
+    wrong = cached_logits(f, "train", indices, prompts, pixels)
+    assert (wrong - want)[changed].abs().amax() > 1e-3
+
+
+def test_a_run_with_augmentation_is_the_same_with_and_without_what_is_kept(cli, quick, tmp_path):
+    """Pictures that are left as they are come from what is kept; the others are encoded."""
+    losses = []
+    for gb in (0, 1):
+        out = tmp_path / str(gb)
+        code, said, err = cli(
+            "train",
+            *without_dim(quick)[:-1],
+            out,
+            "--peft",
+            "coop",
+            "--epochs",
+            2,
+            "--cache-gb",
+            gb,
+            "--prompts",
+            "p1",
+        )
+        assert code == 0 and ("kept for 24 of 24 images" in said) == bool(gb), err
+        losses.append([float(r["train_loss"]) for r in rows(out / "log.csv")])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_feed_reads_ahead_and_in_order():
+    data = split()
+    parts = [[4, 1, 9], [0, 11], [7]]
+    for with_pixels in (True, False):
+        for (part, pixels, masks), want in zip(device_batches(data, parts, CPU, with_pixels), parts):
+            assert part == want and torch.equal(masks, data.batch(part)[1])
+            assert torch.equal(pixels, data.batch(part)[0]) if with_pixels else pixels is None
+
+
+def test_moved_pixels_are_the_same():
+    data, moved = split(), split()
+    moved.move_to(CPU)
+    for a, b in zip(data.batch([3, 11, 0]), moved.batch([3, 11, 0])):
+        assert torch.equal(a, b)
+    assert moved.batch([1], with_images=False)[0] is None
+
+
+def test_normalise_into_given_memory():
+    pixels = torch.randint(0, 256, (3, 3, 6, 5), dtype=torch.uint8)
+    out = torch.empty(3, 3, 6, 5)
+    assert normalise(pixels, out) is out and torch.equal(out, normalise(pixels))
+
+
+def test_later_numbers():
+    assert runtime.AsyncScalars(torch.tensor([1.5, 2.5])).tolist() == [1.5, 2.5]
+
+
+def test_what_cannot_be_on_a_cpu(cli, quick, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for option, sentence in (("--data-device", "needs --device cuda"), ("--kernels", "there is no GPU")):
+        code, _, err = cli("train", *quick, option, "cuda" if option == "--data-device" else "triton")
+        assert code == 2 and sentence in err and "Traceback" not in err
+    code, _, err = cli("train", *quick, "--cache-gb", "-1")
+    assert code == 2 and "--cache-gb -1.0: give 0" in err
+    monkeypatch.setattr(shutil, "which", lambda *_: None)
+    code, _, err = cli("train", *quick, "--compile", "on")
+    assert code == 2 and "C++ compiler" in err
+
+
+def test_compiled_training_agrees(cli, quick, tmp_path, graphs):
+    """The same run, its layers compiled: few graphs for all of them, and the same numbers. (No C++ is built, which takes minutes.)"""
+    for mode in ("off", "on"):
+        code, _, err = cli("train", *quick, "--epochs", 2, "--compile", mode, "--out", tmp_path / mode)
+        assert code == 0, err
+    assert 0 < graphs["stats"]["unique_graphs"] <= 14 and not graphs["graph_break"], graphs
+    same_tensors_nearly(tmp_path / "off", tmp_path / "on", atol=1e-4, rtol=1e-3)
