@@ -1,9 +1,10 @@
 """The one place where speed is measured: `python -m kernels.bench [ROW ...]`.
 
 Rows: adapter, dice_bce, hd95, cache, step, epoch, or all. Prints a table and writes JSON. All sides of a row
-run in one process in turn, after a warm-up; times are medians (CUDA events on a GPU). The floor of a row is the
-bytes that it must move over the bandwidth measured in this run, or its FLOPs over the matrix rate measured in this run,
-whichever is longer. The kernels' rows are here; those that need the whole project are in its tests.
+run in one process in turn, after a warm-up; times are medians (CUDA events on a GPU). The floor of a row is
+the bytes that it must move over the bandwidth measured in this run, or its FLOPs over the matrix rate
+measured in this run, whichever is longer. The kernels' rows are here; those that need the project are in its
+tests.
 """
 
 import argparse

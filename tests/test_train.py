@@ -22,7 +22,7 @@ from tests.conftest import ROOT, rows, same_tensors, without_dim
 from vlsm.methods.registry import METHODS
 from vlsm.networks.tokenizer import Tokenizer
 from vlsm.networks.weights import MINI
-from vlsm.results import figures as pictures
+from vlsm.system import plots
 from vlsm.training.job import Job
 
 
@@ -169,9 +169,11 @@ def test_four_epochs_are_two_and_two(cli, quick, tmp_path):
     assert code == 0 and "after epoch 2" in out, err
     assert same_tensors(whole / "last.safetensors", parts / "last.safetensors")
     assert same_tensors(whole / "best.safetensors", parts / "best.safetensors")
-    strip = lambda path: [
-        {k: v for k, v in r.items() if k not in ("seconds", "images_per_second")} for r in rows(path)
-    ]  # noqa: E731
+
+    def strip(path):
+        timed = ("seconds", "images_per_second")
+        return [{k: v for k, v in r.items() if k not in timed} for r in rows(path)]
+
     assert strip(whole / "log.csv") == strip(parts / "log.csv")
 
 
@@ -499,13 +501,11 @@ def test_plateau_lowers_the_learning_rate(cli, quick, tmp_path):
 @pytest.mark.parametrize("values", [[0.0], [0.0, 0.0], [0.3, 0.3, 0.3], [1e-7, 247.0], [5.0, -2.0]])
 def test_curves_of_any_values_are_drawn(tmp_path, values):
     keys = ("train_loss", "val_loss", "train_dsc", "val_dsc")
-    pictures.curves(
+    plots.curves(
         [dict(epoch=e, **dict.fromkeys(keys, v)) for e, v in enumerate(values, 1)], tmp_path / "c.png"
     )
-    pixels = np.asarray(Image.open(tmp_path / "c.png"))
-    assert (pixels[40:340, 55:545] == pictures.ORANGE).all(2).any() and (
-        pixels[40:340, 615:1105] == pictures.ORANGE
-    ).all(2).any()
+    pixels, orange = np.asarray(Image.open(tmp_path / "c.png"))[..., :3], (0xDC, 0x6E, 0x14)
+    assert all((half == orange).all(2).any() for half in np.split(pixels[40:340, 55:1105], 2, 1))
 
 
 @pytest.mark.parametrize("shadow", [False, True])

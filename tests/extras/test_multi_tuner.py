@@ -70,7 +70,7 @@ def test_one_base_in_memory(tmp_path):
     bank = vlsm.load_many(paths)
     unique = {p.data_ptr(): p.numel() for p in bank.parameters()}
     one = vlsm.load(paths["0"])
-    trained, total = one.count()
+    trained, total = one.count_parameters()
     assert sum(unique.values()) == total + 7 * trained
     assert not any(p.requires_grad for p in bank.parameters())
 

@@ -8,6 +8,7 @@ from transformers import CLIPSegForImageSegmentation
 
 import vlsm
 from kernels import bench
+from tests import bench_hd95
 from tests.bench_training import Reference, ReferenceLearner, prompts_of, stepper
 from tests.conftest import GOLDEN
 
@@ -64,7 +65,7 @@ def test_rows_and_floors(capsys):
 
 
 def test_hd95_rows_of_lesions():
-    masks = bench.lesions(6, 64, torch.Generator().manual_seed(0))
+    masks = bench_hd95.lesions(6, 64, torch.Generator().manual_seed(0))
     assert masks.dtype == torch.bool and all(
         0.05 < share < 0.5 for share in masks.float().mean((1, 2)).tolist()
     )

