@@ -24,7 +24,11 @@ def run(path, pixels):
 
 @pytest.mark.parametrize(
     "name, weights, method",
-    [("clipseg", "mini", "dense+vpt+cocoop"), ("cris", None, "full"), ("san", None, "full")],
+    [
+        ("clipseg", "mini", "dense+vpt+cocoop"),
+        pytest.param("cris", None, "full", marks=pytest.mark.slow),
+        pytest.param("san", None, "full", marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_exported_is_the_model(tmp_path, name, weights, method):
     model = vlsm.build(name, weights or f"random:{ROOT / 'tests' / 'tiny' / name}.json", method).eval()

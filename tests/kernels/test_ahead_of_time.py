@@ -20,28 +20,61 @@ def results(launches, count, capabilities=(80, 90)):
     return found
 
 
-# bf16, the default, for both GPUs; the others for one (python -m kernels.ahead --dtype fp16 fp32: all of them
-# for both)
-@pytest.mark.parametrize(
-    "dtype, precision, gpus",
-    [("bf16", "ieee", 2), ("fp16", "ieee", 1), ("fp32", "ieee", 1), ("fp32", "tf32", 1)],
-)
-def test_adapter_kernels(dtype, precision, gpus):
-    for launch, _, f in results(adapter_launches(dtype, precision), 18 * gpus, (80, 90)[-gpus:]):
+def check_adapter(launches, dtype, precision, gpus):
+    launches = list(launches)
+    for launch, _, f in results(launches, len(launches) * len(gpus), gpus):
         limit = SHARED_MEMORY.get((4 if dtype == "fp32" else 2, launch.constants["BLOCK_R"]), SHARED)
         assert f["shared"] <= limit, (launch, f)
         assert (f["matrix"] > 0) == (dtype != "fp32" or precision == "tf32"), (launch, f)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_adapter_kernels_of_odd_sizes(dtype):
+def test_adapter_kernels_in_the_default_precision():
+    launches = list(adapter_launches("bf16"))
+    assert len(launches) == 18
+    check_adapter(launches, "bf16", "ieee", (90,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "dtype, precision, gpus",
+    [
+        ("bf16", "ieee", (80,)),
+        ("fp16", "ieee", (80, 90)),
+        ("fp32", "ieee", (80, 90)),
+        ("fp32", "tf32", (80, 90)),
+    ],
+)
+def test_adapter_kernels(dtype, precision, gpus):
+    check_adapter(adapter_launches(dtype, precision), dtype, precision, gpus)
+
+
+def odd(launches):
     """A width and a bottleneck that fill no block: every load is checked."""
-    launches = list(adapter_launches(dtype))
     for launch in launches:
         launch.constants.update(D=80, R=launch.constants["BLOCK_R"] - 3)
-    results(launches, 18, (80,))
+        yield launch
 
 
+def test_adapter_kernels_of_odd_sizes():
+    launches = [launch for launch in odd(adapter_launches("bf16")) if launch.constants["BLOCK_R"] == 64]
+    results(launches, 3, (80,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_adapter_kernels_of_odd_sizes_for_every_width(dtype):
+    results(odd(adapter_launches(dtype)), 18, (80,))
+
+
+def test_loss_and_distance_kernels_as_they_are_launched():
+    """Float32 logits, uint8 targets: a launch of each kernel."""
+    launches = {launch.kernel: launch for launch in other_launches() if "bf16" not in launch.label}
+    launches |= {launch.kernel: launch for launch in other_launches() if launch.label == "fp32, target u8"}
+    for launch, _, f in results(launches.values(), 5, (90,)):
+        assert f["shared"] <= SHARED, (launch, f)
+
+
+@pytest.mark.slow
 def test_loss_and_distance_kernels():
     for launch, _, f in results(other_launches(), 56):
         assert f["shared"] <= SHARED, (launch, f)

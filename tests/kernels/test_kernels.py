@@ -157,7 +157,11 @@ def same_when_compiled(step, tensors, backend):
 
 
 @pytest.mark.parametrize(
-    "method, options", [("dense", dict(dim=8)), ("shallow", dict(dim=8, branches="vlc"))]
+    "method, options",
+    [
+        ("dense", dict(dim=8)),
+        pytest.param("shallow", dict(dim=8, branches="vlc"), marks=pytest.mark.slow),
+    ],
 )
 def test_model_and_loss_compile_into_one_graph(method, options):
     torch.manual_seed(0)

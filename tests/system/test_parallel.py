@@ -94,7 +94,7 @@ def test_two_processes_train_as_one(cli, quick, tmp_path, more, shard):
         torch.testing.assert_close(two[name], tensor, atol=2e-4, rtol=1e-2, msg=name)
 
 
-@pytest.mark.parametrize("shard", [[], ["--shard-cache"]])
+@pytest.mark.parametrize("shard", [["--shard-cache"], pytest.param([], marks=pytest.mark.slow)])
 def test_metrics_are_exactly_those_of_one_process(cli, quick, trained, tmp_path, shard):
     argv = [
         "--ckpt",
@@ -146,6 +146,7 @@ def test_problems_in_one_share_are_said_by_all(demo, tmp_path, monkeypatch):
         shards.open_share(records, 32, None, "bad val")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(cli, quick, tmp_path):
     argv = options(quick, "--epochs")
     assert cli("train", *argv, 3, "--out", tmp_path / "straight")[0] == 0

@@ -153,6 +153,7 @@ def test_half_precision(cli, arguments, tmp_path, model):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["cris", "san"])
 def test_compiled(cli, arguments, tmp_path, graphs, model):
     method = dict(cris="coop", san="full")[model]  # without dropout, whose draws differ

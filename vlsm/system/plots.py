@@ -102,8 +102,11 @@ def against_parameters(groups, path):
         left = min(trained) / 3
         axis.set_xscale("log")
         axis.set_xlim(left / 1.5, max(trained) * 10)
-        for n, value, label in points:
+        for k, (n, value, label) in enumerate(sorted(points)):
             axis.plot(n or left, value, "o", color=BLUE if n else ORANGE)
-            axis.annotate(label, (n or left, value), xytext=(6, 3), textcoords="offset points", fontsize=8)
+            offset = (0, 8) if k % 2 else (0, -14)  # neighbours' labels keep clear of each other
+            how = dict(xytext=offset, textcoords="offset points", ha="center", fontsize=8)
+            axis.annotate(label, (n or left, value), **how)
+        axis.margins(y=0.12)
         axis.set(title=f"{name}: DSC in %", xlabel="trained parameters")
     _save(figure, path)
