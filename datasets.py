@@ -153,8 +153,7 @@ def _annotated_records(root, split, source):
         there = ", ".join(sorted(p.name for p in (root / "anns").glob("*.json"))) or "nothing"
         raise FileNotFoundError(
             f"There is no '{path}'. Expected {root}/images, {root}/masks and "
-            f"{root}/anns/{{train,val,test}}.json; in "
-            f"anns/ there is {there}."
+            f"{root}/anns/{{train,val,test}}.json; in anns/ there is {there}."
         )
     below = (source.subfolders or {}).get(split, "")
     images, masks = ImageFolder(root / "images" / below), ImageFolder(root / "masks" / below)
@@ -202,8 +201,7 @@ def _folder_records(root, split, split_seed):
         inside = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing"
         raise ValueError(
             f"'{root}' should hold images/ and masks/ (equal stems), or train/, val/ and test/ with these "
-            "inside, or "
-            f"anns/ beside them; it holds {inside}."
+            f"inside, or anns/ beside them; it holds {inside}."
         )
     low, high = {"train": (0, 0.8), "val": (0.8, 0.9), "test": (0.9, 1)}[split]
     return [r for r in _pairs(root) if low <= _unit_hash(r.name, split_seed) < high]
@@ -297,8 +295,8 @@ def _chosen_records(dataset, split, data_root, split_seed, prompts, limit_train)
     if not found:
         raise ValueError(
             f"The {split} split of '{dataset}' is empty. If its files are split by a hash of their names, a "
-            "handful of "
-            "them can leave a part empty: try another --split-seed, or train/, val/ and test/ folders."
+            "handful of them can leave a part empty: try another --split-seed, or train/, val/ and test/ "
+            "folders."
         )
     if split == "train" and limit_train < 1:
         order = random.Random(0).sample(range(len(found)), len(found))
@@ -342,8 +340,7 @@ def check(dataset, data_root, split_seed, out):
     if not parts:
         raise ValueError(
             f"'{dataset}' has no annotation file (anns/train.json, val.json or test.json), so there is "
-            "nothing to look "
-            "at."
+            "nothing to look at."
         )
     splits = {part: records(dataset, part, data_root, split_seed) for part in parts}
     splits = {part: found for part, found in splits.items() if found}

@@ -35,8 +35,7 @@ class WhatOptions:
     ckpt: list | None = option(
         None,
         "a run's folder (its best.safetensors), a folder of runs (of --seeds), or a checkpoint file; "
-        "several: for "
-        "--images",
+        "several: for --images",
         nargs="+",
     )
     compare: list | None = option(
@@ -58,8 +57,7 @@ class WhatOptions:
     upsample: str = option(
         "logits",
         "logits: enlarge bilinearly, then threshold (default); mask: threshold, then enlarge, as the "
-        "published code "
-        "does",
+        "published code does",
         choices=["logits", "mask"],
     )
     seed: int | None = option(None, "of random prompts (default: the run's)", type=int)
@@ -76,9 +74,8 @@ class OutputOptions:
     format: str = option("md", "of --report (default: md)", choices=["md", "csv", "tex"])
     layout: str = option(
         "datasets",
-        "of --report: a row for each data set and metric (default, as VLSM-Adapter prints them), or for each "
-        "method "
-        "(as TuneVLSeg)",
+        "of --report: a row for each data set and metric (default, as VLSM-Adapter prints them), or for "
+        "each method (as TuneVLSeg)",
         choices=["datasets", "methods"],
     )
     published: str | None = option(
@@ -94,16 +91,14 @@ class OutputOptions:
     )
     merge: str | None = option(
         None,
-        "instead of evaluating, write a plain folder of weights (Hugging Face's for CLIPSeg) with what lora, "
-        "decoder "
-        "or full has learnt",
+        "instead of evaluating, write a plain folder of weights (Hugging Face's for CLIPSeg) with what "
+        "lora, decoder or full has learnt",
         metavar="DIR",
     )
     export: str | None = option(
         None,
         "instead of evaluating, write the network with --prompt built in, for other programs (needs: pip "
-        "install "
-        "onnxscript onnxruntime)",
+        "install onnxscript onnxruntime)",
         metavar="FILE.onnx",
     )
 
@@ -146,8 +141,7 @@ def parse_options(argv=None):
     """Return the `EvaluateOptions` of a command line."""
     parser = option_parser(
         "DSC, IoU and HD95 of a run at the original resolution; masks and pictures. HD95 is in pixels: the "
-        "larger of "
-        "both directions' 95th percentiles of boundary distances."
+        "larger of both directions' 95th percentiles of boundary distances."
     )
     add_options(parser, WhatOptions, "what to evaluate")
     add_options(parser, OutputOptions, "what to write")
@@ -257,8 +251,7 @@ def evaluate_runs(runs, options):
     if options.out or options.save_masks:
         raise ValueError(
             f"'{options.ckpt[0]}' holds {len(runs)} runs, which --out and --save-masks would mix; evaluate "
-            "them one by "
-            "one."
+            "them one by one."
         )
     found = [evaluate_run(run, options) for run in runs]
     groups = {"": found}

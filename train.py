@@ -154,8 +154,7 @@ def train_epochs(job, about, after_epoch=None):
             say(
                 f"epoch {epoch:3d}/{options.epochs}  loss {loss:.4f}  DSC {100 * train_dsc:.2f}  val loss "
                 f"{val_loss:.4f}  val DSC {100 * val_dsc:.2f}  IoU {100 * val_iou:.2f}  lr {lr:.1e}  "
-                f"{speed:.3g} img/s"
-                f"{'  *' if better else ''}"
+                f"{speed:.3g} img/s{'  *' if better else ''}"
             )
             interrupt.leave(f"Interrupted after epoch {epoch}; {job.describe_saved()}")
             if after_epoch:
@@ -170,8 +169,7 @@ def train(options, after_epoch=None):
     if options.batch_size < parallel.world_size():
         raise ValueError(
             f"--batch-size {options.batch_size} is the whole batch, and there are {parallel.world_size()} "
-            "processes to "
-            "share it."
+            "processes to share it."
         )
     torch.manual_seed(options.seed)
     model = build_model(options)
@@ -242,8 +240,8 @@ def open_data(options, side):
     if not {"train", "val"} <= set(data):
         raise ValueError(
             f"'{name}' has records for {' and '.join(data)} only; training needs train and val. If it is a "
-            "folder of a "
-            "few files that are split by their names, another --split-seed or train/ and val/ folders help."
+            "folder of a few files that are split by their names, another --split-seed or train/ and val/ "
+            "folders help."
         )
     say(f"{name}: " + ", ".join(f"{len(d)} {s}" for s, d in data.items()) + f" records at {side} x {side}")
     return data

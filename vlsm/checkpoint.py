@@ -103,8 +103,7 @@ def check_base(path, about, base):
     if wanted != found:
         raise ValueError(
             f"'{locate_checkpoint(path)}' was tuned on the base '{about['weights']}' ({describe(*wanted)}), "
-            "and "
-            f"'{base.weights}' is another base ({describe(*found)}). Pass the right one with --weights."
+            f"and '{base.weights}' is another base ({describe(*found)}). Pass the right one with --weights."
         )
 
 

@@ -144,10 +144,8 @@ class VLSM(nn.Module):
         if broken or leaking:
             raise ValueError(
                 f"First step: {len(broken)} trained tensors without a finite gradient "
-                f"({', '.join(broken[:3])}), "
-                f"{len(leaking)} frozen ones with one ({', '.join(leaking[:3])}). Training would be wrong; "
-                "please "
-                "report this."
+                f"({', '.join(broken[:3])}), {len(leaking)} frozen ones with one ({', '.join(leaking[:3])}). "
+                "Training would be wrong; please report this."
             )
         frozen = sum(1 for _ in self.parameters()) - len(tuned)
         counts = f"{len(tuned) - len(zero)} of {len(tuned)} trained tensors finite and non-zero"
@@ -173,8 +171,7 @@ class VLSM(nn.Module):
         if compile_blocks == "on" and device.type == "cpu" and not any(map(shutil.which, compilers)):
             raise ValueError(
                 "--compile on needs a C++ compiler for a CPU, and there is none on the PATH (apt install "
-                "g++). Use "
-                "--compile off."
+                "g++). Use --compile off."
             )
         if compile_blocks == "on" or (compile_blocks == "auto" and device.type == "cuda" and triton):
             self.compile_blocks()
@@ -281,8 +278,8 @@ def attach_tuner(base, method="none", options=None, about=None):
     if not base.fresh <= set(tuner.trained_network_parameters(network)):
         raise ValueError(
             f"The weights in '{base.folder}' are {network.name}'s frozen part alone; the rest starts at "
-            "random, so "
-            f"--peft {method}, which does not train it, would leave noise. Use --peft full or decoder."
+            f"random, so --peft {method}, which does not train it, would leave noise. Use --peft full or "
+            "decoder."
         )
     for name, value in tuner.on_attach(network, base.folder).items():
         options[name] = {**options[name], **value} if isinstance(value, dict) else value

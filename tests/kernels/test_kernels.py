@@ -156,11 +156,12 @@ def same_when_compiled(step, tensors, backend):
         assert (compiled - eager).abs().max() <= 2e-4 * eager.abs().max() + 1e-7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method, options",
     [
         ("dense", dict(dim=8)),
-        pytest.param("shallow", dict(dim=8, branches="vlc"), marks=pytest.mark.slow),
+        ("shallow", dict(dim=8, branches="vlc")),
     ],
 )
 def test_model_and_loss_compile_into_one_graph(method, options):

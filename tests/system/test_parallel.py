@@ -158,6 +158,7 @@ def test_a_run_goes_on_with_another_number_of_processes(cli, quick, tmp_path):
         assert a == pytest.approx(b, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_statistics_that_move_are_those_of_all(cli, tmp_path, folder):
     """The first BatchNorm's running mean is a mean over pictures: of two equal shares, whose statistics are averaged, as of the whole."""
     weights = f"random:{ROOT / 'tests' / 'tiny' / 'cris.json'}"

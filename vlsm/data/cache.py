@@ -182,8 +182,7 @@ def refuse_empty(has_foreground, count, label):
     if not has_foreground:
         raise ValueError(
             f"Every mask of {label} is empty ({count} masks): there is nothing to learn. Foreground must be "
-            "brighter "
-            "than 127; do the files hold 0 and 1 instead of 0 and 255?"
+            "brighter than 127; do the files hold 0 and 1 instead of 0 and 255?"
         )
 
 

@@ -37,8 +37,7 @@ def select_prompt(prompts, mode, rng, class_word=None):
             known = ", ".join(prompts) or "none"
             raise ValueError(
                 f'--prompts {mode}: there is no such key. Known here: {known}; or "random", "class", or a '
-                "text of "
-                "your own."
+                "text of your own."
             )
     else:
         return mode

@@ -110,8 +110,8 @@ def _saved(path):
             ) from error
         raise ValueError(
             f"holds more than tensors: it asks for {', '.join(names[:5])}. It is refused, and nothing in it "
-            "was run. Save its state "
-            "dictionary alone, where you trust it: torch.save(checkpoint['state_dict'], FILE)."
+            "was run. Save its state dictionary alone, where you trust it: "
+            "torch.save(checkpoint['state_dict'], FILE)."
         ) from error
 
 

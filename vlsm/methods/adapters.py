@@ -55,8 +55,7 @@ class Adapters(Tuner):
         if dim < 1:
             raise ValueError(
                 f"--dim {dim} leaves an adapter without a hidden unit; give a width of 1 or more (the "
-                "paper's: 64 "
-                "dense, 512 shallow)."
+                "paper's: 64 dense, 512 shallow)."
             )
         vision = self.encoder_adapters(config.vision, config, dim) if "v" in branches else {}
         text = self.encoder_adapters(config.text, config, dim) if "l" in branches else {}
@@ -106,14 +105,13 @@ class ShallowAdapters(Adapters):
         if width != config.projection_dim:
             raise ValueError(
                 f"Shallow adapters in the text branch add text states (width {width}) to the conditional "
-                "embedding "
-                f"(width {config.projection_dim}): this base's widths differ. Use --branches v, c or vc."
+                f"embedding (width {config.projection_dim}): this base's widths differ. Use --branches v, c "
+                "or vc."
             )
         if max(config.extract_layers) >= layers:
             raise ValueError(
                 f"Shallow adapters in the text branch read text layers {list(config.extract_layers)}, and "
-                "this base "
-                f"has {layers}. Use --branches v, c or vc."
+                f"this base has {layers}. Use --branches v, c or vc."
             )
 
     def encoder_adapters(self, encoder, config, dim):

@@ -68,8 +68,7 @@ class PromptLearner(Tuner):
         if not 1 <= depth <= most:
             raise ValueError(
                 f"--prompt-depth {depth}: of this network's layers, {most} can take context vectors that the "
-                "logits "
-                f"depend on. Give 1 to {most}."
+                f"logits depend on. Give 1 to {most}."
             )
         self.init_texts = [context_init] if isinstance(context_init, str) else list(context_init or ())
         self.context = nn.Parameter(self.random_context(config, depth, context, width))

@@ -135,8 +135,7 @@ def _conflict(a, b):
         if shared:
             return (
                 f"{a} and {b} both put context vectors into the {shared[0]} encoder, where they would take "
-                "each "
-                "other's places"
+                "each other's places"
             )
     return None
 

@@ -204,8 +204,7 @@ class Network(nn.Module):
         if eos != EOS_IS_MAX_ID and missing.any():
             raise ValueError(
                 f"Prompt {int(missing.nonzero()[0])} of the batch holds no end-of-text token (id {eos}), so "
-                "there is "
-                "nothing to pool. Was it cut by hand, or made with another model's tokenizer?"
+                "there is nothing to pool. Was it cut by hand, or made with another model's tokenizer?"
             )
         pairs = (
             input_ids

@@ -311,8 +311,7 @@ class CRIS(Network):
     methods = ("none", "decoder", "full", "coop", "cocoop")
     unsupported_reason = (
         "CRIS's image encoder is a ResNet: it has no transformer blocks that adapters, LoRA or visual "
-        "prompts go into. "
-        "The paper adapts CLIPSeg, and trains CRIS whole (--peft full)."
+        "prompts go into. The paper adapts CLIPSeg, and trains CRIS whole (--peft full)."
     )
     Config = CRISConfig
 
@@ -353,9 +352,8 @@ class CRIS(Network):
         state, words, visible = text_features
         if self.neck.txt_proj[1].training and len(state) == 1:
             raise ValueError(
-                "With --reference BatchNorm takes the statistics of a batch, and this batch holds one image. "
-                "Choose a "
-                "--batch-size that leaves no single one at an epoch's end."
+                "With --reference BatchNorm takes the statistics of a batch, and this batch holds one "
+                "image. Choose a --batch-size that leaves no single one at an epoch's end."
             )
         features = self.decoder(self.neck(*image_features.activations, state), words, visible)
         logits = self.proj(features, state)

@@ -106,6 +106,5 @@ class Tuner(nn.Module):
         if next(self.parameters(), None) is not None:
             raise ValueError(
                 "What this method trains is no change of the network's own weights, so it cannot be merged "
-                "into "
-                "them. That is possible for lora, decoder and full, without --upsampler."
+                "into them. That is possible for lora, decoder and full, without --upsampler."
             )

@@ -63,8 +63,7 @@ class Tokenizer:
             if not self.warned:
                 print(
                     f"A prompt has {len(ids) + 2} tokens and the model takes {self.limit}; the rest is cut "
-                    "off, here "
-                    f"and wherever one is too long: '{prompt[:60]}...'",
+                    f"off, here and wherever one is too long: '{prompt[:60]}...'",
                     file=sys.stderr,
                 )
             self.warned = True

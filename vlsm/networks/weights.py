@@ -95,10 +95,9 @@ def _download(name):
     except Exception as error:  # the hub raises a dozen unrelated types; all mean the same to the user
         raise FileNotFoundError(
             f"The weights '{name}' could not be downloaded from the Hugging Face hub "
-            f"({type(error).__name__}). On a "
-            f"machine that reaches it, run `hf download {name} --local-dir DIR`, copy DIR here and pass "
-            "--weights DIR. "
-            "To try things without a network, --weights mini runs offline."
+            f"({type(error).__name__}). On a machine that reaches it, run `hf download {name} --local-dir "
+            "DIR`, copy DIR here and pass --weights DIR. To try things without a network, --weights mini "
+            "runs offline."
         ) from error
     return folder
 

@@ -123,8 +123,8 @@ def describe(name, found):
     for (part, other), pairs in similar_images(found).items():
         lines.append(
             f"NOTE: {len(pairs)} of {found[part]['images']} pictures in {part} look nearly like one in "
-            f"{other} "
-            f"({examples(pairs, '~')}): frames of one video, or one patient's? Scores on them flatter."
+            f"{other} ({examples(pairs, '~')}): frames of one video, or one patient's? Scores on them "
+            "flatter."
         )
     return "\n".join(lines)
 

@@ -77,8 +77,7 @@ def collect(root, split="test"):
     if not found:
         raise ValueError(
             f"Below '{root}' there is no run with eval-{split}/metrics.json. Evaluate the runs first: "
-            "evaluate.py "
-            "--ckpt RUN."
+            "evaluate.py --ckpt RUN."
         )
     return _tell_apart(found)
 

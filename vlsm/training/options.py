@@ -102,22 +102,19 @@ class ModelOptions:
     model: str = option("clipseg", "clipseg (default), cris or san", choices=list(NETWORKS))
     weights: str | None = option(
         None,
-        f"hub id, local folder, or mini, the embedded CLIPSeg (default: mini for the demo, else "
+        "hub id, local folder, or mini, the embedded CLIPSeg (default: mini for the demo, else "
         f"{NETWORKS['clipseg'].default_weights}; san: {NETWORKS['san'].default_weights}); "
-        "random:CONFIG.json: none, "
-        "for tests and research",
+        "random:CONFIG.json: none, for tests and research",
     )
     peft: str | None = option(
         None,
         f"dense (default on clipseg), {', '.join(m for m in METHODS if m != 'dense')}; or several: "
-        "dense+vpt. cris, "
-        "san: full (default), decoder, none",
+        "dense+vpt. cris, san: full (default), decoder, none",
     )
     reference: bool = option(
         False,
         "do as the published code does, where it departs from its paper (but for prompt learners, implies "
-        "--ce "
-        "reference)",
+        "--ce reference)",
     )
 
 
@@ -169,8 +166,7 @@ class SearchOptions:
     sweep: int | None = option(
         None,
         "search hyper-parameters in so many runs (needs: pip install optuna); what is given as an option is "
-        "not "
-        "searched",
+        "not searched",
         type=int,
         metavar="TRIALS",
     )
@@ -190,8 +186,7 @@ class MemoryOptions:
     cache_gb: float | None = option(
         None,
         "GB for what a frozen image encoder returns, computed once: GPU, then RAM, then disk (default: half "
-        "of what "
-        "is free there; 0: computed at each step)",
+        "of what is free there; 0: computed at each step)",
         type=float,
     )
     data_device: str = option(
@@ -270,8 +265,7 @@ def check_options(options):
     if options.shard_cache and options.data_device == "cuda":
         raise ValueError(
             "--shard-cache passes images between processes, which --data-device cuda cannot hold; leave one "
-            "of them "
-            "out."
+            "of them out."
         )
 
 

@@ -34,8 +34,7 @@ def restore_options(options):
         elif name not in FREE_ON_RESUME and present[name] != saved[name]:
             raise ValueError(
                 f"--{name.replace('_', '-')} {present[name]} differs from the run in '{options.out}', which "
-                "has "
-                f"{saved[name]}. Use another --out."
+                f"has {saved[name]}. Use another --out."
             )
     return options.updated(**values)
 
@@ -51,14 +50,12 @@ def check_folder(options):
     if not options.overwrite:
         raise FileExistsError(
             f"'{out}' exists and is not empty. Use --resume to go on with that run, --overwrite to delete "
-            "it, or "
-            "another --out."
+            "it, or another --out."
         )
     if not (out / "config.json").is_file():
         raise FileExistsError(
             f"'{out}' holds no run of this program (no config.json), so --overwrite does not delete it. Use "
-            "another "
-            "--out."
+            "another --out."
         )
 
 

@@ -135,8 +135,7 @@ def open_study(optuna, out, new):
     if not new and (not file.is_file() or not file.stat().st_size):
         raise ValueError(
             f"'{file}', which knows the trials of this sweep, is missing or empty. Start again with "
-            "--overwrite, or "
-            "another --out."
+            "--overwrite, or another --out."
         )
     pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=5)
     how = dict(study_name="sweep", direction="maximize", load_if_exists=True, pruner=pruner)
@@ -147,8 +146,7 @@ def open_study(optuna, out, new):
         reason = f"{type(error).__name__}: {str(error).splitlines()[0][:150]}"
         raise ValueError(
             f"'{file}' is no study that Optuna can read ({reason}). The runs beside it are whole; start the "
-            "search "
-            "again with another --out."
+            "search again with another --out."
         ) from error
     return study
 
