@@ -33,16 +33,9 @@ from vlsm.training.options import complete, default_folder, image_side, parse_op
 from vlsm.training.run_folder import check_folder, make_folder
 
 COLUMNS = (
-    "epoch",
-    "train_loss",
-    "train_dsc",
-    "val_loss",
-    "val_dsc",
-    "val_iou",
-    "lr",
-    "seconds",
+    "epoch", "train_loss", "train_dsc", "val_loss", "val_dsc", "val_iou", "lr", "seconds",
     "images_per_second",
-)
+)  # fmt: skip
 STRIDE = 1_000_003  # between the seeds of two epochs
 
 
@@ -59,21 +52,17 @@ def train_epoch(job, epoch, interrupt):
         torch.manual_seed(seed * STRIDE + parallel.rank())
     with progress(len(records), f"epoch {epoch}/{options.epochs}") as bar:
         meter, batches = EpochMeter(job, epoch, bar), job.batches("train", [step.indices for step in steps])
-        for k, (step, (indices, images, masks)) in enumerate(
-            zip(steps, batches)
-        ):  # uint8 [B, 3, S, S], [B, 1, S, S]
-            changed = None
+        for k, (step, (indices, images, masks)) in enumerate(zip(steps, batches)):
+            changed = None  # images: uint8 [B, 3, S, S], None if what is kept will do; masks: [B, 1, S, S]
             if options.augment:
                 generator = torch.Generator().manual_seed(seed * STRIDE + k * options.batch_size)
                 images, masks, changed = augment(images, masks, generator, step.batch_size, step.part)
             prompts = [choose_prompt(records[i], options.prompts, options.seed, epoch, i) for i in indices]
-            pixel_values = None if images is None else job.normalise(images)  # [B, 3, S, S]
+            pixel_values = job.normalise(images)  # [B, 3, S, S]
             kept = job.frozen.lookup("train", indices, prompts, pixel_values, changed)
             with autocast(job.device, job.dtype):
                 logits = model(pixel_values, *job.tokenizer(prompts), **kept)  # [B, 1, S, S]
-            loss = kernels.dice_bce_loss(
-                logits, masks, options.dice_weight, options.bce_weight, ce=options.ce
-            )
+            loss = kernels.dice_bce_loss(logits, masks, **options.loss())
 
             job.optimizer.zero_grad(set_to_none=True)
             job.scaler.scale(loss * step.weight).backward()
@@ -95,20 +84,18 @@ def train_epoch(job, epoch, interrupt):
 
 @torch.no_grad()
 def validate(job):
-    """Return (loss, DSC, IoU), means over the validation records at the model's size; each batch is one
-    process's.
-    """
+    """Return (loss, DSC, IoU), means over the validation records at the model's size."""
     options, model, records = job.options, job.model.eval(), job.data["val"].records
     own = parallel.own_batches(chunks(list(range(len(records))), options.batch_size))
     found = []
     # batches first: those of a sharded split go on, without records, while other processes want images
     for (indices, images, masks), (number, _) in zip(job.batches("val", [batch for _, batch in own]), own):
         prompts = [choose_prompt(records[i], options.prompts, options.seed, i) for i in indices]
-        pixel_values = None if images is None else job.normalise(images)
+        pixel_values = job.normalise(images)
         kept = job.frozen.lookup("val", indices, prompts, pixel_values)
         with autocast(job.device, job.dtype):
             logits = model(pixel_values, *job.tokenizer(prompts), **kept)  # [B, 1, S, S]
-        loss = kernels.dice_bce_loss(logits, masks, options.dice_weight, options.bce_weight, ce=options.ce)
+        loss = kernels.dice_bce_loss(logits, masks, **options.loss())
         predicted, truth = logits[:, 0] > 0, masks[:, 0] > 0
         scores = torch.stack([dsc(predicted, truth), iou(predicted, truth)], 1)
         found.append((number, loss.double() * len(indices), scores))

@@ -111,8 +111,7 @@ class VLSM(nn.Module):
             parameter.copy_(tensors[name])
 
     def merged_state_dict(self):
-        """Return the base with what was learnt merged in, in float32, by the names of the Hugging Face
-        checkpoint.
+        """Return the base in float32 with what was learnt merged in, by the checkpoint's own names.
 
         Raises ValueError where no change of the base's weights does the same.
         """
@@ -127,8 +126,7 @@ class VLSM(nn.Module):
         )
 
     def check_gradients(self):
-        """Return a line on the first backward pass; each trained tensor needs a finite gradient, no frozen
-        one any.
+        """Return a line on the gradients: each trained tensor needs a finite one, no frozen one has any.
 
         Raises ValueError where a gradient is missing, not finite, or where none should be.
         """
@@ -157,8 +155,7 @@ class VLSM(nn.Module):
     # Where it runs
 
     def place_on(self, device, dtype, use_kernels="auto", compile_blocks="auto"):
-        """Move to a device, frozen matrices in the compute dtype; choose the kernels, compile the layers; in
-        place.
+        """Move to a device, in place: frozen matrices in the compute dtype, kernels chosen, layers compiled.
 
         use_kernels, compile_blocks: the options `--kernels` and `--compile`. Raises ValueError where what is
         asked for cannot be.
@@ -188,9 +185,7 @@ class VLSM(nn.Module):
             block.compile(dynamic=True)
 
     def hold_frozen_weights_in(self, dtype):
-        """Keep the frozen matrices in the compute dtype; norms, positions and all that is trained stay
-        float32.
-        """
+        """Keep frozen matrices in the compute dtype; norms, positions and the trained stay float32."""
         heavy = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, Attention)
         for module in self.base.modules():
             if type(module) in heavy and not any(p.requires_grad for p in module.parameters()):

@@ -21,13 +21,15 @@ def normalise(images, mean, std, out=None):
 class Normaliser:
     """Turns uint8 images `[B, 3, H, W]` into `pixel_values` in a buffer that is reused.
 
-    Call it only after the previous step's backward.
+    None stays None. Call it only after the previous step's backward.
     """
 
     def __init__(self, mean, std, device):
         self.mean, self.std, self.buffer = mean, std, torch.empty(0, device=device)
 
     def __call__(self, images):
+        if images is None:
+            return None
         if self.buffer.numel() < images.numel():
             self.buffer = torch.empty(images.numel(), device=self.buffer.device)
         return normalise(images, self.mean, self.std, self.buffer[: images.numel()].view(images.shape))

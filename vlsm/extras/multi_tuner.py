@@ -91,9 +91,7 @@ def load_many(checkpoints, weights=None):
 
 
 def _load_one(base, path, about):
-    """Return (the VLSM of a checkpoint, what it has learnt in the place of the base's tensors); the base
-    stays.
-    """
+    """Return (a checkpoint's VLSM, what it has learnt in the place of the base's tensors)."""
     model = attach_tuner(base, about["method"], about["options"], about)
     keys = [*model.tuner.trained_network_parameters(base.network), *model.updated_buffers]
     tensors = {key: _tensor(base.network, key) for key in keys}

@@ -1,6 +1,4 @@
-"""A tuned network with one prompt built in as an ONNX file: images in, logits out, for programs without
-PyTorch.
-"""
+"""A tuned network with one prompt built in, as an ONNX file for programs without PyTorch."""
 
 import json
 import logging
@@ -49,8 +47,7 @@ class Segmenter(nn.Module):
 
 @torch.no_grad()
 def to_onnx(model, prompt, size, path, about):
-    """Write a float32 model on the CPU with its prompt to an ONNX file for images of `size`, any number at a
-    time.
+    """Write a float32 model on the CPU with its prompt to an ONNX file for images of `size`.
 
     about: what the file says of itself, a dictionary. Returns the largest difference between ONNX Runtime's
     logits and PyTorch's. Raises ValueError where packages are missing or the two differ by more than

@@ -22,9 +22,7 @@ VISION_DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_attention_he
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Sizes of a CLIP encoder; the defaults are those that transformers leaves out of `config.json` (text
-    encoder).
-    """
+    """Sizes of a CLIP encoder; the defaults are those that `config.json` leaves out (text encoder)."""
 
     hidden_size: int = 512
     intermediate_size: int = 2048
@@ -73,9 +71,7 @@ class TextEncoder(NamedTuple):
 
 
 def resize_positions(weight, h, w):
-    """Return position embeddings `[h*w, D]` for a grid, from `[side*side, D]`; bicubic if the grid is
-    another.
-    """
+    """Return position embeddings `[h*w, D]` for a grid, resized bicubically from `[side*side, D]`."""
     side = round(len(weight) ** 0.5)
     if (h, w) == (side, side):
         return weight
@@ -84,9 +80,7 @@ def resize_positions(weight, h, w):
 
 
 def patch_tokens(patches, class_embedding, position_embedding):
-    """Return tokens `[B, 1+h*w, D]` of patches `[B, D, h, w]`: class token, then patches by rows, with
-    positions.
-    """
+    """Return tokens `[B, 1+h*w, D]` of patches `[B, D, h, w]`: class token, then patches by rows."""
     B, D, h, w = patches.shape
     x = torch.cat([class_embedding.to(patches.dtype).expand(B, 1, D), patches.flatten(2).transpose(1, 2)], 1)
     return x + torch.cat([position_embedding[:1], resize_positions(position_embedding[1:], h, w)])
@@ -129,13 +123,12 @@ class Network(nn.Module):
         image_features=None,
         text_features=None,
     ):
-        """Segment images by prompts: `[B, 3, H, W]`, `[B, T]`, `[B, T]` -> logits `[B, 1, H, W]`, foreground
-        above 0.
+        """Segment images by prompts: `[B, 3, H, W]`, `[B, T]`, `[B, T]` -> logits `[B, 1, H, W]`.
 
-        image_features: `ImageFeatures` kept from before; pixel_values may then be None, unless
-        `decoder_reads_pixels`. text_features: what `encode_prompts` returned before; input_ids may then be
-        None. Raises ValueError where H or W is no multiple of `config.stride`, or images and prompts differ
-        in number.
+        Foreground is where logits are above 0. image_features: `ImageFeatures` kept from before; pixel_values
+        may then be None, unless `decoder_reads_pixels`. text_features: what `encode_prompts` returned before;
+        input_ids may then be None. Raises ValueError where H or W is no multiple of `config.stride`, or
+        images and prompts differ in number.
         """
         tuner = tuner or Tuner()
         contexts = tuner.contexts()
@@ -185,9 +178,7 @@ class Network(nn.Module):
         return tuple(t[row] for t in text_features)
 
     def end_of_text(self, input_ids):
-        """Return the index `[B]` of the pooled token: the first end token, or (`EOS_IS_MAX_ID`) the highest
-        id.
-        """
+        """Return the index `[B]` of the pooled token: the first end token, or the highest id."""
         eos = self.config.text.eos_token_id
         return input_ids.argmax(1) if eos == EOS_IS_MAX_ID else (input_ids == eos).int().argmax(1)
 

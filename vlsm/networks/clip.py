@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vlsm.networks.base import TextEncoder, patch_tokens
-from vlsm.networks.transformer import OPENAI, encoder_block, noise
+from vlsm.networks.transformer import OPENAI, encoder_blocks, noise, tree
 
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 SIZE_TENSORS = (
@@ -17,14 +17,6 @@ SIZE_TENSORS = (
     "context_length",
     "vocab_size",
 )  # that OpenAI's files hold besides weights
-
-
-class Transformer(nn.Module):
-    """The blocks of an encoder, under their name."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.resblocks = nn.ModuleList(encoder_block(config, OPENAI) for _ in range(config.num_hidden_layers))
 
 
 class VisionTransformer(nn.Module):
@@ -37,7 +29,7 @@ class VisionTransformer(nn.Module):
         self.class_embedding = noise(width)
         self.positional_embedding = noise((c.image_size // c.patch_size) ** 2 + 1, width)
         self.ln_pre = nn.LayerNorm(width, eps=c.layer_norm_eps)
-        self.transformer = Transformer(c)
+        self.transformer = tree(resblocks=encoder_blocks(c, OPENAI))
         self.ln_post = nn.LayerNorm(width, eps=c.layer_norm_eps)
         self.proj = noise(width, projection_dim, std=width**-0.5)
 
@@ -53,7 +45,7 @@ class CLIP(nn.Module):
     def __init__(self, visual, text, projection_dim):
         super().__init__()
         self.visual = visual
-        self.transformer = Transformer(text)
+        self.transformer = tree(resblocks=encoder_blocks(text, OPENAI))
         self.token_embedding = nn.Embedding(text.vocab_size, text.hidden_size)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         self.positional_embedding = noise(text.max_position_embeddings, text.hidden_size)

@@ -22,7 +22,7 @@ from vlsm.networks.base import (
     insert_context,
     patch_tokens,
 )
-from vlsm.networks.transformer import MLP, Attention, encoder_block
+from vlsm.networks.transformer import MLP, Attention, encoder_blocks, tree
 from vlsm.system.options import select_fields
 
 # Buffers that older transformers releases wrote; they hold 0, 1, 2, ... and are not needed.
@@ -71,9 +71,7 @@ class CLIPSegConfig:
 
     @property
     def upsampler_sizes(self):
-        """Channels of the decoder's last features, to how many an upsampler reduces them (None: not), its
-        factor.
-        """
+        """An upsampler's sizes: channels of the features, to how many they are reduced, its factor."""
         return self.reduce_dim, None, self.vision.patch_size
 
     def max_prompt_depth(self, encoders, reference=False):
@@ -88,64 +86,35 @@ class CLIPSegConfig:
         return min(limits[encoder] for encoder in encoders)
 
 
-class Encoder(nn.Module):
-    """The blocks of an encoder, under their name."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.layers = nn.ModuleList(encoder_block(config) for _ in range(config.num_hidden_layers))
-
-
-class VisionEmbeddings(nn.Module):
-    """Patches `[B, 3, H, W]` -> tokens `[B, 1+N, D]`, the class token in front."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.class_embedding = nn.Parameter(torch.zeros(c.hidden_size))
-        self.patch_embedding = nn.Conv2d(
-            c.num_channels, c.hidden_size, c.patch_size, c.patch_size, bias=False
-        )
-        self.position_embedding = nn.Embedding((c.image_size // c.patch_size) ** 2 + 1, c.hidden_size)
-
-    def forward(self, pixel_values):
-        patches = self.patch_embedding(pixel_values)  # [B, D, h, w]
-        return patch_tokens(patches, self.class_embedding, self.position_embedding.weight)
-
-
-class VisionModel(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.embeddings = VisionEmbeddings(c)
-        self.pre_layrnorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)  # spelt so in the checkpoint
-        self.encoder = Encoder(c)
-        self.post_layernorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
-
-
-class TextEmbeddings(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.token_embedding = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.position_embedding = nn.Embedding(c.max_position_embeddings, c.hidden_size)
-
-
-class TextModel(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.embeddings = TextEmbeddings(c)
-        self.encoder = Encoder(c)
-        self.final_layer_norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
-
-
-class CLIP(nn.Module):
-    """Both encoders and their projections into one space."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.text_model = TextModel(c.text)
-        self.vision_model = VisionModel(c.vision)
-        self.visual_projection = nn.Linear(c.vision.hidden_size, c.projection_dim, bias=False)
-        self.text_projection = nn.Linear(c.text.hidden_size, c.projection_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # not used; in the checkpoint
+def clip_encoders(c):
+    """Return CLIP's two encoders and their projections, in the checkpoint's tree of names."""
+    text, vision, wide = c.text, c.vision, c.vision.hidden_size
+    patches = (vision.image_size // vision.patch_size) ** 2
+    return tree(
+        text_model=tree(
+            embeddings=tree(
+                token_embedding=nn.Embedding(text.vocab_size, text.hidden_size),
+                position_embedding=nn.Embedding(text.max_position_embeddings, text.hidden_size),
+            ),
+            encoder=tree(layers=encoder_blocks(text)),
+            final_layer_norm=nn.LayerNorm(text.hidden_size, eps=text.layer_norm_eps),
+        ),
+        vision_model=tree(
+            embeddings=tree(
+                class_embedding=nn.Parameter(torch.zeros(wide)),
+                patch_embedding=nn.Conv2d(
+                    vision.num_channels, wide, vision.patch_size, vision.patch_size, bias=False
+                ),
+                position_embedding=nn.Embedding(patches + 1, wide),
+            ),
+            pre_layrnorm=nn.LayerNorm(wide, eps=vision.layer_norm_eps),  # spelt so in the checkpoint
+            encoder=tree(layers=encoder_blocks(vision)),
+            post_layernorm=nn.LayerNorm(wide, eps=vision.layer_norm_eps),
+        ),
+        visual_projection=nn.Linear(wide, c.projection_dim, bias=False),
+        text_projection=nn.Linear(text.hidden_size, c.projection_dim, bias=False),
+        logit_scale=nn.Parameter(torch.tensor(2.6592)),  # not used; in the checkpoint
+    )
 
 
 class DecoderLayer(nn.Module):
@@ -164,9 +133,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Reduces the extracted activations, deepest first, modulates them by the prompt (FiLM), upsamples to
-    pixels.
-    """
+    """Reduces the activations, deepest first, modulates them by the prompt (FiLM), upsamples to pixels."""
 
     def __init__(self, c):
         super().__init__()
@@ -214,19 +181,20 @@ class CLIPSeg(Network):
 
     def __init__(self, config, reference=False):
         super().__init__(config, reference)
-        self.clip = CLIP(config)
+        self.clip = clip_encoders(config)
         self.decoder = Decoder(config)
 
     def encode_image(self, pixel_values, tuner, contexts=()):
-        """Return the activations `[B, 1+N+n, D]` at the extract layers, and the embedding if the tuner needs
-        it.
+        """Return the activations `[B, 1+N+n, D]` at the extract layers, and the embedding if it is needed.
 
         Stops after the deepest extract layer, as nothing above it reaches the logits, unless the tuner needs
         the embedding. The n contexts stand behind the patches; those of layer i replace their outputs of
         layer i - 1, and so the decoder sees them too.
         """
         vision, wanted = self.clip.vision_model, self.config.extract_layers
-        x = vision.embeddings(pixel_values)
+        embeddings = vision.embeddings
+        patches = embeddings.patch_embedding(pixel_values)  # [B, D, h, w]
+        x = patch_tokens(patches, embeddings.class_embedding, embeddings.position_embedding.weight)
         at, n = x.shape[1], contexts[0].shape[-2] if contexts else 0
         if contexts:
             x = insert_context(x, at, contexts[0])
@@ -245,9 +213,7 @@ class CLIPSeg(Network):
         return ImageFeatures([states[i] for i in wanted], embedding, tuple(pixel_values.shape[-2:]))
 
     def encode_text(self, input_ids, attention_mask, tuner, contexts=()):
-        """Return (conditional embedding `[B, P]`, the pooled token's state `[B, D]` after each extract
-        layer...).
-        """
+        """Return (conditional embedding `[B, P]`, the pooled state `[B, D]` at each extract layer...)."""
         states, end, _ = self.run_text_blocks(input_ids, attention_mask, tuner, contexts)
         rows = torch.arange(end.shape[0], device=end.device)
         pooled = [x[rows, end] for x in states]

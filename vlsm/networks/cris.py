@@ -181,9 +181,7 @@ def double(x):
 
 
 class CoordConv(nn.Module):
-    """A 3 x 3 convolution that sees where it is: two channels from -1 to 1, over the columns and over the
-    rows.
-    """
+    """A 3 x 3 convolution that sees where it is: two more channels, from -1 to 1 across and down."""
 
     def __init__(self, d):
         super().__init__()

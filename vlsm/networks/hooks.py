@@ -1,5 +1,4 @@
-"""The hooks through which a tuning method acts on a frozen network: the contract between `networks/` and
-`methods/`.
+"""How a tuning method acts on a frozen network: the contract between `networks/` and `methods/`.
 
 A network's forward pass calls every hook below; the base class changes nothing. A method is a subclass that
 holds all trained parameters and overrides a hook or two. To add one, write the class and put it into
@@ -19,9 +18,7 @@ PROJECTIONS = ("q", "k", "v", "out")  # of attention, as LoRA calls them
 
 
 class Contexts(NamedTuple):
-    """Vectors that join an encoder's tokens in one forward pass: entry i, `[n, D]` or `[B, n, D]`, enters
-    layer i.
-    """
+    """Vectors that join an encoder's tokens: entry i, `[n, D]` or `[B, n, D]`, enters layer i."""
 
     vision: tuple = ()
     text: tuple = ()
@@ -89,9 +86,7 @@ class Tuner(nn.Module):
         return cond
 
     def adapt_logits(self, logits, features):
-        """Return the logits `[B, 1, H, W]`, given the decoder's last features `[B, C, h, w]`, of which they
-        are made.
-        """
+        """Return the logits `[B, 1, H, W]`, given the decoder's last features `[B, C, h, w]`."""
         return logits if self.upsampler is None else self.upsampler(logits, features)
 
     def uses_weight_decay(self, name, tensor):

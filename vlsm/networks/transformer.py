@@ -61,9 +61,7 @@ def noise(*shape, std=0.02):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with projections under the given names; `out_dim`: width of the result (default
-    `dim`).
-    """
+    """Multi-head attention with projections under given names; out_dim: width of the result."""
 
     def __init__(self, dim, heads, names=HUGGING_FACE, dropout=0.0, out_dim=None):
         super().__init__()
@@ -141,17 +139,23 @@ class Block(nn.Module):
         return add_mlp(self.mlp(norm2(x)), x)
 
     def cross(self, x, others, mask):
-        """Transform tokens `[B, Q, D]` that see themselves and `others` `[B, S, D]`; mask `[B, heads, Q,
-        Q+S]`.
-        """
+        """Transform tokens `[B, Q, D]` that see `[themselves, others]`; mask `[B, heads, Q, Q+S]`."""
         attention, norm1, norm2 = self.parts()
         seen = norm1(torch.cat([x, others], 1))
         x = x + attention(seen[:, : x.shape[1]], seen, mask=mask)
         return x + self.mlp(norm2(x))
 
 
-def encoder_block(config, names=HUGGING_FACE):
-    """Return a block of the sizes of an `EncoderConfig`."""
+def encoder_blocks(config, names=HUGGING_FACE):
+    """Return the blocks of an encoder of the sizes of an `EncoderConfig`."""
     c = config
     sizes = c.hidden_size, c.num_attention_heads, c.intermediate_size, c.hidden_act
-    return Block(*sizes, c.layer_norm_eps, names)
+    return nn.ModuleList(Block(*sizes, c.layer_norm_eps, names) for _ in range(c.num_hidden_layers))
+
+
+def tree(**children):
+    """Return a module that only holds modules and parameters: what a checkpoint groups under a name."""
+    module = nn.Module()
+    for name, child in children.items():
+        setattr(module, name, child)
+    return module

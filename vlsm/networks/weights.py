@@ -1,6 +1,4 @@
-"""Frozen base weights: where they come from, how they are read (nothing in a file can execute), their
-fingerprint.
-"""
+"""Base weights: where they come from, reading them (nothing in a file can execute), their fingerprint."""
 
 import hashlib
 from pathlib import Path
@@ -125,9 +123,7 @@ def read_tensors(folder):
 
 
 def describe_mismatch(expected, given):
-    """Return in words how names and shapes of `given` tensors differ from the `expected`; empty if they do
-    not.
-    """
+    """Return in words how names and shapes of `given` tensors differ from the `expected`, if they do."""
     shapes = [
         f"{n} {list(given[n].shape)} instead of {list(expected[n].shape)}"
         for n in expected
@@ -161,9 +157,7 @@ def load_strictly(module, tensors, source, file_names):
 
 
 def fingerprint(tensors):
-    """Return 16 hex digits that name a set of weights: over names, shapes and float32 values, whatever the
-    file.
-    """
+    """Return 16 hex digits of the weights' names, shapes and float32 values."""
     digest = hashlib.blake2b(digest_size=8)
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().float().contiguous()

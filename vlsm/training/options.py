@@ -30,20 +30,12 @@ DEMO_EPOCHS = 40  # of --dataset demo, which is small
 # What a checkpoint's metadata call the recipe.
 RECIPE = (
     "epochs", "min_epochs", "patience", "monitor", "batch_size", "lr", "weight_decay", "lr_factor",
-    "lr_patience",
-    "clip", "dice_weight", "bce_weight", "ce", "augment", "amp", "seed",
+    "lr_patience", "clip", "dice_weight", "bce_weight", "ce", "augment", "amp", "seed",
 )  # fmt: skip
 UNSAVED = {
-    "out",
-    "seeds",
-    "resume",
-    "overwrite",
-    "dry_run",
-    "given",
-    "sweep_space",
-    "sweep_folder",
+    "out", "seeds", "resume", "overwrite", "dry_run", "given", "sweep_space", "sweep_folder",
     "method_options",
-}
+}  # fmt: skip
 
 
 def default_cache():
@@ -229,6 +221,10 @@ class TrainOptions(
         """Return what config.json keeps: one dictionary, the method's options among the others."""
         own = {name: value for name, value in asdict(self).items() if name not in UNSAVED}
         return {**own, **{name: self.method_options.get(name) for name in OPTIONS}}
+
+    def loss(self):
+        """Return the loss's weights and its kind of cross entropy, as `dice_bce_loss` takes them."""
+        return dict(dice_weight=self.dice_weight, bce_weight=self.bce_weight, ce=self.ce)
 
     def recipe(self):
         """Return the part that a checkpoint's metadata call recipe."""

@@ -8,8 +8,7 @@ from vlsm.system.files import is_filled, read_json, write_json
 # Options that may differ when a run is resumed; all others would make it another run.
 FREE_ON_RESUME = {
     "epochs", "patience", "min_epochs", "sweep", "device", "data_root", "cache_dir", "weights", "kernels",
-    "compile",
-    "cache_gb", "data_device", "shard_cache", "tensorboard",
+    "compile", "cache_gb", "data_device", "shard_cache", "tensorboard",
 }  # fmt: skip
 
 

@@ -49,8 +49,7 @@ SPACES = {
 # Options of the recipe that a space may name.
 SEARCHABLE = (
     "lr", "weight_decay", "lr_factor", "lr_patience", "clip", "dice_weight", "bce_weight", "batch_size",
-    "augment",
-    "prompts", "seed",
+    "augment", "prompts", "seed",
 )  # fmt: skip
 
 
