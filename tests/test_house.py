@@ -22,7 +22,7 @@ ALLOWED = {
     "mini": {"core", "networks", "data", "system", "kernels"},
     "extras": {"core", "networks", "methods", "kernels", "data", "system"},
     "train": {"datasets", "core", "networks", "data", "training", "system", "kernels"},
-    "evaluate": {"datasets", "core", "networks", "data", "training", "results", "extras", "system"},
+    "evaluate": {"datasets", "core", "data", "results", "extras", "system"},
     "datasets": {"data", "raw", "results", "mini", "system"},
 }
 

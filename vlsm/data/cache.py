@@ -24,6 +24,11 @@ from vlsm.system.files import atomic_write
 FORMAT = 1
 
 
+def default_cache():
+    """Return the folder of the decode-once cache, unless --cache-dir names one."""
+    return str(Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "vlsm")
+
+
 class CachedSplit:
     """A split ready for training: `records`, and their pixels at the model's size.
 

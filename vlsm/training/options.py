@@ -1,10 +1,10 @@
 """The options of train.py, the papers' recipes, and what follows from other options."""
 
-import os
 from argparse import BooleanOptionalAction
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from vlsm.data.cache import default_cache
 from vlsm.methods.registry import METHODS, OPTIONS, PromptLearner, add_method_options, split_methods
 from vlsm.model import NETWORKS, network_class
 from vlsm.system.device import MachineOptions
@@ -36,11 +36,6 @@ UNSAVED = {
     "out", "seeds", "resume", "overwrite", "dry_run", "given", "sweep_space", "sweep_folder",
     "method_options",
 }  # fmt: skip
-
-
-def default_cache():
-    """Return the folder of the decode-once cache, unless --cache-dir names one."""
-    return str(Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "vlsm")
 
 
 def _default(name):

@@ -1,0 +1,132 @@
+"""The options of evaluate.py."""
+
+from dataclasses import dataclass
+
+from vlsm.data.cache import default_cache
+from vlsm.system.device import MachineOptions
+from vlsm.system.options import add_options, option, option_parser
+
+
+@dataclass
+class WhatOptions:
+    """What is evaluated."""
+
+    ckpt: list | None = option(
+        None,
+        "a run's folder (its best.safetensors), a folder of runs (of --seeds), or a checkpoint file; "
+        "several: for --images",
+        nargs="+",
+    )
+    compare: list | None = option(
+        None,
+        "several runs on the same records: a sheet of pictures and a paired test",
+        nargs="+",
+        metavar="CKPT",
+    )
+    report: str | None = option(
+        None, "the table of all evaluated runs below DIR, means over seeds, and two charts", metavar="DIR"
+    )
+    split: str = option("test", "default: test", choices=["train", "val", "test"])
+    dataset: str | None = option(None, "another data set than the run's own: a name or a folder")
+    data_root: str | None = option(None, "folder that holds the data sets' folders (default: the run's)")
+    prompts: str | None = option(
+        None, 'another way than the run\'s: random, class, a key such as p6, or a text: "a polyp"'
+    )
+    all_prompts: bool = option(False, "evaluate every key p0, p1, ... and print a table")
+    upsample: str = option(
+        "logits",
+        "logits: enlarge bilinearly, then threshold (default); mask: threshold, then enlarge, as the "
+        "published code does",
+        choices=["logits", "mask"],
+    )
+    seed: int | None = option(None, "of random prompts (default: the run's)", type=int)
+    weights: str | None = option(None, "the base's folder or hub id, if it has moved")
+
+
+@dataclass
+class OutputOptions:
+    """What is written."""
+
+    out: str | None = option(
+        None, "folder of metrics.csv and metrics.json (default: eval-SPLIT in the run's folder)"
+    )
+    format: str = option("md", "of --report (default: md)", choices=["md", "csv", "tex"])
+    layout: str = option(
+        "datasets",
+        "of --report: a row for each data set and metric (default, as VLSM-Adapter prints them), or for "
+        "each method (as TuneVLSeg)",
+        choices=["datasets", "methods"],
+    )
+    published: str | None = option(
+        None, "a paper's figures beside ours; see vlsm/results/report.py", metavar="FILE.json"
+    )
+    save_masks: str | None = option(
+        None,
+        "write predicted masks as 0/255 PNGs of original size, under the masks' own names",
+        metavar="DIR",
+    )
+    figure: int | None = option(
+        None, "write figure.png: N rows, the best, median and worst cases", type=int, metavar="N"
+    )
+    merge: str | None = option(
+        None,
+        "instead of evaluating, write a plain folder of weights (Hugging Face's for CLIPSeg) with what "
+        "lora, decoder or full has learnt",
+        metavar="DIR",
+    )
+    export: str | None = option(
+        None,
+        "instead of evaluating, write the network with --prompt built in, for other programs (needs: pip "
+        "install onnxscript onnxruntime)",
+        metavar="FILE.onnx",
+    )
+
+
+@dataclass
+class InputOptions:
+    """Inputs other than a data set."""
+
+    pred: str | None = option(None, "folder of predicted masks, scored without a network against --target")
+    target: str | None = option(None, "folder of true masks for --pred; files are paired by stem")
+    images: str | None = option(
+        None, "picture or folder of pictures to segment, with --prompt and --save-masks"
+    )
+    prompt: str | None = option(None, 'what to segment in --images: "polyp"')
+    route: str | None = option(
+        None,
+        "which of several --ckpt: a run's name (default: the one whose class word --prompt holds)",
+        metavar="NAME",
+    )
+    overlay: bool = option(False, "with --images: also write NAME.overlay.png")
+
+
+@dataclass
+class BatchOptions:
+    """How images are read."""
+
+    batch_size: int = option(32, "images at a time (default 32)")
+    cache_dir: str | None = option(
+        None, "folder of the decoded images (default: vlsm in the user's cache folder)"
+    )
+    shard_cache: bool = option(False, "of several processes (torchrun) each keeps a share of the images")
+
+
+@dataclass
+class EvaluateOptions(WhatOptions, OutputOptions, InputOptions, BatchOptions, MachineOptions):
+    """All options of evaluate.py."""
+
+
+def parse_options(argv=None):
+    """Return the `EvaluateOptions` of a command line."""
+    parser = option_parser(
+        "DSC, IoU and HD95 of a run at the original resolution; masks and pictures. HD95 is in pixels: the "
+        "larger of both directions' 95th percentiles of boundary distances."
+    )
+    add_options(parser, WhatOptions, "what to evaluate")
+    add_options(parser, OutputOptions, "what to write")
+    add_options(parser, InputOptions, "other inputs")
+    add_options(parser, BatchOptions, "reading")
+    add_options(parser, MachineOptions, "machine")
+    options = EvaluateOptions(**vars(parser.parse_args(argv)))
+    options.cache_dir = options.cache_dir or default_cache()
+    return options
