@@ -12,6 +12,7 @@ from tests.methods.test_adapters import REAL, batch, count
 from tests.networks.test_clipseg import assert_golden, golden, run
 from vlsm.methods.registry import METHODS
 from vlsm.methods.upsampler import Upsampler
+from vlsm.networks.base import patch_tokens
 
 TINY = GOLDEN / "clipseg-tiny"
 LEARNERS = ("coop", "cocoop", "vpt", "maple", "shared_separate", "shared_attention")
@@ -55,6 +56,12 @@ def test_golden(method, reference):
     torch.testing.assert_close(run(plain, g), g["out.logits_without_prompts"], atol=2e-5, rtol=0)
 
 
+def embedded(vision, pixels):
+    """Tokens `[B, 1+N, D]` of images: the class token, then the patches, with their positions."""
+    e = vision.embeddings
+    return patch_tokens(e.patch_embedding(pixels), e.class_embedding, e.position_embedding.weight)
+
+
 def restated(base, pixels, ids, text, vision):
     """Logits of each sample by itself, contexts written over the tokens in place: TuneVLSeg's rules with
     nothing shared or skipped.
@@ -64,7 +71,7 @@ def restated(base, pixels, ids, text, vision):
     clip, config, out = base.clip, base.config, []
     plain = (torch.add, torch.add)
     for i in range(len(pixels)):
-        x = clip.vision_model.embeddings(pixels[i : i + 1])
+        x = embedded(clip.vision_model, pixels[i : i + 1])
         N = x.shape[1]
         if vision is not None:
             x = torch.cat([x, vision[i][:1]], 1)
@@ -96,7 +103,7 @@ def restated(base, pixels, ids, text, vision):
 def features(base, pixels):
     """CoCoOp's f: the projected class token of the whole unprompted tower."""
     vision = base.clip.vision_model
-    x = vision.pre_layrnorm(vision.embeddings(pixels))
+    x = vision.pre_layrnorm(embedded(vision, pixels))
     for block in vision.encoder.layers:
         x = block(x, (torch.add, torch.add))
     return base.clip.visual_projection(vision.post_layernorm(x[:, 0]))
