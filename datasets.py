@@ -10,6 +10,7 @@ needs images/ and masks/ only, or train/ val/ test/ with these inside.
 import argparse
 import hashlib
 import random
+import re
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -18,8 +19,9 @@ from vlsm.data.images import image_files
 from vlsm.data.prompts import choose_prompt, class_word
 from vlsm.data.records import DataError, Record
 from vlsm.system.console import friendly_errors, say
-from vlsm.system.files import is_filled, leaves_folder, read_json, write_json
+from vlsm.system.files import check_targets, is_filled, leaves_folder, read_json, write_json
 
+PROMPT_KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
 SPLITS = ("train", "val", "test")
 SPLIT_FOLDERS = {
     "train": ("train", "training"),
@@ -178,6 +180,8 @@ def _check_entry(entry, where):
                 f"{where}: the file name '{name}' leaves the data set's folder; that is refused."
             )
     for key, value in entry["prompts"].items():
+        if not PROMPT_KEY.fullmatch(key):  # --all-prompts makes a folder of it
+            raise ValueError(f"{where}: the prompt's key '{key}' should be letters, digits, - and _ alone.")
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
             raise ValueError(f"{where}: prompt '{key}' is neither a text nor a list of texts.")
@@ -209,7 +213,12 @@ def _folder_records(root, split, split_seed):
 
 def _unit_hash(name, seed):
     """Return a number in 0..1 of a file's name alone: it keeps its split when others are added."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "big") / 2**64
+    return (
+        int.from_bytes(
+            hashlib.blake2b(f"{seed}:{name}".encode(errors="surrogateescape"), digest_size=8).digest(), "big"
+        )
+        / 2**64
+    )
 
 
 def _pairs(folder):
@@ -221,7 +230,9 @@ def _pairs(folder):
     for stem, files in images.by_stem.items():
         partners = masks.by_stem.get(stem, [])
         if len(files) == len(partners) == 1:
-            found.append(Record(files[0].name, partners[0].name, files[0], partners[0]))
+            pair = (files[0], images.root), (partners[0], masks.root)
+            names = (p.relative_to(below).as_posix() for p, below in pair)
+            found.append(Record(*names, files[0], partners[0]))
     problems = {
         "image without mask": [p[0].name for s, p in images.by_stem.items() if s not in masks.by_stem],
         "mask without image": [p[0].name for s, p in masks.by_stem.items() if s not in images.by_stem],
@@ -345,13 +356,14 @@ def check(dataset, data_root, split_seed, out):
     splits = {part: records(dataset, part, data_root, split_seed) for part in parts}
     splits = {part: found for part, found in splits.items() if found}
     name = Path(dataset).name
-    say(dataset_check.describe(name, dataset_check.inspect_splits(splits)))
     file = Path(out or f"{name}-check.png")
+    check_targets([file], [f for found in splits.values() for r in found for f in (r.image, r.mask)])
+    say(dataset_check.describe(name, dataset_check.inspect_splits(splits)))
     dataset_check.contact_sheet(splits, file)
     say(f"Wrote {file}")
 
 
-def prepare(name, source, data_root, anns, descriptions):
+def prepare(name, source, data_root, anns, descriptions, overwrite):
     """Make a data set's folder of its raw download; see `vlsm.raw.prepare`."""
     from vlsm.raw import prepare as raw
 
@@ -364,7 +376,7 @@ def prepare(name, source, data_root, anns, descriptions):
         inside = (Path(anns) / below for below in (f"{folder}/anns", folder))
         anns = next((path for path in inside if path.is_dir()), Path(anns))
     texts = raw.read_descriptions(descriptions) if descriptions else ()
-    raw.prepare(name, source, Path(data_root) / folder, anns, texts)
+    raw.prepare(name, source, Path(data_root) / folder, anns, texts, overwrite)
     say(f"Look at it with: python datasets.py --check {name} --data-root {data_root}")
 
 
@@ -389,6 +401,7 @@ def main(argv=None):
         metavar="FILE.json",
         help="general descriptions of the class, a list, for prompts p7 to p9",
     )
+    add("--overwrite", action="store_true", help="of --prepare: replace files that were changed by hand")
     add("--check", metavar="NAME|PATH", help="print a data set's fingerprint, and write a contact sheet")
     add("--split-seed", type=int, default=0, help="of the 80/10/10 split of your own folder (default 0)")
     add("--out", metavar="FILE.png", help="of --check: the contact sheet (default: NAME-check.png)")
@@ -402,7 +415,7 @@ def main(argv=None):
     if args.export:
         say(f"Wrote {export(*args.export)}. Train on it with: python train.py --dataset {args.export[1]}")
     elif args.prepare:
-        prepare(args.prepare, args.src, args.data_root, args.anns, args.describe)
+        prepare(args.prepare, args.src, args.data_root, args.anns, args.describe, args.overwrite)
     elif args.check:
         check(args.check, args.data_root, args.split_seed, args.out)
     elif args.list:

@@ -4,6 +4,7 @@ DIR`. Predict without a ground truth: `--ckpt ... --images DIR --prompt "polyp" 
 DSC, IoU and HD95 are computed at each mask's original size; vlsm/metrics.py defines them.
 """
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import combinations
@@ -19,11 +20,13 @@ from vlsm.data.images import read_image, read_mask
 from vlsm.data.prompts import choose_prompt
 from vlsm.results import figures, report
 from vlsm.results.options import parse_options
-from vlsm.results.predict import Predictor, mask_at_size, predict_folder, save_mask
+from vlsm.results.predict import Predictor, mask_at_size, mask_target, predict_folder, save_png
 from vlsm.results.scores import METRICS, describe, score, score_folders, signed_rank, summarise, write_results
 from vlsm.system import parallel
 from vlsm.system.console import friendly_errors, progress, say
-from vlsm.system.files import atomic_write, write_json, write_text
+from vlsm.system.files import check_targets, owned_write, write_json, write_text
+
+RESULT_FILES = ("metrics.csv", "metrics.json", "figure.png")
 
 
 def evaluate(predictor, data, prompts, seed, options, masks_dir=None):
@@ -51,7 +54,7 @@ def evaluate(predictor, data, prompts, seed, options, masks_dir=None):
                 scores.append(dict(image=records[i].name, mask=records[i].mask_name, prompt=text, **row))
                 kept.append(np.packbits(mask.cpu().numpy()) if options.figure else None)
                 if masks_dir:
-                    save_mask(mask, masks_dir, records[i].mask_name)
+                    save_png(mask, mask_target(masks_dir, records[i].mask_name))
             bar.update(len(batch))
     if parallel.world_size() > 1:
         found = parallel.gather_sorted(list(zip([i for batch in own for i in batch], scores, kept)))
@@ -79,6 +82,7 @@ def evaluate_run(checkpoint, options):
     run = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent
     out = Path(options.out) if options.out else run / f"eval-{options.split}"
     data = open_split(options, predictor, dataset, prompts)
+    check_outputs(options, data.records, out)
     trained, total = predictor.model.count_parameters()
     what = dict(
         ckpt=str(checkpoint), dataset=dataset, split=options.split, upsample=options.upsample, seed=seed,
@@ -96,6 +100,15 @@ def evaluate_run(checkpoint, options):
     say(f"{dataset} {options.split}, {len(scores)} records, prompts: {prompts}\n{describe(summary)}")
     say(f"Wrote {out / 'metrics.csv'} and metrics.json" + (", figure.png" if options.figure else ""))
     return summary
+
+
+def check_outputs(options, records, out):
+    """Refuse to write over a user's files, before anything is computed. Raises as `check_targets`."""
+    inputs = [file for r in records for file in (r.image, r.mask)]
+    targets = [out / name for name in RESULT_FILES] if options.out else []
+    if options.save_masks:
+        targets += [mask_target(options.save_masks, r.mask_name) for r in records]
+    check_targets(targets, inputs, options.overwrite)
 
 
 def evaluate_all_prompts(predictor, data, seed, options, out, what):
@@ -155,7 +168,7 @@ def draw_cases(records, scores, masks, rows, path, names=("prediction",)):
         predicted = [np.unpackbits(m[i], count=truth.size).reshape(truth.shape).astype(bool) for m in masks]
         caption = f"{kind}: DSC {100 * scores[i]['dsc']:.1f}   {scores[i]['image']}"
         page.append((image, truth, predicted, scores[i]["prompt"], caption))
-    with atomic_write(path) as temporary:
+    with owned_write(path) as temporary:
         figures.sheet(page, temporary, names)
 
 
@@ -167,6 +180,8 @@ def compare(options):
     """
     if len(options.compare) < 2:
         raise ValueError("--compare wants two checkpoints or more.")
+    out = Path(options.out or "compare.png")
+    check_targets([out], overwrite=options.overwrite)
     options = replace(options, figure=options.figure or 6)
     names = [run_name(path) for path in options.compare]
     if len(set(names)) < len(names):  # runs of --seeds
@@ -189,7 +204,6 @@ def compare(options):
         difference = f"{100 * (np.mean(a) - np.mean(b)):+.2f} points"
         say(f"{names[i]} - {names[j]}: {difference}, p = {p:.2g} (signed ranks of {n} pairs that differ)")
     if not parallel.rank():
-        out = Path(options.out or "compare.png")
         draw_cases(data.records, found[0][0], [kept for _, kept in found], options.figure, out, names)
         say(f"Wrote {out}")
 
@@ -235,9 +249,12 @@ def predict(checkpoint, options):
     if not options.prompt or not options.save_masks:
         raise ValueError('--images needs --prompt "what to segment" and --save-masks DIR.')
     predictor = Predictor(checkpoint, options, options.weights)
-    how = options.upsample, options.batch_size, options.overlay
-    count = predict_folder(predictor, options.images, options.prompt, options.save_masks, *how)
+    count, broken = predict_folder(predictor, options.images, options.prompt, options.save_masks, options)
     say(f"Wrote {count} masks to '{options.save_masks}'.")
+    if broken:
+        say(*broken, sep="\n", file=sys.stderr)
+        parallel.shut_down()
+        sys.exit(1)
 
 
 def merge(checkpoint, options):
@@ -252,6 +269,7 @@ def export(checkpoint, options):
     """Write one prompt's network as a file for other programs, compared with PyTorch before it is kept."""
     from vlsm.extras.onnx import to_onnx
 
+    check_targets([options.export], overwrite=options.overwrite)
     if not options.prompt:
         raise ValueError('--export builds one prompt into the file; name it: --prompt "polyp".')
     model = load(checkpoint, options.weights)
@@ -267,9 +285,10 @@ def export(checkpoint, options):
 def write_report(options):
     """Write the table of all evaluated runs, on the screen and in a file, and two charts beside it."""
     runs, out = report.collect(options.report, options.split), Path(options.out or options.report)
+    file = out / f"report.{options.format}"
+    check_targets([file, *(out / name for name in report.CHARTS)], overwrite=options.overwrite)
     papers = report.published(options.published) if options.published else None
     text = report.table(runs, options.format, options.layout, papers)
-    file = out / f"report.{options.format}"
     write_text(file, text)
     files = ", ".join(map(str, [file, *report.draw(runs, out)]))
     say(f"{text}\n{len(runs)} evaluations. Wrote {files}")
@@ -281,6 +300,8 @@ def score_masks(options):
         raise ValueError(
             "--pred and --target go together: the folder of predicted masks and that of true ones."
         )
+    if options.out:
+        check_targets([Path(options.out) / name for name in RESULT_FILES], overwrite=options.overwrite)
     scores = score_folders(options.pred, options.target)
     summary = summarise(scores)
     if options.out:

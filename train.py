@@ -253,7 +253,8 @@ def save_epoch(job, about, better, writer=None):
     for name in ["last", "best"] if better else ["last"]:
         path = job.out / f"{name}.safetensors"
         save_tuned(path, job.model, **about, best_val_dsc=job.best, epoch=len(job.history))
-    write_csv(job.out / "log.csv", [COLUMNS, *([row[name] for name in COLUMNS] for row in job.history)])
+    rows = [COLUMNS, *([row[name] for name in COLUMNS] for row in job.history)]
+    write_csv(job.out / "log.csv", rows, atomic_write)
     with atomic_write(job.out / "curves.png") as temporary:
         plots.curves(job.history, temporary)
     if writer:

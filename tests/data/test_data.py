@@ -165,8 +165,8 @@ def test_one_empty_mask_is_data_but_only_empty_ones_are_a_mistake(folder):
     Image.new("L", (60, 44)).save(folder / "masks" / "d24.png")
     assert not open_all(folder, ["val"])["val"].masks[0].any()
     for n in range(24, 30):
-        Image.new("L", (60, 44), 1).save(folder / "masks" / f"d{n}.png")
-    with pytest.raises(ValueError, match="Every mask .* is empty .* do the files hold 0 and 1"):
+        Image.new("L", (60, 44), 0).save(folder / "masks" / f"d{n}.png")
+    with pytest.raises(ValueError, match="Every mask .* is empty .* Foreground is white"):
         open_all(folder, ["val"])
 
 
@@ -248,8 +248,10 @@ def test_pictures_of_every_mode_become_rgb(tmp_path, mode):
 
 
 def test_masks_are_cut_at_127(tmp_path):
-    grey = np.array([[0, 20, 127, 128, 250, 255]], np.uint8)
-    want = [[False, False, False, True, True, True]]
+    grey = np.zeros((100, 60), np.uint8)
+    grey[:, 30:] = 255
+    grey[0, 28:32] = 20, 116, 140, 250  # as JPEG leaves them
+    want = (grey > 127).tolist()
     for name, picture in (
         ("l", Image.fromarray(grey)),
         ("p", Image.fromarray(grey).convert("P")),
@@ -257,9 +259,7 @@ def test_masks_are_cut_at_127(tmp_path):
     ):
         picture.save(tmp_path / f"{name}.png")
         assert read_mask(tmp_path / f"{name}.png").tolist() == want
-    Image.fromarray(np.array([[[255, 0, 0], [0, 255, 0], [90, 90, 90]]], np.uint8)).save(
-        tmp_path / "colour.png"
-    )
+    Image.fromarray(np.array([[[255, 0, 0], [0, 255, 0], [9, 9, 9]]], np.uint8)).save(tmp_path / "colour.png")
     assert read_mask(tmp_path / "colour.png").tolist() == [[True, True, False]]
     Image.fromarray(np.array([[0, 255]], np.uint16)).save(tmp_path / "deep.png")
     assert read_mask(tmp_path / "deep.png").tolist() == [[False, True]]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlsm.data.images import ImageError, read_tiff
 from vlsm.raw import formats
 from vlsm.raw.download import Download
 
@@ -72,13 +73,13 @@ def strips(pixels, planar=False, order="<", bits=(8, 8, 8), rows=7):
 def test_tiffs_by_hand(planar, order):
     pixels = np.random.default_rng(0).integers(0, 256, (*SHAPE, 3)).astype(np.uint8)
     data = strips(pixels, planar, order)
-    assert (formats.read_tiff(data, "a.tif") == pixels).all()
+    assert (read_tiff(data, "a.tif") == pixels).all()
     assert (np.asarray(Image.open(io.BytesIO(strips(pixels, False, order)))) == pixels).all(), (
         "the fixture is a TIFF"
     )
     for cut in (data[:40], data[: len(data) // 2], b"II*\0", b"MM"):
-        with pytest.raises(OSError):
-            formats.read_tiff(cut, "a.tif")
+        with pytest.raises(ImageError):
+            read_tiff(cut, "a.tif")
 
 
 def test_run_lengths():

@@ -5,10 +5,12 @@ arrays.
 import glob
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -16,12 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vlsm.data.images import read_image, read_mask, resize_image, resize_mask
+from vlsm.data.images import ImageError, read_image, read_mask, resize_image, resize_mask
 from vlsm.data.records import DataError, index_images
-from vlsm.system.console import progress
-from vlsm.system.files import atomic_write
+from vlsm.system.console import ADVICE, progress
+from vlsm.system.files import atomic_write, reserve, sweep_temporary
 
-FORMAT = 1
+FORMAT = 2  # of what the readers make of a file
 
 
 def default_cache():
@@ -130,21 +132,14 @@ def _decode(job):
             pixels.append(read(getattr(record, what)))
         except FileNotFoundError:
             return i, (f"{what} without file", name)
-        except Exception as error:  # Pillow's decoders raise many types
-            return i, (f"{what} that cannot be read ({_reason(error)})", name)
+        except (ImageError, OSError) as error:
+            return i, (f"{what} that cannot be used ({getattr(error, 'reason', error)})", name)
     image, mask = pixels
     if image.shape[:2] != mask.shape:
         (h, w), (mh, mw) = image.shape[:2], mask.shape
         return i, ("image and mask of different size", f"{record.name} ({w} x {h}, mask {mw} x {mh})")
     small = resize_image(image, size).transpose(2, 0, 1) if with_image else None
     return i, (small, resize_mask(mask, size))
-
-
-def _reason(error):
-    text = str(error)
-    if "truncated" in text or "broken" in text:
-        return "truncated or damaged"
-    return "no picture" if "cannot identify" in text else type(error).__name__
 
 
 def decode(records, images, masks, workers, label):
@@ -175,19 +170,28 @@ def _in_processes(jobs, workers):
         return
     # a forked child needs no second import of torch; it runs Pillow and numpy only
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    ignore_ctrl_c = dict(
-        initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
-    )  # the parent handles it
-    with ProcessPoolExecutor(workers, mp_context=context, **ignore_ctrl_c) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent) as pool:
         yield from pool.map(_decode, jobs, chunksize=8)
+
+
+def _follow_parent():
+    """Have this worker end with its parent, however that ends; leave Ctrl-C to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handler was copied by the fork
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def refuse_empty(has_foreground, count, label):
     """Raise ValueError where none of so many masks has foreground."""
     if not has_foreground:
         raise ValueError(
-            f"Every mask of {label} is empty ({count} masks): there is nothing to learn. Foreground must be "
-            "brighter than 127; do the files hold 0 and 1 instead of 0 and 255?"
+            f"Every mask of {label} is empty ({count} masks): there is nothing to learn. Foreground is white "
+            "(255), or 1 in a file of 0 and 1."
         )
 
 
@@ -251,19 +255,29 @@ def _stamp(path):
 
 def _write_arrays(files, shapes, records, workers, label):
     try:
+        Path(files[0]).parent.mkdir(parents=True, exist_ok=True)
+        sweep_temporary(files[0].parent)
         with atomic_write(files[0]) as images, atomic_write(files[1]) as masks:
-            arrays = [
-                np.lib.format.open_memmap(f, "w+", np.uint8, s) for f, s in zip((images, masks), shapes)
-            ]
+            arrays = [_array_on_disk(f, shape) for f, shape in zip((images, masks), shapes)]
             decode(records, *arrays, workers, label)
             for array in arrays:
                 array.flush()
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
-        folder = files[0].parent
+    except OSError as error:
+        reason = ADVICE.get(error.errno) or error.strerror
         raise ValueError(
-            f"The cache folder '{folder}' cannot be written ({error.strerror}). Name another with "
-            "--cache-dir."
+            f"The cache folder '{files[0].parent}' cannot be written ({reason}). It is to hold "
+            f"{sum(map(math.prod, shapes)):,} bytes more. Name another with --cache-dir."
         ) from error
+
+
+def _array_on_disk(file, shape):
+    """Return a uint8 array mapped to a .npy file, all of whose blocks are the disk's before it is written."""
+    with open(file, "wb") as header:
+        about = dict(descr="|u1", fortran_order=False, shape=tuple(shape))
+        np.lib.format.write_array_header_1_0(header, about)
+        offset = header.tell()
+    reserve(file, math.prod(shape), offset)
+    return np.memmap(file, np.uint8, "r+", offset, tuple(shape))
 
 
 def _open_arrays(files, shapes):

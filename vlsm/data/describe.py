@@ -6,6 +6,7 @@ Templates: Poudel et al., "Exploring Transfer Learning in Medical Image Segmenta
 import numpy as np
 
 SMALL, MEDIUM = 0.08, 0.30  # below these shares of the image's area: small, medium; large above
+GREY_SPREAD = 8  # the channels of a grey pixel differ by no more (JPEG's noise)
 SPECK = 0.001  # components below this share of the image are not counted
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 COLUMNS, ROWS = ("left", "", "right"), ("top", "", "bottom")
@@ -19,7 +20,10 @@ COLOURS = {
 
 def components(mask):
     """The 4-connected components of a bool mask, as a list of bool masks, the largest first."""
-    rest, found = mask.copy(), []
+    if not mask.any():
+        return []
+    box = tuple(slice(v.min(), v.max() + 1) for v in np.nonzero(mask))  # most masks fill a small part
+    rest, found = mask[box].copy(), []
     while rest.any():
         seed = np.zeros_like(rest)
         seed.flat[int(rest.argmax())] = True
@@ -31,7 +35,8 @@ def components(mask):
             if (grown == seed).all():
                 break
             seed = grown
-        found.append(seed)
+        found.append(np.zeros_like(mask))
+        found[-1][box] = seed
         rest &= ~seed
     return sorted(found, key=lambda m: -m.sum())
 
@@ -77,6 +82,9 @@ def shape_word(mask):
 
 
 def colour_word(image, mask):
+    """Name the mask's mean colour; of a grey picture there is none to name."""
+    if (np.ptp(image.astype(np.int16), axis=2) <= GREY_SPREAD).all():
+        return ""
     mean = image[mask].mean(0)
     return min(COLOURS, key=lambda name: ((mean - COLOURS[name]) ** 2).sum())
 
@@ -95,15 +103,9 @@ def describe(image, mask, word, descriptions=()):
     size = "small" if area < SMALL else "medium" if area < MEDIUM else "large"
     shape, colour, where = shape_word(found[0]), colour_word(image, mask), locations(found, mask.shape)
     number = NUMBERS[len(found)] if len(found) < len(NUMBERS) else "many"
-    p5 = f"{number} {size} {colour} {shape} {word}"
-    prompts = dict(
-        p0="",
-        p1=word,
-        p2=f"{shape} {word}",
-        p3=f"{colour} {shape} {word}",
-        p4=f"{size} {colour} {shape} {word}",
-        p5=p5,
-    )
+    seen = f"{colour} {shape} {word}".strip()
+    p5 = f"{number} {size} {seen}"
+    prompts = dict(p0="", p1=word, p2=f"{shape} {word}", p3=seen, p4=f"{size} {seen}", p5=p5)
     prompts["p6"] = f"{p5}, located in {where} of the image"
     if descriptions:
         prompts["p7"] = [f"{word} which is {d}" for d in descriptions]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vlsm.system.files import atomic_write
+from vlsm.system.files import owned_write
 
 NEEDS = "onnxscript onnxruntime"
 TOLERANCE = 1e-3  # between ONNX Runtime's and PyTorch's logits, in parts of the largest or of 1
@@ -73,7 +73,7 @@ def to_onnx(model, prompt, size, path, about):
         )  # fmt: skip
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in about.items()}
     program.model.metadata_props.update(texts)
-    with atomic_write(Path(path)) as temporary:
+    with owned_write(Path(path)) as temporary:
         program.save(temporary)
         session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
         found = torch.from_numpy(session.run(None, {"pixels": three.numpy()})[0])

@@ -1,7 +1,7 @@
 """A raw download, as its publisher ships it: a folder or a zip archive, which is never written to."""
 
-import io
 import re
+import struct
 import zipfile
 import zlib
 from collections import defaultdict
@@ -10,9 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image
 
-from vlsm.raw.formats import NeedsPackage, read_tiff
+from vlsm.data.images import ImageError, NeedsPackage, open_image, read_image, read_mask
+
+# What damaged files and archives raise: encrypted, of an unknown compression, cut off, other than they say.
+UNREADABLE = (
+    OSError, ValueError, KeyError, EOFError, RuntimeError, NotImplementedError, MemoryError, zlib.error,
+    zipfile.BadZipFile, struct.error,
+)  # fmt: skip
+LIMIT = 1 << 30  # bytes of a file in an archive
 
 
 @dataclass
@@ -52,16 +58,52 @@ class Download:
                 f"'{self.path}' is neither a folder nor a zip archive. Name the download with --src."
             )
         self.names = sorted(
-            n for n in names if not PurePosixPath(n).name.startswith(".")
+            n for n in names if not any(part.startswith(".") for part in PurePosixPath(n).parts)
         )  # such as macOS adds to archives
 
     def read(self, name):
-        return self.archive.read(name) if self.archive else (self.path / name).read_bytes()
+        if self.archive is None:
+            return (self.path / name).read_bytes()
+        with self.archive.open(name) as file:
+            data = file.read(LIMIT + 1)
+        if len(data) > LIMIT:
+            raise ValueError(f"it unpacks to more than {LIMIT >> 30} GiB")
+        return data
 
     def find(self, pattern):
-        """(name, match) of the files whose path ends in a pattern, at a folder's boundary; sorted."""
-        wanted = re.compile(rf"(?:^|/){pattern}$", re.I)
-        return [(name, match) for name in self.names if (match := wanted.search(name))]
+        """(name, match) of the files whose path ends in a pattern, at a folder's boundary; sorted.
+
+        The path begins with the download's own name: --src may name the folder that a pattern begins with.
+        """
+        wanted, top = re.compile(rf"(?:^|/){pattern}$", re.I), self.path.resolve().name
+        return [(name, match) for name in self.names if (match := wanted.search(f"{top}/{name}"))]
+
+    def pairs(self, images, masks):
+        """Yield (stem, image, mask) of the files that match two patterns and lie in folders side by side.
+
+        A file without a partner is skipped. Raises ValueError where several places hold pairs.
+        """
+        found = defaultdict(lambda: ({}, {}))
+        for k, pattern in enumerate((images, masks)):
+            for name, match in self.find(pattern):
+                parent, stem = match.string[: match.start()], PurePosixPath(name).stem
+                if found[parent][k].setdefault(stem, name) != name:
+                    self.skip(name, "a second file of that stem")
+        places = [parent for parent, (ours, theirs) in found.items() if set(ours) & set(theirs)]
+        if len(places) > 1:
+            named = ", ".join(f"'{place or '.'}'" for place in sorted(places)[:6])
+            raise ValueError(
+                f"'{self.path}' holds pictures with masks in {named}. Name one of them with --src."
+            )
+        for parent, (ours, theirs) in found.items():
+            for stem in sorted(set(ours) | set(theirs)):
+                if stem not in ours or stem not in theirs:
+                    lone, what = (
+                        (ours, "image without mask") if stem in ours else (theirs, "mask without image")
+                    )
+                    self.skip(lone[stem], what)
+                elif parent in places:
+                    yield stem, ours[stem], theirs[stem]
 
     def by_stem(self, pattern):
         """{stem: name} of the files that match; of equal stems the first counts."""
@@ -81,25 +123,22 @@ class Download:
             yield
         except NeedsPackage:
             raise
-        except (OSError, ValueError, KeyError, EOFError, zlib.error) as error:
+        except ImageError as error:
+            self.skip(name, f"unusable ({error.reason})")
+        except UNREADABLE as error:
             self.skip(name, f"unusable ({str(error) or type(error).__name__})")
 
-    def pixels(self, name):
-        """Return an image as Pillow has it, palette indices and label ids untouched.
-
-        TIFFs that Pillow refuses are read by tifffile.
-        """
-        data = self.read(name)
-        try:
-            with Image.open(io.BytesIO(data)) as image:
-                return np.asarray(image)
-        except (OSError, KeyError, SyntaxError):
-            if data[:2] not in (b"II", b"MM"):
-                raise
-            return read_tiff(data, name)
+    def image(self, name):
+        """Return an image as `read_image` does."""
+        return read_image(self.read(name), name)
 
     def mask(self, name):
-        """bool `[H, W]`: any channel above 127 (of four, the last is transparency)."""
-        values = self.pixels(name)
-        values = values.astype(np.uint8) * 255 if values.dtype == bool else values
-        return values > 127 if values.ndim == 2 else values[..., :3].max(2) > 127
+        """Return a mask as `read_mask` does."""
+        return read_mask(self.read(name), name)
+
+    def labels(self, name):
+        """Return the class numbers `[H, W]` of a label image: palette indices and ids, untouched."""
+        labels = np.asarray(open_image(self.read(name), name))
+        if labels.ndim != 2:
+            raise ImageError(name, "it holds colours instead of class numbers")
+        return labels

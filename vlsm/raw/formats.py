@@ -1,42 +1,14 @@
-"""File formats of raw downloads that Pillow does not read: TIFF by tifffile, NIfTI by nibabel, MetaImage, run
-lengths.
-"""
+"""File formats of raw downloads that hold no ordinary pictures: NIfTI by nibabel, MetaImage, run lengths."""
 
 import gzip
-import io
 import zlib
 from pathlib import PurePosixPath
 
 import numpy as np
 
+from vlsm.data.images import NeedsPackage
+
 MHD_TYPES = {"MET_UCHAR": "u1", "MET_CHAR": "i1", "MET_USHORT": "u2", "MET_SHORT": "i2", "MET_FLOAT": "f4"}
-
-
-class NeedsPackage(ValueError):
-    """A file that only an optional package reads."""
-
-
-def read_tiff(data, name):
-    """Return the pixels of a TIFF file's bytes, uint8 `[H, W]` or `[H, W, C]`.
-
-    Raises NeedsPackage where tifffile is not installed, OSError for a file that is damaged or not of 8 bits.
-    """
-    try:
-        import tifffile
-    except ImportError:
-        raise NeedsPackage(
-            f"'{name}' is a TIFF file that Pillow does not read; it needs: pip install tifffile."
-        ) from None
-    try:
-        with tifffile.TiffFile(io.BytesIO(data)) as file:
-            page = file.pages[0]
-            values = np.asarray(page.asarray())
-            channels_first = values.ndim == 3 and page.planarconfig == 2
-    except Exception as error:  # tifffile's and the decoders' own
-        raise OSError(f"truncated or damaged TIFF ({error})") from error
-    if values.dtype != np.uint8:
-        raise OSError(f"TIFF of {values.dtype}, other than 8 bits")
-    return np.moveaxis(values, 0, -1) if channels_first else values
 
 
 def read_mhd(d, name):
@@ -63,8 +35,7 @@ def read_nifti(d, name):
         import nibabel
     except ImportError:
         raise NeedsPackage(
-            f"'{name}' is a NIfTI file, which needs: pip install nibabel. (CAMUS's .mhd files are read "
-            "without it.)"
+            name, "it is a NIfTI file: pip install nibabel. (CAMUS's .mhd files are read without it)"
         ) from None
     data = d.read(name)
     data = gzip.decompress(data) if name.endswith(".gz") else data

@@ -2,9 +2,12 @@
 prompts and splits.
 """
 
+import hashlib
 import io
 import json
 import random
+import shutil
+import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path, PurePosixPath
 
@@ -12,11 +15,11 @@ import numpy as np
 from PIL import Image
 
 from vlsm.data.describe import describe
-from vlsm.data.images import mask_image
+from vlsm.data.images import mask_image, read_image
 from vlsm.raw.download import Download
 from vlsm.raw.readers import READERS
 from vlsm.system.console import progress, say
-from vlsm.system.files import atomic_write, leaves_folder, read_json
+from vlsm.system.files import check_targets, leaves_folder, owned_write, read_json
 
 # Records that MedVLSM has for train, val, test: the shares in which ours are split, where the publisher
 # leaves that open.
@@ -33,21 +36,33 @@ CLASS_WORD_ONLY = (
 
 
 class Writer:
-    """Files below a folder, written only where their content is new; `counts` says what became of each."""
+    """Files below a folder, written only where their content is new, and all of them or none.
 
-    def __init__(self, root):
-        self.root, self.counts = Path(root), Counter()
+    They wait in a folder beside it until `commit`. `counts` says what became of each. overwrite: replace
+    files that were changed since an earlier run wrote them.
+    """
+
+    def __init__(self, root, overwrite=False):
+        self.root, self.overwrite, self.counts, self.waiting = Path(root), overwrite, Counter(), []
+
+    def __enter__(self):
+        self.root.parent.mkdir(parents=True, exist_ok=True)
+        self.stage = Path(tempfile.mkdtemp(prefix=".vlsm-preparing-", dir=self.root.parent))
+        return self
+
+    def __exit__(self, *_):
+        shutil.rmtree(self.stage)  # what was not committed
 
     def write(self, name, data):
         if leaves_folder(name):
             raise ValueError(f"the name '{name}' leaves the data set's folder")
         path = self.root / name
-        if path.is_file() and path.read_bytes() == data:
+        if path.is_file() and not path.is_symlink() and path.read_bytes() == data:
             self.counts["unchanged"] += 1
             return
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(data)
-        self.counts["written"] += 1
+        (self.stage / name).parent.mkdir(parents=True, exist_ok=True)
+        (self.stage / name).write_bytes(data)
+        self.waiting.append(name)
 
     def png(self, name, pixels):
         """Pixels uint8, or bool as 0 and 255."""
@@ -56,41 +71,60 @@ class Writer:
         image.save(data, format="PNG")
         self.write(name, data.getvalue())
 
+    def commit(self, replaced=()):
+        """Move the files to their places, and remove `replaced` ones. Raises as `check_targets`."""
+        names = list(dict.fromkeys(self.waiting))
+        root = self.root.resolve()
+        linked = [n for n in names if not (self.root / n).parent.resolve().is_relative_to(root)]
+        if linked:
+            raise ValueError(
+                f"'{self.root / linked[0]}' leads out of '{self.root}' by a link; remove the link."
+            )
+        check_targets([self.root / name for name in (*names, *replaced)], overwrite=self.overwrite)
+        for name in names:
+            with owned_write(self.root / name) as temporary:
+                temporary.write_bytes((self.stage / name).read_bytes())
+        for name in replaced:
+            (self.root / name).unlink()
+        self.counts["written"] += len(names)
 
-def prepare(name, source, root, anns=None, descriptions=()):
-    """Read the download `source` of a data set and write its folder `root`. anns: a folder with the published
-    annotation files, which are then used as they are; else prompts and splits are made here. descriptions:
-    general ones of the class, for p7 to p9.
 
-    Can be run again: files that would not change stay. Raises ValueError where nothing fits,
-    FileNotFoundError for what is not there.
+def prepare(name, source, root, anns=None, descriptions=(), overwrite=False):
+    """Read the download `source` of a data set and write its folder `root`.
+
+    anns: a folder with the published annotation files, which are then used as they are; else prompts and
+    splits are made here. descriptions: general ones of the class, for p7 to p9. overwrite: replace what was
+    changed by hand since it was written.
+
+    Can be run again: files that would not change stay; on an error nothing is written. Raises ValueError
+    where nothing fits, FileNotFoundError for what is not there, FileExistsError for files changed by hand.
     """
-    download, writer, entries = Download(source), Writer(root), []
-    if (
-        Path(root).resolve() == download.path.resolve()
-        or download.path.resolve() in Path(root).resolve().parents
-    ):
+    download, entries = Download(source), []
+    inside = Path(root).resolve()
+    if download.path.resolve() in (inside, *inside.parents):
         raise ValueError(
             f"'{root}' lies in the download '{source}', where nothing is written. Choose another --data-root."
         )
-    with progress(None, f"preparing {name}") as bar:
-        for sample in READERS[name](download):
-            with download.skipping(sample.name):
-                entries += _write(name, download, writer, sample, descriptions, made=anns is None)
-            bar.update()
-    if not entries:
-        some = ", ".join(download.names[:5]) or "nothing"
-        raise ValueError(
-            f"'{source}' does not look like {name}'s download: no image with a mask was found. It holds "
-            f"{some}, ..."
-        )
-    if anns is None:
-        splits = split(name, entries)
-        for part, rows in splits.items():
-            found = [{k: v for k, v in e.items() if k not in ("split", "group", "below")} for e in rows]
-            writer.write(f"anns/{part}.json", json.dumps(found, indent=1).encode())
-    else:
-        splits = published(anns, writer, entries)
+    with Writer(root, overwrite) as writer:
+        canonical = {}  # the group of each image's bytes: equal images under two names stay together
+        with progress(None, f"preparing {name}") as bar:
+            for sample in READERS[name](download):
+                with download.skipping(sample.name):
+                    entries += _write(name, download, writer, sample, descriptions, anns is None, canonical)
+                bar.update()
+        skipped = [
+            f"  skipped, {reason}: {len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            for reason, names in download.skipped.items()
+        ]
+        if not entries:
+            some = ", ".join(download.names[:5]) or "nothing"
+            raise ValueError(
+                f"'{source}' does not look like {name}'s download: no image with a usable mask was found. It "
+                "holds " + "\n".join([f"{some}, ...", *skipped])
+            )
+        splits = made_splits(name, writer, entries) if anns is None else published(anns, writer, entries)
+        there = {f"anns/{f.name}" for f in Path(root).glob("anns/*.json")}
+        writer.commit(replaced=sorted(there - {f"anns/{part}.json" for part in splits}))
     images = len({(e["below"], e["img_name"]) for e in entries})
     say(f"{name}: {images} images and {len(entries)} masks from '{source}'")
     say(
@@ -98,21 +132,33 @@ def prepare(name, source, root, anns=None, descriptions=()):
         f"({'published' if anns else 'made here'})"
     )
     say(f"  files in '{root}': {writer.counts['written']} written, {writer.counts['unchanged']} unchanged")
-    for reason, names in download.skipped.items():
-        say(f"  skipped, {reason}: {len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
+    say(*skipped, sep="\n", end="\n" if skipped else "")
     return splits
 
 
-def _write(name, download, writer, sample, descriptions, made):
+def made_splits(name, writer, entries):
+    """Split the records, and write annotation files of them; returns the splits."""
+    splits = split(name, entries)
+    for part, rows in splits.items():
+        found = [{k: v for k, v in e.items() if k not in ("split", "group", "below")} for e in rows]
+        writer.write(f"anns/{part}.json", json.dumps(found, indent=1).encode())
+    return splits
+
+
+def _write(name, download, writer, sample, descriptions, made, canonical):
     """Write an image and its masks; an entry of the annotation files for each mask."""
+    target = PurePosixPath("images", sample.below, sample.name)
     if isinstance(sample.image, str):
-        writer.write(PurePosixPath("images", sample.below, sample.name), download.read(sample.image))
-        pixels = download.pixels(sample.image) if made else None
+        data = download.read(sample.image)
+        pixels = read_image(data, sample.image) if made else None
+        writer.write(target, data)
     else:
         pixels = sample.image
-        writer.png(PurePosixPath("images", sample.below, sample.name), pixels)
-    if pixels is not None:
-        pixels = pixels[..., :3] if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, 2)
+        writer.png(target, pixels)
+        pixels = pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, 2)
+        data = pixels.tobytes()
+    group = sample.group or f"{sample.below}/{sample.name}"
+    group = canonical.setdefault(group, canonical.setdefault(hashlib.blake2b(data).digest(), group))
     entries = []
     for mask_name, mask, word in sample.masks:
         if pixels is not None and mask.shape != pixels.shape[:2]:
@@ -126,7 +172,7 @@ def _write(name, download, writer, sample, descriptions, made):
                 else describe(pixels, mask, word, descriptions)
             )
         entry = dict(img_name=sample.name, mask_name=mask_name, prompts=prompts, below=sample.below)
-        entries.append(dict(entry, split=sample.split, group=sample.group or f"{sample.below}/{sample.name}"))
+        entries.append(dict(entry, split=sample.split, group=group))
     return entries
 
 

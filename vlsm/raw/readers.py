@@ -27,21 +27,9 @@ VOC = (
 
 def _pairs(d, images, masks, word, split=None):
     """Samples of two sets of files with equal stems, one mask each."""
-    images, masks = d.by_stem(images), d.by_stem(masks)
-    for stem in sorted(set(images) | set(masks)):
-        if stem not in masks or stem not in images:
-            d.skip(
-                images.get(stem) or masks[stem],
-                "image without mask" if stem in images else "mask without image",
-            )
-            continue
-        with d.skipping(masks[stem]):
-            yield Sample(
-                PurePosixPath(images[stem]).name,
-                images[stem],
-                [(f"{stem}.png", d.mask(masks[stem]), word)],
-                split,
-            )
+    for stem, image, mask in d.pairs(images, masks):
+        with d.skipping(mask):
+            yield Sample(PurePosixPath(image).name, image, [(f"{stem}.png", d.mask(mask), word)], split)
 
 
 PICTURE = r"[^/]+\.(?:jpe?g|png|tiff?|bmp)"
@@ -57,13 +45,13 @@ def clinicdb(d):
     for sample in _pairs(d, rf"Original/{kind}", rf"Ground[ _]Truth/{kind}", "polyp"):
         with d.skipping(sample.name):
             if not sample.name.lower().endswith(".png"):
-                sample.name, sample.image = f"{PurePosixPath(sample.name).stem}.png", d.pixels(sample.image)
+                sample.name, sample.image = f"{PurePosixPath(sample.name).stem}.png", d.image(sample.image)
             yield sample
 
 
 def bkai(d):
     """Red for neoplastic, green for other polyps: polyps, all of them."""
-    return _pairs(d, rf"train/{PICTURE}", rf"train_gt/{PICTURE}", "polyp")
+    return _pairs(d, rf"(?:train/)?train/{PICTURE}", rf"(?:train_gt/)?train_gt/{PICTURE}", "polyp")
 
 
 def isic(d):
@@ -141,7 +129,7 @@ def chexlocalize(d):
         for name, m in d.find(r"(patient\d+)/(study\d+)/(view\d+_(?:frontal|lateral))\.jpg")
     }
     for name, _ in d.find(r"gt_segmentations_(?:val|test)\.json"):
-        for key, classes in sorted(json.loads(d.read(name)).items()):
+        for key, classes in sorted(_segmentations(d, name).items()):
             if key not in images:
                 d.skip(key, "segmentation without image")
                 continue
@@ -150,13 +138,25 @@ def chexlocalize(d):
                 for word, run in sorted(classes.items()):
                     try:
                         mask, words = decode_mask(run["counts"], run["size"]), word.lower()
-                    except ValueError as error:  # one class of several
+                    except (ValueError, KeyError, TypeError) as error:  # one class of several
                         d.skip(f"{key} {word}", str(error))
                         continue
                     if mask.any():
                         masks.append((f"{key}_{words.replace(' ', '_')}.png", mask, words))
                 if masks:
                     yield Sample(f"{key}.jpg", images[key], masks, group=key.split("_")[0])
+
+
+def _segmentations(d, name):
+    """Return the dictionaries of a segmentation file. Raises ValueError, which names the file and the key."""
+    try:
+        found = json.loads(d.read(name))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"'{name}' is not valid JSON ({error}).") from error
+    wrong = next((k for k, v in found.items() if not isinstance(v, dict)), None) if found else None
+    if not isinstance(found, dict) or wrong is not None:
+        raise ValueError(f"'{name}', key '{wrong}': expected a dictionary of classes with size and counts.")
+    return found
 
 
 def _test_polyps(folder):
@@ -182,7 +182,7 @@ def cityscapes(d):
             d.skip(name, "image without mask")
             continue
         with d.skipping(truths[match[2]]):
-            masks = _present(d.pixels(truths[match[2]]), CITYSCAPES, match[2])
+            masks = _present(d.labels(truths[match[2]]), CITYSCAPES, match[2])
             yield Sample(f"{match[2]}.png", name, masks, "test" if match[1].lower() == "val" else None)
 
 
@@ -198,18 +198,26 @@ def voc(d):
                     d.skip(stem, "listed, but without image or mask")
                     continue
                 with d.skipping(truths[stem]):
-                    labels = d.pixels(truths[stem])
-                    if labels.ndim != 2:
-                        d.skip(truths[stem], "no palette picture")
-                        continue
-                    yield Sample(
-                        f"{stem}.jpg", images[stem], _present(labels, dict(enumerate(VOC, 1)), stem), split
-                    )
+                    masks = _present(d.labels(truths[stem]), dict(enumerate(VOC, 1)), stem)
+                    yield Sample(f"{stem}.jpg", images[stem], masks, split)
+
+
+def etis(d):
+    """As PraNet's authors ship it, or its publisher: ETIS-LaribPolypDB/1.tif, Ground Truth/p1.tif."""
+    yield from _test_polyps("ETIS-LaribPolypDB")(d)
+    images, masks = d.by_stem(r"ETIS-LaribPolypDB/\d+\.tiff?"), d.by_stem(r"Ground[ _]Truth/p\d+\.tiff?")
+    for stem, image in images.items():
+        if f"p{stem}" not in masks:
+            d.skip(image, "image without mask")
+            continue
+        with d.skipping(image):
+            mask = d.mask(masks[f"p{stem}"])
+            yield Sample(f"{stem}.png", d.image(image), [(f"{stem}.png", mask, "polyp")], "test")
 
 
 READERS = {
     "kvasir": kvasir, "clinicdb": clinicdb, "bkai": bkai, "isic": isic, "dfu": dfu, "camus": camus,
     "busi": busi,
     "chexlocalize": chexlocalize, "cvc300": _test_polyps("CVC-300"), "colondb": _test_polyps("CVC-ColonDB"),
-    "etis": _test_polyps("ETIS-LaribPolypDB"), "cityscapes": cityscapes, "voc": voc,
+    "etis": etis, "cityscapes": cityscapes, "voc": voc,
 }  # fmt: skip

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vlsm.data.images import read_image, read_mask
+from vlsm.data.images import ImageError, read_image, read_mask
 from vlsm.data.prompts import prompt_texts
 from vlsm.data.records import index_images
 from vlsm.results import figures
 from vlsm.system.console import progress
-from vlsm.system.files import atomic_write
+from vlsm.system.files import owned_write
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 ON_THE_SHEET = 8
@@ -45,7 +45,7 @@ def _inspect(part, records):
                 seen["hashes"][hashlib.blake2b(image.tobytes(), digest_size=16).digest()] = record.name
                 seen["thumbnails"].append((record.name, _thumbnail(image)))
             seen["areas"].append(float(read_mask(record.mask).mean()))
-        except OSError:
+        except (ImageError, OSError):
             seen["unreadable"].append(record.name)
         seen["prompts"].update(record.prompts.keys())
         seen["words"] += [len(text.split()) for text in prompt_texts(record)]
@@ -156,9 +156,9 @@ def contact_sheet(splits, path):
             record = records[i]
             try:
                 image, truth = read_image(record.image), read_mask(record.mask)
-            except OSError:
+            except (ImageError, OSError):
                 continue
             prompt = max(prompt_texts(record), key=len, default="")
             rows.append((image, truth, [], prompt, f"{part}: {record.mask_name}"))
-    with atomic_write(Path(path)) as temporary:
+    with owned_write(Path(path)) as temporary:
         figures.sheet(rows, temporary, names=())

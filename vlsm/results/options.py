@@ -65,6 +65,9 @@ class OutputOptions:
         "write predicted masks as 0/255 PNGs of original size, under the masks' own names",
         metavar="DIR",
     )
+    overwrite: bool = option(
+        False, "replace files that this program did not write; inputs are never replaced"
+    )
     figure: int | None = option(
         None, "write figure.png: N rows, the best, median and worst cases", type=int, metavar="N"
     )

@@ -9,13 +9,13 @@ from PIL import Image
 
 from vlsm.checkpoint import load
 from vlsm.data.cache import chunks
-from vlsm.data.images import EXTENSIONS, image_files, mask_image, read_image, resize_image
+from vlsm.data.images import EXTENSIONS, ImageError, image_files, mask_image, read_image, resize_image
 from vlsm.data.pixel_values import normalise
 from vlsm.results.figures import CYAN, overlay
 from vlsm.system import parallel
 from vlsm.system.console import progress
 from vlsm.system.device import autocast, choose_device
-from vlsm.system.files import atomic_write
+from vlsm.system.files import check_targets, owned_write
 
 
 class Predictor:
@@ -51,53 +51,61 @@ def mask_at_size(logits, shape, upsample):
     return F.interpolate(logits[None], shape, mode="bilinear", align_corners=False)[0, 0] > 0
 
 
-def save_mask(mask, folder, name):
-    """Write a bool mask as a 0/255 PNG under the name of the true mask (with .png: JPEG blurs)."""
-    _save_png(mask_image(mask.cpu()), Path(folder) / PurePosixPath(name).with_suffix(".png"))
+def mask_target(folder, name):
+    """Return the path of a predicted mask: the true one's name or the image's, with .png (JPEG blurs)."""
+    return Path(folder) / PurePosixPath(name).with_suffix(".png")
 
 
-def _save_png(image, path):
-    with atomic_write(path) as temporary:
-        image.save(temporary, format="PNG")
+def save_png(image, path):
+    """Write a Pillow image, or a bool mask as 0 and 255, as a PNG file of this program's."""
+    with owned_write(path) as temporary:
+        (mask_image(image.cpu()) if torch.is_tensor(image) else image).save(temporary, format="PNG")
 
 
-def predict_folder(predictor, source, prompt, out, upsample="logits", batch_size=32, with_overlay=False):
-    """Write the masks of an image, or of a folder of images, below the folder `out`; returns how many.
+def predict_folder(predictor, source, prompt, out, options):
+    """Write the masks of an image, or of a folder of images, below the folder `out`.
 
-    Several processes share the images. with_overlay: write NAME.overlay.png too. Raises FileNotFoundError or
-    ValueError where there are no images, or two would be written to one file.
+    options: `EvaluateOptions`. Several processes share the images. Returns how many could be read, and a
+    line on each of this process's that could not. Raises FileNotFoundError or ValueError where there are
+    none, FileExistsError where a user's file would be written over.
     """
     root = Path(source)
     if not root.exists():
         raise FileNotFoundError(f"There is no picture or folder '{root}'.")
     files = [root] if root.is_file() else image_files(root)
     names = [p.name if root.is_file() else p.relative_to(root).as_posix() for p in files]
-    targets = [str(PurePosixPath(n).with_suffix(".png")) for n in names]
+    masks = [mask_target(out, name) for name in names]
+    overlays = [mask.with_suffix(".overlay.png") for mask in masks]
     if not files:
         raise ValueError(f"'{root}' holds no pictures ({', '.join(EXTENSIONS)}).")
-    if len(set(targets)) < len(targets):
-        twice = next(t for t in targets if targets.count(t) > 1)
-        raise ValueError(
-            f"Several pictures would be written to '{twice}'; rename them so that their stems differ."
-        )
+    check_targets(masks + overlays * options.overlay, files, options.overwrite)
+    broken = []
     with ThreadPoolExecutor(4) as pool, progress(len(files), "segmenting") as bar:
-        for _, batch in parallel.own_batches(chunks(list(zip(files, targets)), batch_size)):
-            images = list(pool.map(read_picture, [file for file, _ in batch]))
-            small = [torch.from_numpy(resize_image(i, predictor.size).transpose(2, 0, 1)) for i in images]
-            logits = predictor.logits(torch.stack(small), [prompt] * len(images))
-            for image, (_, name), z in zip(images, batch, logits):
-                mask = mask_at_size(z, image.shape[:2], upsample)
-                save_mask(mask, out, name)
-                if with_overlay:
-                    drawn = Image.fromarray(overlay(image, mask.cpu().numpy(), CYAN))
-                    _save_png(drawn, Path(out) / PurePosixPath(name).with_suffix(".overlay.png"))
-            bar.update(len(images))
-    return len(files)
+        for _, batch in parallel.own_batches(chunks(list(zip(files, masks, overlays)), options.batch_size)):
+            read = list(pool.map(read_picture, [file for file, *_ in batch]))
+            broken += [image for image in read if isinstance(image, str)]
+            batch = [(image, *row) for image, row in zip(read, batch) if not isinstance(image, str)]
+            if batch:
+                segment(predictor, prompt, batch, options)
+            bar.update(len(read))
+    return len(files) - len(broken), broken
+
+
+def segment(predictor, prompt, batch, options):
+    """Write the masks of a batch of (image, its file, the mask's, the overlay's)."""
+    images = [image for image, *_ in batch]
+    small = [torch.from_numpy(resize_image(i, predictor.size).transpose(2, 0, 1)) for i in images]
+    logits = predictor.logits(torch.stack(small), [prompt] * len(images))
+    for (image, _, target, drawn), z in zip(batch, logits):
+        mask = mask_at_size(z, image.shape[:2], options.upsample)
+        save_png(mask, target)
+        if options.overlay:
+            save_png(Image.fromarray(overlay(image, mask.cpu().numpy(), CYAN)), drawn)
 
 
 def read_picture(path):
-    """Read an image. Raises ValueError where it cannot be read."""
+    """Read an image; returns a line that says why it cannot be read where that is so."""
     try:
         return read_image(path)
-    except OSError as error:
-        raise ValueError(f"'{path}' cannot be read as a picture ({error}).") from error
+    except (ImageError, FileNotFoundError) as error:
+        return str(error)

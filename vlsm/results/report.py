@@ -10,8 +10,9 @@ from vlsm.checkpoint import read_metadata
 from vlsm.results.scores import METRICS
 from vlsm.system import plots
 from vlsm.system.console import say
-from vlsm.system.files import atomic_write, csv_text, read_json
+from vlsm.system.files import csv_text, owned_write, read_json
 
+CHARTS = ("dsc.png", "parameters.png")
 THEIRS = " †"  # behind the method's name where a figure is a paper's
 NETWORK_LABELS = {"clipseg": "", "cris": "CRIS ", "san": "SAN "}
 
@@ -218,11 +219,11 @@ def draw(runs, folder):
     files.
     """
     names, labels, cells, trained = tabulate(runs)
-    files = Path(folder) / "dsc.png", Path(folder) / "parameters.png"
+    files = [Path(folder) / name for name in CHARTS]
     dsc = {name: {label: cells.get((name, label, "dsc")) for label in labels} for name in names}
-    with atomic_write(files[0]) as temporary:
+    with owned_write(files[0]) as temporary:
         plots.bars(dsc, "DSC in %", temporary)
     points = {n: [(trained[label], c.mean, label) for label, c in row.items() if c] for n, row in dsc.items()}
-    with atomic_write(files[1]) as temporary:
+    with owned_write(files[1]) as temporary:
         plots.against_parameters(points, temporary)
-    return list(files)
+    return files

@@ -10,6 +10,19 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+_said = set()  # keys of `say_once`
+# What the system's errors mean for a user; others keep the system's own words.
+ADVICE = {
+    errno.ENOSPC: "no space is left on the disk: what was written before is whole; free some, and --resume",
+    errno.EROFS: "it lies on a file system that cannot be written; name another folder",
+    errno.ENAMETOOLONG: "its name is longer than file systems take",
+    errno.ENOTDIR: "a file stands where a folder is wanted",
+    errno.EEXIST: "a file stands where a folder is wanted",
+    errno.EISDIR: "a folder stands where a file is wanted",
+    errno.EACCES: "permission is denied",
+}
+ADVICE[errno.EDQUOT] = ADVICE[errno.ENOSPC]
+
 
 def process_rank():
     """Return this process's rank, as torchrun has put it into the environment; 0 without torchrun."""
@@ -22,37 +35,45 @@ def say(*lines, **options):
         print(*lines, flush=True, **options)
 
 
+def say_once(key, line):
+    """Print a line on stderr, unless this process has printed one under the same key."""
+    if key not in _said:
+        _said.add(key)
+        print(line, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def friendly_errors():
     """Turn a user's mistake into a sentence on stderr and exit code 2.
 
     With VLSM_TRACEBACK=1 in the environment the traceback comes instead.
     """
+    for stream in (sys.stdout, sys.stderr):  # an ASCII terminal, or a file name that is no UTF-8
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # as when `head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except (ValueError, OSError) as error:
-        message = _sentence(error)
-        if message is None or os.environ.get("VLSM_TRACEBACK"):
+        if os.environ.get("VLSM_TRACEBACK"):
             raise
         who = f"process {process_rank()}: " if process_rank() else ""
-        print(f"{who}error: {message}", file=sys.stderr)
+        print(f"{who}error: {_sentence(error)}", file=sys.stderr)
         sys.exit(2)
 
 
 def _sentence(error):
-    """Return what to tell the user of an error, or None for one that is no user's mistake."""
-    if isinstance(error, (ValueError, FileNotFoundError, FileExistsError, PermissionError)):
-        return str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = error.filename or "while writing"
-        return (
-            f"No space is left on the disk ({where}). What was written before is whole; "
-            "free some space and use --resume."
-        )
-    return None
+    """Return what to tell the user of an error."""
+    if isinstance(error, OSError) and error.errno:
+        said = ADVICE.get(error.errno, (error.strerror or "").lower())
+        return said[:1].upper() + said[1:] + (f" ('{error.filename}')." if error.filename else ".")
+    return str(error)
 
 
 def progress(work, what, unit="img"):

@@ -1,14 +1,24 @@
 """Files that survive a crash: each is written under a temporary name, flushed to disk, then renamed.
 
-JSON and CSV.
+JSON and CSV; what may be overwritten; a lock on a folder.
 """
 
 import csv
+import errno
+import hashlib
 import io
 import json
 import os
+import re
+import shutil
+import socket
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+
+HOST = hashlib.blake2b(socket.gethostname().encode(), digest_size=4).hexdigest()
+TEMPORARY = re.compile(rf"\.vlsm-{HOST}-(\d+)-.*\.tmp")
+LEDGER = ".vlsm-written"  # in a folder: a line for each file that this program wrote there, digest and name
+FULL = 1 << 20  # bytes; with fewer left, a writer's error without a reason means that the disk is full
 
 
 @contextmanager
@@ -16,11 +26,13 @@ def atomic_write(path):
     """Yield a temporary path to write to, which then takes the name `path`.
 
     On any error the temporary file is removed and `path` stays as it was. Missing parent folders are made.
+    Raises OSError that names `path`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    short = hashlib.blake2b(os.fsencode(path.name), digest_size=6).hexdigest()
+    temporary = path.with_name(f".vlsm-{HOST}-{os.getpid()}-{short}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
         mode = temporary.stat().st_mode  # as the umask has it; safetensors writes for the owner alone
         yield temporary
@@ -28,24 +40,140 @@ def atomic_write(path):
             os.fsync(file.fileno())
         os.chmod(temporary, mode)
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename == str(temporary):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+    except Exception as error:  # safetensors' and torch's writers have errors of their own
+        if temporary.exists() and shutil.disk_usage(temporary.parent).free < FULL:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path, text):
-    """Write a text file in UTF-8."""
+def sweep_temporary(folder):
+    """Remove the temporary files in a folder whose processes, of this machine, are gone."""
+    for file in Path(folder).glob(".vlsm-*.tmp"):
+        owner = TEMPORARY.fullmatch(file.name)
+        if owner and not _is_alive(int(owner[1])):
+            file.unlink(missing_ok=True)
+
+
+def _is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+def reserve(path, nbytes, offset=0):
+    """Lengthen a file by `nbytes` that are its own on the disk already: a mapped write cannot fail later.
+
+    Raises OSError where there is no room.
+    """
+    with open(path, "r+b") as file:
+        if not hasattr(os, "posix_fallocate"):
+            file.truncate(offset + nbytes)
+        elif nbytes:
+            try:
+                os.posix_fallocate(file.fileno(), offset, nbytes)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+# What may be overwritten
+
+
+def check_targets(targets, inputs=(), overwrite=False):
+    """Refuse to write over a user's files, before any work is done.
+
+    targets: paths to be written. inputs: paths that are read. overwrite: replace files that this program did
+    not write, too; inputs never. Raises FileExistsError, ValueError for two targets of one name.
+    """
+    targets = [Path(t) for t in targets]
+    twice = next((t for t in targets if len(targets) > len(set(targets)) and targets.count(t) > 1), None)
+    if twice:
+        raise ValueError(f"Several pictures would be written to '{twice}': rename those with equal stems.")
+    read = {os.path.realpath(i) for i in inputs if isinstance(i, (str, Path))}
+    for target in targets:
+        if os.path.realpath(target) in read:
+            raise FileExistsError(f"'{target}' is itself read, so it is not written to. Name another folder.")
+    if overwrite:
+        return
+    foreign = [t for t in targets if os.path.lexists(t) and not is_own(t)]
+    if foreign:
+        more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
+        raise FileExistsError(
+            f"'{foreign[0]}'{more} exists, and was not written by this program, or was changed since. Name "
+            "another place, or pass --overwrite."
+        )
+
+
+def is_own(path):
+    """Tell whether a file is as this program wrote it, by the ledger in its folder."""
+    path = Path(path)
+    ledger = path.parent / LEDGER
+    if path.is_symlink() or not path.is_file() or not ledger.is_file():
+        return False
+    lines = ledger.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    return f"{_digest(path)} {path.name}" in lines
+
+
+def _digest(path):
+    return hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
+
+
+@contextmanager
+def owned_write(path):
+    """Do as `atomic_write`, and note in the folder's ledger that the file is this program's."""
+    path = Path(path)
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
+        line = f"{_digest(temporary)} {path.name}\n".encode(errors="surrogateescape")
+        with open(path.parent / LEDGER, "ab") as ledger:  # short appends of several processes stay whole
+            ledger.write(line)
 
 
-def write_json(path, value):
+@contextmanager
+def locked(folder, what):
+    """Hold a folder's lock, which ends with the process at the latest.
+
+    Raises FileExistsError where another process holds it; `what` says what it does then.
+    """
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise FileExistsError(f"Another process {what} '{folder}' at this moment.") from None
+            raise
+        yield
+
+
+def write_text(path, text, write=owned_write):
+    """Write text in UTF-8 (of file names that are none, the bytes escaped), by `write` or `atomic_write`."""
+    with write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def write_json(path, value, write=owned_write):
     """Write a value as indented JSON."""
-    write_text(path, json.dumps(value, indent=1))
+    write_text(path, json.dumps(value, indent=1), write)
 
 
-def write_csv(path, rows):
+def write_csv(path, rows, write=owned_write):
     """Write rows of values, the first of which are the columns' names."""
-    write_text(path, csv_text(rows))
+    write_text(path, csv_text(rows), write)
 
 
 def csv_text(rows):
@@ -62,7 +190,7 @@ def read_json(path, kind=dict, words="a JSON object"):
     """
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"'{path}' is not valid JSON ({error}). Was it cut off, or saved as another format?"
         ) from error

@@ -16,6 +16,7 @@ from vlsm.networks.base import ImageFeatures
 from vlsm.system import parallel
 from vlsm.system.console import progress
 from vlsm.system.device import autocast
+from vlsm.system.files import reserve
 
 SHARE = 0.5  # of the memory that is free, at most
 GB = 1 << 30
@@ -103,9 +104,11 @@ def _disk_tensor(size, dtype, folder):
     Path(folder).mkdir(parents=True, exist_ok=True)
     file, name = tempfile.mkstemp(prefix="activations-", dir=folder)
     os.close(file)
-    tensor = torch.from_file(name, shared=True, size=math.prod(size), dtype=dtype).view(size)
-    os.unlink(name)
-    return tensor
+    try:
+        reserve(name, math.prod(size) * dtype.itemsize)
+        return torch.from_file(name, shared=True, size=math.prod(size), dtype=dtype).view(size)
+    finally:
+        os.unlink(name)
 
 
 def _interleave(first, a, b):

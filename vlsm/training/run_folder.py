@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from vlsm.system.files import is_filled, read_json, write_json
+from vlsm.system.files import atomic_write, is_filled, read_json, write_json
 
 # Options that may differ when a run is resumed; all others would make it another run.
 FREE_ON_RESUME = {
@@ -69,5 +69,5 @@ def make_folder(options, about):
     out.mkdir(parents=True, exist_ok=True)
     for left in out.glob(".*.tmp"):  # of a run that was killed while writing
         left.unlink()
-    write_json(out / "config.json", dict(options=options.saved(), **about))
+    write_json(out / "config.json", dict(options=options.saved(), **about), atomic_write)
     return out

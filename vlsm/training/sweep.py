@@ -268,7 +268,7 @@ def report(study, out, log):
         table.append(
             [f"{t.number:03d}", t.state.name.lower(), dsc, epochs, *(_short(t.params[n]) for n in names)]
         )
-    write_csv(out / "sweep.csv", table)
+    write_csv(out / "sweep.csv", table, atomic_write)
     widths = [max(map(len, column)) for column in zip(*table)]
     say("\n" + "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths)) for row in table))
     complete = any(t.state.name == "COMPLETE" for t in trials)
