@@ -311,8 +311,6 @@ def score_masks(options):
 
 def main(argv=None):
     options = parse_options(argv)
-    if options.batch_size < 1:
-        raise ValueError(f"--batch-size {options.batch_size}: give 1 or more.")
     if options.pred or options.target:
         return score_masks(options)
     if options.report:

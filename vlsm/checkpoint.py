@@ -12,9 +12,15 @@ from safetensors.torch import load_file, save_file
 
 from vlsm.model import attach_tuner, load_base
 from vlsm.networks.weights import TEXT_FILES
+from vlsm.system.console import say_once
 from vlsm.system.files import atomic_write, is_filled, write_json, write_text
 
 FORMAT = 1
+METADATA = dict(
+    model=str, weights=str, fingerprint=str, method=str, options=dict, reference=bool, dataset=str,
+    data_root=str, split_seed=int, prompts=str, image_size=int, mean=list, std=list, recipe=dict,
+)  # fmt: skip
+REQUIRED = ("model", "weights", "fingerprint", "method", "options", "reference")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -58,6 +64,9 @@ def locate_checkpoint(path):
     if HUB_ID.fullmatch(str(path)) and file.suffix != ".safetensors" and not Path(path).parent.is_dir():
         from huggingface_hub import hf_hub_download
 
+        say_once(
+            path, f"There is no '{path}' here; asking the Hugging Face hub for a repository of that name."
+        )
         try:
             return Path(hf_hub_download(str(path), "best.safetensors"))
         except Exception as error:  # the hub raises a dozen unrelated types
@@ -84,12 +93,39 @@ def read_metadata(path):
     if metadata.get("format") != json.dumps(FORMAT):
         found = metadata.get("format")
         raise ValueError(f"'{path}' is no checkpoint of this program (format {found}, expected {FORMAT}).")
-    return {name: json.loads(value) for name, value in metadata.items()}
+    about = {}
+    for name, value in metadata.items():
+        try:
+            about[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            raise ValueError(f"'{path}': the metadata's '{name}' is not valid JSON.") from None
+    _check_metadata(path, about)
+    return about
+
+
+def _check_metadata(path, about):
+    """Raise ValueError, which names the file and the key, for metadata that no checkpoint can have."""
+    for name, kind in METADATA.items():
+        if name in about and not isinstance(about[name], kind) or name in REQUIRED and name not in about:
+            found = about.get(name, "missing")
+            raise ValueError(f"'{path}': the metadata's '{name}' should be {kind.__name__}; it is {found!r}.")
+    if not 1 <= about.get("image_size", 1) <= 8192:
+        raise ValueError(f"'{path}': the metadata's 'image_size' {about['image_size']} cannot be.")
+    for name, least in (("mean", -1e3), ("std", 1e-6)):
+        values = about.get(name, [1.0] * 3)
+        if len(values) != 3 or not all(isinstance(v, (int, float)) and least <= v <= 1e3 for v in values):
+            raise ValueError(
+                f"'{path}': the metadata's '{name}' {values} are no three numbers to normalise by."
+            )
 
 
 def read_tuned(path):
-    """Return the tuned tensors of a checkpoint, or of a run's best one."""
-    return load_file(locate_checkpoint(path))
+    """Return the tuned tensors of a checkpoint, or of a run's best one. Raises ValueError for NaN."""
+    tensors = load_file(locate_checkpoint(path))
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(f"'{locate_checkpoint(path)}': NaN or infinity in {', '.join(broken[:3])}.")
+    return tensors
 
 
 def check_base(path, about, base):

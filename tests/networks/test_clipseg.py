@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -36,6 +37,18 @@ def our_name(name):
         name.replace("vision_extract_adapters", "vision")
         .replace("text_extract_adapters", "text")
         .replace("cond_adapter", "cond")
+    )
+
+
+def enlarged(logits, pixels):
+    """Logits as large as the pictures `[B, 3, H, W]`: a three-layer head's are smaller, unless patches are 16."""
+    same = logits.shape[-2:] == pixels.shape[-2:]
+    return (
+        logits
+        if same
+        else F.interpolate(
+            logits[:, None] if logits.dim() == 3 else logits, pixels.shape[-2:], mode="bilinear"
+        ).view(*logits.shape[:-2], *pixels.shape[-2:])
     )
 
 
@@ -171,7 +184,7 @@ def test_equals_transformers(pair, seed, dtype, tolerance):
     for batch in (1, 3):
         pixels, ids, mask = random_inputs(theirs.config, seed, batch, dtype=dtype)
         with torch.no_grad():
-            want = theirs(pixel_values=pixels, input_ids=ids, attention_mask=mask).logits
+            want = enlarged(theirs(pixel_values=pixels, input_ids=ids, attention_mask=mask).logits, pixels)
         got = ours(pixels, ids, mask)
         torch.testing.assert_close(got.reshape(want.shape), want, atol=tolerance, rtol=0)
         assert got.dim() == 4 and got.shape[:2] == (batch, 1)
@@ -184,7 +197,9 @@ def test_every_gradient_equals_transformers(pair):
     hidden = theirs.clip.vision_model(pixels, output_hidden_states=True).hidden_states
     text = theirs.clip.get_text_features(ids, attention_mask=mask)
     cond = getattr(text, "pooler_output", text)
-    want = theirs.decoder([hidden[i + 1] for i in theirs.config.extract_layers], cond).logits
+    want = enlarged(
+        theirs.decoder([hidden[i + 1] for i in theirs.config.extract_layers], cond).logits, pixels
+    )
     weight = torch.randn_like(want)
     (want * weight).sum().backward()
     (ours(pixels, ids, mask).reshape(want.shape) * weight).sum().backward()
@@ -257,7 +272,7 @@ def test_a_mask_that_hides_a_token_before_the_end_is_honoured(pair):
     pixels, ids, mask = random_inputs(theirs.config, 5)
     mask[:, 1] = 0
     with torch.no_grad():
-        want = theirs(pixel_values=pixels, input_ids=ids, attention_mask=mask).logits
+        want = enlarged(theirs(pixel_values=pixels, input_ids=ids, attention_mask=mask).logits, pixels)
     torch.testing.assert_close(ours(pixels, ids, mask).reshape(want.shape), want, atol=1e-4, rtol=0)
 
 
@@ -269,7 +284,7 @@ def test_padding_on_the_left_is_masked(pair):
         torch.cat([torch.zeros(3, 3, dtype=torch.long), mask], 1),
     )
     with torch.no_grad():
-        want = theirs(pixel_values=pixels, input_ids=ids, attention_mask=mask).logits
+        want = enlarged(theirs(pixel_values=pixels, input_ids=ids, attention_mask=mask).logits, pixels)
     torch.testing.assert_close(ours(pixels, ids, mask).reshape(want.shape), want, atol=1e-4, rtol=0)
 
 

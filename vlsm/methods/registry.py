@@ -34,6 +34,9 @@ METHODS = {
 }
 
 
+LARGEST = 1 << 16  # of any width, rank or count
+
+
 def default_options(method):
     """Return the options of one method and their defaults."""
     parameters = inspect.signature(METHODS[method]).parameters
@@ -160,6 +163,8 @@ def complete_options(method, given):
     """
     names = split_methods(method)
     known = {name: default_options(name) for name in names}
+    for own in known.values():
+        check_values({o: v for o, v in given.items() if o in own and v is not None}, own)
     every = list(dict.fromkeys(option for options in known.values() for option in options))
     unknown = sorted(set(given) - set(every) - (set(names) if len(names) > 1 else set()))
     if unknown:
@@ -173,6 +178,21 @@ def complete_options(method, given):
         own = {o: v for o, v in given.items() if o in known[name]} | given.get(name, {})
         options[name] = {o: v for o, v in complete_options(name, own).items() if o != "upsampler"}
     return options
+
+
+def check_values(given, defaults):
+    """Raise ValueError for options of another type than their defaults, or for numbers that cannot be."""
+    for name, value in given.items():
+        flag, default = f"--{name.replace('_', '-')}", defaults[name]
+        scalar = isinstance(default, (int, float)) and name != "intermediate_dim"
+        if isinstance(default, bool) != isinstance(value, bool) and default is not None:
+            raise ValueError(
+                f"{flag} {value!r}: give {'yes or no' if isinstance(default, bool) else 'a number'}."
+            )
+        for number in value if isinstance(value, (list, tuple)) and not scalar else [value]:
+            wrong = scalar and not isinstance(number, (int, float))
+            if wrong or (isinstance(number, (int, float)) and not abs(number) <= LARGEST):
+                raise ValueError(f"{flag} {number!r}: give a number of at most {LARGEST}.")
 
 
 def make_tuner(method, config, reference, options):

@@ -11,6 +11,7 @@ CLIP (2021).
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from vlsm.networks.base import (
@@ -224,7 +225,10 @@ class CLIPSeg(Network):
         cond, *states = text_features
         grid = tuple(side // self.config.vision.patch_size for side in image_features.size)
         activations = [tuner.adapt_activation(k, x) for k, x in enumerate(image_features.activations)]
-        return tuner.adapt_logits(*self.decoder(activations, tuner.adapt_conditional(cond, states), grid))
+        logits, features = self.decoder(activations, tuner.adapt_conditional(cond, states), grid)
+        if logits.shape[-2:] != image_features.size:  # of a three-layer head, unless patches are of 16
+            logits = F.interpolate(logits, image_features.size, mode="bilinear", align_corners=False)
+        return tuner.adapt_logits(logits, features)
 
     @classmethod
     def rename(cls, tensors):

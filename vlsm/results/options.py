@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from vlsm.data.cache import default_cache
 from vlsm.system.device import MachineOptions
-from vlsm.system.options import add_options, option, option_parser
+from vlsm.system.options import Limits, add_options, check_fields, option, option_parser
 
 
 @dataclass
@@ -39,7 +39,7 @@ class WhatOptions:
         "published code does",
         choices=["logits", "mask"],
     )
-    seed: int | None = option(None, "of random prompts (default: the run's)", type=int)
+    seed: int | None = option(None, "of random prompts (default: the run's)", type=int, limits=Limits(0))
     weights: str | None = option(None, "the base's folder or hub id, if it has moved")
 
 
@@ -69,7 +69,11 @@ class OutputOptions:
         False, "replace files that this program did not write; inputs are never replaced"
     )
     figure: int | None = option(
-        None, "write figure.png: N rows, the best, median and worst cases", type=int, metavar="N"
+        None,
+        "write figure.png: N rows, the best, median and worst cases",
+        type=int,
+        metavar="N",
+        limits=Limits(1),
     )
     merge: str | None = option(
         None,
@@ -107,7 +111,7 @@ class InputOptions:
 class BatchOptions:
     """How images are read."""
 
-    batch_size: int = option(32, "images at a time (default 32)")
+    batch_size: int = option(32, "images at a time (default 32)", limits=Limits(1, 10**6))
     cache_dir: str | None = option(
         None, "folder of the decoded images (default: vlsm in the user's cache folder)"
     )
@@ -131,5 +135,6 @@ def parse_options(argv=None):
     add_options(parser, BatchOptions, "reading")
     add_options(parser, MachineOptions, "machine")
     options = EvaluateOptions(**vars(parser.parse_args(argv)))
+    check_fields(options)
     options.cache_dir = options.cache_dir or default_cache()
     return options

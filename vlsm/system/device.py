@@ -42,6 +42,8 @@ def choose_device(device, amp):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(device)
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
         torch.empty(1, device=device)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # Triton launches on the current one

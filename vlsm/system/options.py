@@ -3,14 +3,61 @@ option.
 """
 
 import argparse
+import math
 from dataclasses import field, fields
+from typing import NamedTuple, get_args
 
 
-def option(default, help, **argparse_options):
+class Limits(NamedTuple):
+    """What a number may be: at least `low`, more than `above`, at most `high`."""
+
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+
+    def admit(self, value):
+        """Tell whether a number is finite and within the limits."""
+        low, high, above = (
+            other if bound is None else bound for bound, other in zip(self, (-math.inf, math.inf, -math.inf))
+        )
+        return math.isfinite(value) and low <= value <= high and value > above
+
+    def __str__(self):
+        if self.above is not None:
+            return f"more than {self.above:g}" + ("" if self.high is None else f" and at most {self.high:g}")
+        if self.low is not None:
+            return f"{self.low:g} or more" if self.high is None else f"{self.low:g} to {self.high:g}"
+        return "a finite number"
+
+
+def option(default, help, limits=None, **argparse_options):
     """Declare a dataclass field that is an option; `argparse_options` (type, nargs, ...) go to
-    `add_argument`.
+    `add_argument`. limits: the `Limits` of its number, or of each of its numbers.
     """
-    return field(default=default, metadata=dict(help=help, **argparse_options))
+    return field(default=default, metadata=dict(help=help, limits=limits or Limits(), **argparse_options))
+
+
+def _without_numbers(kind):
+    """Return the types of an annotation without int, of which True would be one."""
+    return tuple(k for k in (get_args(kind) or (kind,)) if k is not int)
+
+
+def check_fields(options):
+    """Raise ValueError, which names the option, for values of another type or beyond their limits."""
+    for f in fields(options):
+        value, flag = getattr(options, f.name), f"--{f.name.replace('_', '-')}"
+        if not f.metadata or value is None:
+            continue
+        wanted = bool if isinstance(f.default, bool) else f.type
+        fits = isinstance(value, wanted) or (isinstance(0.5, wanted) and isinstance(value, int))
+        if not fits or (isinstance(value, bool) and not isinstance(True, _without_numbers(wanted))):
+            raise ValueError(f"{flag} {value!r}: this should be {getattr(wanted, '__name__', wanted)}.")
+        choices = f.metadata.get("choices")
+        if choices and value not in choices:
+            raise ValueError(f"{flag} {value}: choose one of {', '.join(choices)}.")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, (int, float)) and not f.metadata["limits"].admit(number):
+                raise ValueError(f"{flag} {number}: give {f.metadata['limits']}.")
 
 
 def option_parser(description):
@@ -30,7 +77,7 @@ def add_options(parser, kind, title):
     for f in fields(kind):
         if f.name not in kind.__annotations__ or not f.metadata:
             continue
-        how = dict(f.metadata)
+        how = {name: value for name, value in f.metadata.items() if name != "limits"}
         if isinstance(f.default, bool):
             how.setdefault("action", "store_true")
         elif f.default is not None:

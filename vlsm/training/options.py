@@ -5,11 +5,18 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from vlsm.data.cache import default_cache
-from vlsm.methods.registry import METHODS, OPTIONS, PromptLearner, add_method_options, split_methods
+from vlsm.methods.registry import (
+    METHODS,
+    OPTIONS,
+    PromptLearner,
+    add_method_options,
+    complete_options,
+    split_methods,
+)
 from vlsm.model import NETWORKS, network_class
 from vlsm.system.device import MachineOptions
 from vlsm.system.files import read_json
-from vlsm.system.options import add_options, option, option_parser
+from vlsm.system.options import Limits, add_options, check_fields, option, option_parser
 from vlsm.training.run_folder import restore_options
 
 # The papers' recipes: VLSM-Adapter's for adapters (and LoRA, decoder, full), TuneVLSeg's for prompt learners.
@@ -33,7 +40,7 @@ RECIPE = (
     "lr_patience", "clip", "dice_weight", "bce_weight", "ce", "augment", "amp", "seed",
 )  # fmt: skip
 UNSAVED = {
-    "out", "seeds", "resume", "overwrite", "dry_run", "given", "sweep_space", "sweep_folder",
+    "out", "seeds", "resume", "overwrite", "changed_data", "dry_run", "given", "sweep_space", "sweep_folder",
     "method_options",
 }  # fmt: skip
 
@@ -59,7 +66,10 @@ class DataOptions:
         'text: "a polyp"',
     )
     image_size: int | None = option(
-        None, "side in pixels (default: the base's own: 352 for CLIPSeg, 416 CRIS, 640 SAN)", type=int
+        None,
+        "side in pixels (default: the base's own: 352 for CLIPSeg, 416 CRIS, 640 SAN)",
+        type=int,
+        limits=Limits(1, 8192),
     )
     augment: bool | None = option(
         None,
@@ -70,9 +80,10 @@ class DataOptions:
         1.0,
         "train on this share of the training records, always the same ones (default 1)",
         metavar="FRACTION",
+        limits=Limits(above=0, high=1),
     )
     skip_bad: bool = option(False, "train without the records that cannot be used, instead of stopping")
-    split_seed: int = option(0, "of the 80/10/10 split of your own folder (default 0)")
+    split_seed: int = option(0, "of the 80/10/10 split of your own folder (default 0)", limits=Limits(0))
     cache_dir: str | None = option(
         None, "folder of the decoded images (default: vlsm in the user's cache folder)"
     )
@@ -109,40 +120,64 @@ class ModelOptions:
 class Recipe:
     """How long and by which steps the method is trained."""
 
-    epochs: int | None = option(None, f"at most so many ({_default('epochs')}; demo {DEMO_EPOCHS})", type=int)
-    min_epochs: int | None = option(None, f"at least so many ({_default('min_epochs')})", type=int)
+    epochs: int | None = option(
+        None, f"at most so many ({_default('epochs')}; demo {DEMO_EPOCHS})", type=int, limits=Limits(1, 10**6)
+    )
+    min_epochs: int | None = option(
+        None, f"at least so many ({_default('min_epochs')})", type=int, limits=Limits(0)
+    )
     patience: int | None = option(
-        None, f"stop after so many epochs without 1e-4 of progress ({_default('patience')})", type=int
+        None,
+        f"stop after so many epochs without 1e-4 of progress ({_default('patience')})",
+        type=int,
+        limits=Limits(1),
     )
     monitor: str | None = option(
         None,
         "what of the validation split is to progress (default dsc [loss])",
         choices=["dsc", "loss"],
     )
-    batch_size: int = option(32, "images a step (default 32)")
+    batch_size: int = option(32, "images a step (default 32)", limits=Limits(1, 10**6))
     lr: float | None = option(
         None,
         "learning rate of AdamW (default: "
         + ", ".join(f"{m} {r:g}" for m, r in LEARNING_RATES.items() if r)
         + f" [{LEARNER_RATE:g}])",
         type=float,
+        limits=Limits(0),
     )
-    weight_decay: float | None = option(None, f"of AdamW ({_default('weight_decay')})", type=float)
+    weight_decay: float | None = option(
+        None, f"of AdamW ({_default('weight_decay')})", type=float, limits=Limits(0)
+    )
     lr_factor: float | None = option(
-        None, f"factor on the learning rate when validation loss stalls ({_default('lr_factor')})", type=float
+        None,
+        f"factor on the learning rate when validation loss stalls ({_default('lr_factor')})",
+        type=float,
+        limits=Limits(above=0, high=1),
     )
-    lr_patience: int = option(5, "epochs that it may stall (default 5)")
-    clip: float | None = option(None, f"largest gradient norm; 0: any ({_default('clip')})", type=float)
-    dice_weight: float | None = option(None, f"of the Dice loss ({_default('dice_weight')})", type=float)
-    bce_weight: float | None = option(None, f"of the cross entropy ({_default('bce_weight')})", type=float)
+    lr_patience: int = option(5, "epochs that it may stall (default 5)", limits=Limits(0))
+    clip: float | None = option(
+        None, f"largest gradient norm; 0: any ({_default('clip')})", type=float, limits=Limits(0)
+    )
+    dice_weight: float | None = option(
+        None, f"of the Dice loss ({_default('dice_weight')})", type=float, limits=Limits(0)
+    )
+    bce_weight: float | None = option(
+        None, f"of the cross entropy ({_default('bce_weight')})", type=float, limits=Limits(0)
+    )
     ce: str | None = option(
         None,
         "cross entropy on logits (default), or on a second sigmoid as in the published code",
         choices=["logits", "reference"],
     )
-    seed: int = option(42, "of everything random (default 42)")
+    seed: int = option(42, "of everything random (default 42)", limits=Limits(0, 2**32 - 1))
     seeds: list | None = option(
-        None, "a run for each of these seeds, in one folder", type=int, nargs="+", metavar="SEED"
+        None,
+        "a run for each of these seeds, in one folder",
+        type=int,
+        nargs="+",
+        metavar="SEED",
+        limits=Limits(0, 2**32 - 1),
     )
 
 
@@ -156,6 +191,7 @@ class SearchOptions:
         "not searched",
         type=int,
         metavar="TRIALS",
+        limits=Limits(1),
     )
     sweep_space: str | None = option(
         None,
@@ -175,6 +211,7 @@ class MemoryOptions:
         "GB for what a frozen image encoder returns, computed once: GPU, then RAM, then disk (default: half "
         "of what is free there; 0: computed at each step)",
         type=float,
+        limits=Limits(0),
     )
     data_device: str = option(
         "auto", "where the images lie (auto: on the GPU if there is room)", choices=["auto", "cpu", "cuda"]
@@ -187,7 +224,8 @@ class FolderOptions:
 
     out: str | None = option(None, "folder of the run (default: runs/<dataset>-<method>-...)")
     resume: bool = option(False, "go on where the run in that folder was stopped, with its options")
-    overwrite: bool = option(False, "delete the run that is in that folder")
+    overwrite: bool = option(False, "delete the files of the run that is in that folder")
+    changed_data: bool = option(False, "with --resume: go on although the data set's records are others now")
     tensorboard: bool = option(False, "also log for TensorBoard (needs: pip install tensorboard)")
     dry_run: bool = option(False, "print the numbers of parameters and stop")
 
@@ -243,14 +281,11 @@ def parse_options(argv=None):
 
 def check_options(options):
     """Raise ValueError for values out of range and for options that contradict each other."""
-    for name in ("epochs", "batch_size", "image_size", "patience", "sweep"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: give 1 or more.")
-    if not 0 < options.limit_train <= 1:
-        raise ValueError(f"--limit-train {options.limit_train}: give more than 0 and at most 1.")
-    if options.cache_gb is not None and not options.cache_gb >= 0:
-        raise ValueError(f"--cache-gb {options.cache_gb}: give 0 (nothing is kept) or more.")
+    check_fields(options)
+    if options.prompts is not None and not options.prompts.strip():
+        raise ValueError('--prompts "": give random, class, a key such as p6, or a text.')
+    if options.dice_weight == 0 and options.bce_weight == 0:
+        raise ValueError("--dice-weight 0 and --bce-weight 0 leave no loss; give one of them more than 0.")
     if options.resume and options.overwrite:
         raise ValueError("--resume goes on with a run and --overwrite deletes it; give one of them.")
     if options.shard_cache and options.data_device == "cuda":
@@ -269,7 +304,17 @@ def complete(options):
     split_methods(options.peft)
     check_options(options)
     options = replace(options, out=options.out or default_folder(options, f"seed{options.seed}"))
-    return fill_defaults(restore_options(options) if options.resume else options)
+    if not options.resume:
+        return fill_defaults(options)
+    options = restore_options(options)
+    try:
+        check_options(options)
+        complete_options(options.peft, options.method_options)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"'{Path(options.out) / 'config.json'}' holds what no run can have: {error}"
+        ) from None
+    return fill_defaults(options)
 
 
 def fill_defaults(options):
