@@ -30,7 +30,7 @@ from vlsm.system.files import atomic_write, write_csv
 from vlsm.training import sweep
 from vlsm.training.job import EpochMeter, Job
 from vlsm.training.options import complete, default_folder, image_side, parse_options
-from vlsm.training.run_folder import check_folder, make_folder
+from vlsm.training.run_folder import check_records, fingerprint_records, held_folder, make_folder
 
 COLUMNS = (
     "epoch", "train_loss", "train_dsc", "val_loss", "val_dsc", "val_iou", "lr", "seconds",
@@ -163,25 +163,31 @@ def train(options, after_epoch=None):
     about = describe_run(options, model)
     if options.dry_run:
         return None
-    check_folder(options)
-    parallel.barrier()
-    if options.peft == "none":
-        return save_untrained(options, model, about)
+    with held_folder(options):
+        parallel.barrier()
+        if options.peft == "none":
+            return save_untrained(options, model, about)
+        job = start_job(options, model, about, device, dtype)
+        train_epochs(job, about, after_epoch)
+    say(f"Best validation DSC {100 * job.best:.2f}. Evaluate it with: python evaluate.py --ckpt {job.out}")
+    return job
+
+
+def start_job(options, model, about, device, dtype):
+    """Return the `Job` of a new run, or of the one that goes on, with its data and its folder."""
     tokenizer = model.tokenizer()
     data = open_data(options, about["image_size"])
     about["class_words"] = sorted({r.class_word for d in data.values() for r in d.records if r.class_word})
+    about["records"] = fingerprint_records(data)
     job = Job(options, Path(options.out), model, tokenizer, data, device, dtype)
     if options.resume and (job.out / "state.pt").is_file():
+        check_records(options, about["records"])
         job.resume(load_state(job.out / "state.pt"))
         best = f"best validation DSC {100 * job.best:.2f}"
         say(f"Resuming '{job.out}' after epoch {len(job.history)} ({best})")
     job.add_data()
-    if not parallel.rank():
-        make_folder(
-            options, about
-        )  # after the state was accepted: a wrong --weights must not enter config.json
-    train_epochs(job, about, after_epoch)
-    say(f"Best validation DSC {100 * job.best:.2f}. Evaluate it with: python evaluate.py --ckpt {job.out}")
+    if not parallel.rank():  # after the state was accepted: a wrong --weights must not enter config.json
+        make_folder(options, about)
     return job
 
 
@@ -301,8 +307,8 @@ def main(argv=None):
             raise ValueError(
                 "--sweep runs one trial after another in one process; start it without torchrun."
             )
-        check_folder(options)
-        sweep.run_sweep(options, train)
+        with held_folder(options):
+            sweep.run_sweep(options, train)
     else:
         train(options)
     return parallel.shut_down()

@@ -167,6 +167,8 @@ def _foreground(values, name):
     full = 1 if values.max() <= 1 else 255 if values.max() <= 255 else 65535
     scaled = values if full == 255 else values * (255 / full)
     grey = _grey_values(scaled) if values.min() >= 0 else np.unique(scaled)
+    if scaled.max() < GREY_FROM and (scaled > 0).mean() > ONE_VALUE[0]:  # class numbers
+        grey = np.unique(scaled[scaled > 0])[::-1]
     if len(grey):
         some = ", ".join(f"{float(v) * full / 255:.4g}" for v in grey[:6])
         raise ImageError(

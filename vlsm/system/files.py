@@ -150,14 +150,14 @@ def locked(folder, what):
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise FileExistsError(f"Another process {what} '{folder}' at this moment.") from None
-            raise
+    handle = os.open(folder, os.O_RDONLY)  # the folder itself: nothing of ours is left there
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+    except BlockingIOError:
+        raise FileExistsError(f"Another process {what} '{folder}' at this moment.") from None
+    finally:
+        os.close(handle)
 
 
 def write_text(path, text, write=owned_write):

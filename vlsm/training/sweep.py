@@ -6,7 +6,6 @@ Table 2, for the prompt learners; other methods in its manner.
 
 import copy
 import math
-import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from vlsm.system import plots
 from vlsm.system.console import say
 from vlsm.system.files import atomic_write, read_json, write_csv
 from vlsm.training.job import Diverged
-from vlsm.training.run_folder import make_folder
+from vlsm.training.run_folder import delete_run, make_folder
 
 RATES = {"lr": dict(low=1e-5, high=5e-3, log=True), "weight_decay": dict(low=1e-5, high=1e-2, log=True)}
 MAX_DEPTH = 11
@@ -211,7 +210,7 @@ def run_trial(optuna, study, trial, options, train):
     own = replace(options, out=str(folder), sweep=None, sweep_folder=options.out, overwrite=False)
     own = replace(own.updated(**trial.params), resume=(folder / "config.json").is_file())
     if not own.resume and folder.exists():  # killed before its first file was whole
-        shutil.rmtree(folder)
+        delete_run(folder)
     parameters = ", ".join(f"{name} {_short(value)}" for name, value in trial.params.items())
     say(f"\ntrial {trial.number + 1} of {options.sweep}: {parameters}")
     reported = max(study.trials[trial.number].intermediate_values, default=0)  # epochs before an interruption

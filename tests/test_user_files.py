@@ -1,0 +1,355 @@
+"""Nothing of a user's is lost, overwritten or misread: the readers, the guard on targets, a run's folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from safetensors.torch import load_file, save_file
+
+import datasets
+from vlsm.checkpoint import load, read_tuned
+from vlsm.data.describe import components, describe
+from vlsm.data.images import ImageError, image_files, read_image, read_mask
+from vlsm.networks.clipseg import CLIPSegConfig
+from vlsm.system import files
+from vlsm.system.console import friendly_errors
+from vlsm.training.run_folder import delete_run
+
+BLOB = np.zeros((40, 60), np.uint8)
+BLOB[10:30, 20:45] = 1
+ROOT = Path(__file__).parents[1]
+
+
+def palette(colours, numbers=BLOB):
+    image = Image.fromarray(numbers, "P")
+    image.putpalette(sum(map(list, colours), []))
+    return image
+
+
+def stencil(colour):
+    return Image.fromarray(np.dstack([np.full((*BLOB.shape, 3), colour, np.uint8), BLOB * 255]))
+
+
+MASKS = {
+    "0 and 255": Image.fromarray(BLOB * 255),
+    "0 and 1": Image.fromarray(BLOB),
+    "1 bit": Image.fromarray(BLOB * 255).convert("1"),
+    "16 bit": Image.fromarray(BLOB.astype(np.uint16) * 65535),
+    "16 bit, 0 and 1": Image.fromarray(BLOB.astype(np.uint16)),
+    "colour": Image.fromarray(np.dstack([BLOB * 255, BLOB * 0, BLOB * 0])),
+    "palette by colour": palette([(0, 0, 0), (255, 255, 255)]),
+    "palette by colour, turned": palette([(255, 255, 255), (0, 0, 0)], 1 - BLOB),
+    "palette by number": palette([(0, 0, 0), (128, 0, 0)]),
+    "LA": Image.fromarray(BLOB * 255).convert("LA"),
+    "stencil, black": stencil(0),
+    "stencil, white": stencil(255),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_of_all_kinds_are_read_alike(name, tmp_path):
+    MASKS[name].save(tmp_path / "m.png")
+    assert (read_mask(tmp_path / "m.png") == (BLOB > 0)).all()
+    assert (read_mask((tmp_path / "m.png").read_bytes(), "m.png") == (BLOB > 0)).all()
+
+
+@pytest.mark.parametrize(
+    "values, named", [((0, 128, 255), "128"), ((0, 38), "38"), ((0, 1, 2), "2"), ((0, 1, 200), "200")]
+)
+def test_a_mask_of_other_values_is_refused(values, named, tmp_path):
+    levels = np.zeros(BLOB.shape, np.uint8)
+    for k, value in enumerate(values):
+        levels[:, 20 * k :] = value
+    Image.fromarray(levels).save(tmp_path / "three.png")
+    with pytest.raises(ImageError, match=f"three.png.* also {named}"):
+        read_mask(tmp_path / "three.png")
+
+
+def test_noise_of_jpeg_is_no_third_value(tmp_path):
+    big = np.kron(BLOB, np.ones((7, 7), np.uint8)) * 255
+    Image.fromarray(big).save(tmp_path / "m.jpg", quality=75)
+    assert len(np.unique(np.asarray(Image.open(tmp_path / "m.jpg")))) > 2
+    assert (read_mask(tmp_path / "m.jpg") == (big > 0)).mean() > 0.999
+
+
+def test_orientation_counts(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 50, 3)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "phone.png", exif=exif)
+    want = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "phone.png")))
+    assert read_image(tmp_path / "phone.png").shape == (50, 30, 3)
+    assert (read_image(tmp_path / "phone.png") == want).all()
+
+
+def test_deep_pictures_keep_their_range(tmp_path):
+    ramp = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
+    for name, values in (("unit", ramp), ("ct", ramp * 2000 - 1000), ("byte", ramp * 255)):
+        Image.fromarray(values).save(tmp_path / f"{name}.tif")
+        assert abs(read_image(tmp_path / f"{name}.tif")[..., 0].astype(float) - 255 * ramp).max() <= 1
+    ramp[3, 3] = np.nan
+    Image.fromarray(ramp).save(tmp_path / "nan.tif")
+    with pytest.raises(ImageError, match="nan.tif.*NaN"):
+        read_image(tmp_path / "nan.tif")
+
+
+def test_unreadable_pictures_have_a_reason(tmp_path, monkeypatch):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    Image.fromarray(BLOB).save(tmp_path / "whole.png")
+    whole = (tmp_path / "whole.png").read_bytes()
+    for data, reason in (
+        (pointer, "git LFS"),
+        (b"", "an empty file"),
+        (b"text", "no picture"),
+        (whole[:80], ""),
+    ):
+        (tmp_path / "x.png").write_bytes(data)
+        with pytest.raises(ImageError, match=f"x.png.*{reason}"):
+            read_image(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ImageError, match="megapixels"):
+        read_image(tmp_path / "whole.png")
+    for name in ("._a.png", ".ipynb_checkpoints/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(whole)
+    assert [p.name for p in image_files(tmp_path)] == ["whole.png", "x.png"]
+
+
+def test_colours_are_named_of_coloured_pictures_alone():
+    grey, red = np.full((*BLOB.shape, 3), 75, np.uint8), np.full((*BLOB.shape, 3), (190, 50, 45), np.uint8)
+    assert describe(grey, BLOB > 0, "tumor")["p3"].split()[0] in ("circle", "oval", "round", "irregular")
+    assert describe(red, BLOB > 0, "polyp")["p3"].startswith("red ")
+    found = components(BLOB > 0)
+    assert len(found) == 1 and (found[0] == (BLOB > 0)).all() and components(BLOB > 1) == []
+
+
+# What may be overwritten
+
+
+def test_masks_are_not_written_over_the_pictures(cli, folder, trained, tmp_path):
+    before = {p: p.read_bytes() for p in (folder / "images").iterdir()}
+    ask = ("evaluate", "--ckpt", trained, "--images", folder / "images", "--prompt", "x", "--save-masks")
+    for more in ((), ("--overwrite",)):
+        code, _, err = cli(*ask, folder / "images", *more)
+        assert code == 2 and "is itself read" in err
+    code, _, err = cli("evaluate", "--ckpt", trained, "--save-masks", folder / "masks", "--overwrite")
+    assert code == 2 and "is itself read" in err
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "d0.png").write_bytes(b"mine")
+    code, _, err = cli(*ask, out)
+    assert code == 2 and "d0.png' exists, and was not written by this program" in err
+    assert (out / "d0.png").read_bytes() == b"mine" and not (out / "d1.png").exists()
+    assert cli(*ask, out, "--overwrite")[0] == 0 and cli(*ask, out)[0] == 0, "our own are replaced"
+    Image.fromarray(BLOB).save(out / "d1.png")  # corrected by hand
+    assert "d1.png' exists" in cli(*ask, out)[2]
+    assert before == {p: p.read_bytes() for p in (folder / "images").iterdir()}
+
+
+def test_a_broken_picture_costs_its_own_mask_alone(cli, folder, trained, tmp_path):
+    (folder / "images" / "broken.png").write_bytes(b"no picture")
+    ask = ("--images", folder / "images", "--prompt", "x", "--save-masks", tmp_path / "out")
+    code, _, err = cli("evaluate", "--ckpt", trained, *ask)
+    assert code == 1 and "broken.png' cannot be used: no picture" in err
+    assert len(list((tmp_path / "out").glob("*.png"))) == len(list((folder / "images").iterdir())) - 1
+
+
+def test_subfolders_stay_in_names(tmp_path):
+    for part in ("images/p1", "images/p2", "masks/p1", "masks/p2"):
+        (tmp_path / part).mkdir(parents=True)
+        Image.fromarray(BLOB * 255).save(tmp_path / part / "frame.png")
+    found = [r for s in datasets.SPLITS for r in datasets.records(str(tmp_path), s)]
+    assert sorted(r.mask_name for r in found) == ["p1/frame.png", "p2/frame.png"]
+
+
+def test_overwrite_deletes_a_run_and_nothing_else(tmp_path, capsys):
+    for name in (
+        "config.json",
+        "best.safetensors",
+        "eval-test/metrics.csv",
+        "eval-test/mine.txt",
+        "notes.md",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    delete_run(tmp_path)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["eval-test", "mine.txt", "notes.md"]
+    assert "also holds eval-test, notes.md" in capsys.readouterr().out
+
+
+def test_overwrite_spares_what_is_no_run(cli, quick, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "config.json").write_text('{"model_type": "clipseg"}')
+    code, _, err = cli("train", *quick, "--overwrite")
+    assert code == 2 and "is not the config.json of a run" in err and (out / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "key, value, said",
+    [("lr", "fast", "--lr 'fast'"), ("epochs", -1, "--epochs -1"), ("dim", 10**9, "--dim 1000000000")],
+)
+def test_a_run_resumes_with_values_that_can_be(key, value, said, cli, trained):
+    config = json.loads((trained / "config.json").read_text())
+    config["options"].update({key: value, "out": "/elsewhere", "overwrite": True})
+    (trained / "config.json").write_text(json.dumps(config))
+    code, _, err = cli("train", "--out", trained, "--resume")
+    assert code == 2 and "config.json' holds what no run can have" in err and said in err
+
+
+def test_a_run_without_its_state_does_not_begin_anew(cli, trained):
+    (trained / "state.pt").unlink()
+    code, _, err = cli("train", "--out", trained, "--resume", "--epochs", 9)
+    assert code == 2 and "has a log.csv and no state.pt" in err
+
+
+def test_changed_records_are_said(cli, folder, trained):
+    names = [(r.image, r.mask) for r in datasets.records(str(folder), "train")]
+    if (folder / "anns" / "train.json").is_file():
+        rows = json.loads((folder / "anns" / "train.json").read_text())
+        (folder / "anns" / "train.json").write_text(json.dumps(rows[1:]))
+    else:
+        for file in names[0]:
+            Path(file).unlink()
+    code, _, err = cli("train", "--out", trained, "--resume", "--epochs", 9)
+    assert code == 2 and "are others than when the run" in err
+    assert cli("train", "--out", trained, "--resume", "--epochs", 3, "--changed-data")[0] == 0
+
+
+def test_a_live_run_is_left_alone(cli, trained):
+    with files.locked(trained, "is writing a run into"):
+        for how in ("--resume", "--overwrite"):
+            code, _, err = cli("train", "--out", trained, how, "--epochs", 9)
+            assert code == 2 and "Another process is writing a run into" in err
+
+
+def test_tuned_tensors_are_finite(trained, tmp_path):
+    tensors = load_file(trained / "best.safetensors")
+    tensors[next(iter(tensors))].view(-1)[0] = float("nan")
+    save_file(tensors, tmp_path / "nan.safetensors")
+    with pytest.raises(ValueError, match="nan.safetensors': NaN"):
+        read_tuned(tmp_path / "nan.safetensors")
+
+
+@pytest.mark.parametrize("key, value", [("std", [0, 1, 1]), ("image_size", "big"), ("options", None)])
+def test_metadata_is_checked(key, value, trained, tmp_path):
+    from safetensors import safe_open
+
+    with safe_open(trained / "best.safetensors", "pt") as file:
+        about = {**file.metadata(), key: json.dumps(value)}
+    save_file(load_file(trained / "best.safetensors"), tmp_path / "x.safetensors", about)
+    with pytest.raises(ValueError, match=f"x.safetensors': the metadata's '{key}'"):
+        load(tmp_path / "x.safetensors")
+
+
+def test_sizes_that_cannot_be_are_refused_at_once():
+    for part, key, value in (
+        ("text_config", "num_hidden_layers", 10**9),
+        ("vision_config", "hidden_size", "x"),
+    ):
+        with pytest.raises(ValueError, match=f"{part}.{key}"):
+            CLIPSegConfig.from_dict({part: {key: value}})
+
+
+def test_prompt_keys_are_no_paths(tmp_path):
+    entry = dict(img_name="a.png", mask_name="a.png", prompts={"../../x": "polyp"})
+    for part in ("images", "masks", "anns"):
+        (tmp_path / part).mkdir()
+    (tmp_path / "anns" / "test.json").write_text(json.dumps([entry]))
+    with pytest.raises(ValueError, match="key '../../x' should be letters"):
+        datasets.records(str(tmp_path), "test")
+
+
+# Processes and disks
+
+
+def test_workers_end_with_their_parent(tmp_path):
+    code = (
+        "import multiprocessing, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from vlsm.data.cache import _follow_parent\n"
+        "pool = ProcessPoolExecutor(2, multiprocessing.get_context('fork'), _follow_parent)\n"
+        "jobs = [pool.submit(time.sleep, 60) for _ in range(2)]\n"
+        "time.sleep(1)\n"
+        "print(*pool._processes, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    workers = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(workers) == 2
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    for _ in range(100):
+        left = [w for w in workers if Path(f"/proc/{w}").exists() and _state(w) != "Z"]
+        if not left:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"workers {left} outlive their parent")
+
+
+def _state(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return "Z"
+
+
+def test_temporary_files_of_the_dead_are_swept(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    names = [f".vlsm-{files.HOST}-{pid}-ab.tmp" for pid in (dead.pid, os.getpid())]
+    for name in names:
+        (tmp_path / name).touch()
+    files.sweep_temporary(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == names[1:]
+
+
+def test_a_full_disk_is_a_sentence(tmp_path):
+    """On a real small file system, where one may be mounted."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        (small / "x").write_bytes(b"before")
+        with pytest.raises(OSError, match="No space left"):
+            files.reserve(small / "x", 4 << 20)
+        for save in (
+            lambda file: save_file({"a": torch.zeros(1 << 20)}, file),
+            lambda file: torch.save({"a": torch.zeros(1 << 20)}, file),
+        ):
+            with pytest.raises(OSError) as caught, files.atomic_write(small / "y"):
+                with files.atomic_write(small / "z") as temporary:
+                    save(temporary)
+            assert caught.value.errno == 28 and not list(small.glob(".*.tmp"))
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (lambda d: files.write_text(d / ("n" * 300), "x"), "name is longer"),
+        (lambda d: files.write_text(d / "file" / "x", "x"), "a file stands where a folder is wanted"),
+        (lambda d: files.write_text(d / "folder", "x"), "a folder stands where a file is wanted"),
+    ],
+)
+def test_the_systems_errors_are_sentences(make, said, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SystemExit) as left, friendly_errors():
+        make(tmp_path)
+    assert left.value.code == 2 and said in capsys.readouterr().err.lower()
