@@ -5,7 +5,11 @@ Imports nothing of the project.
 Names are loaded when they are first asked for: Triton and torch's op registry take seconds to import.
 """
 
+import sys
 from importlib import import_module
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 
 _MODULES = dict(
     adapter_bottleneck="adapter",
@@ -17,7 +21,30 @@ __all__ = list(_MODULES)
 
 
 def __getattr__(name):
-    if name not in _MODULES:
-        raise AttributeError(f"module 'kernels' has no attribute '{name}'")
-    globals()[name] = getattr(import_module(f"kernels.{_MODULES[name]}"), name)
-    return globals()[name]
+    if name in _MODULES:
+        globals()[name] = getattr(import_module(f"kernels.{_MODULES[name]}"), name)
+        return globals()[name]
+    if not name.startswith("_"):
+        package = _installed_package()
+        if package is not None:
+            return getattr(package, name)
+    raise AttributeError(f"module 'kernels' has no attribute '{name}'")
+
+
+def _installed_package():
+    """Return Hugging Face's package of the same name, where it is installed, or None.
+
+    transformers imports names of it; run in this folder, Python finds this package first. Its modules are
+    found behind ours.
+    """
+    if "kernels.installed" not in sys.modules:
+        here = Path(__file__).parent
+        elsewhere = [p for p in sys.path if Path(p).resolve() != here.parent]
+        spec = PathFinder.find_spec("kernels", elsewhere)
+        if spec is None or spec.origin is None:
+            return None
+        __path__.append(str(Path(spec.origin).parent))
+        spec = spec_from_file_location("kernels.installed", spec.origin)
+        sys.modules[spec.name] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[spec.name])
+    return sys.modules["kernels.installed"]

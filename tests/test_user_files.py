@@ -353,3 +353,30 @@ def test_the_systems_errors_are_sentences(make, said, tmp_path, capsys):
     with pytest.raises(SystemExit) as left, friendly_errors():
         make(tmp_path)
     assert left.value.code == 2 and said in capsys.readouterr().err.lower()
+
+
+@pytest.mark.parametrize("first", ["vlsm", "transformers"])
+def test_another_package_named_kernels_is_no_obstacle(first, tmp_path):
+    """transformers imports names of Hugging Face's `kernels` where its metadata is found."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text(
+        "from kernels.layer import get_kernel\n__version__ = '0.18.2'\n"
+        "def __getattr__(name):\n"
+        "    decorator = lambda *args, **how: lambda made: made\n"
+        "    return decorator if name[0].islower() else type(name, (), {'__init__': lambda *args, **how: None})\n"
+    )
+    (tmp_path / "kernels" / "layer.py").write_text("def get_kernel(name):\n    return name\n")
+    about = tmp_path / "kernels-0.18.2.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
+    second = {"vlsm": "transformers", "transformers": "vlsm"}[first]
+    code = (
+        f"import {first}, {second}; from transformers import CLIPSegModel; from kernels import get_kernel\n"
+        "import sys; assert 'kernels.dice_bce' not in sys.modules\n"
+        "assert vlsm.dice_bce_loss and get_kernel('x') == 'x'"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)}, text=True,
+        capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -79,7 +79,7 @@ def test_real_size(reference):
     assert set(side.fusion_layers) == (
         {"layer_0", "layer_3", "layer_6", "layer_9"} if reference else {f"layer_{n}" for n in range(4)}
     )
-    assert base.config.stride == 32
+    assert base.config.stride == 16
 
 
 def test_recognition_is_clip_with_biased_tokens():
@@ -291,5 +291,15 @@ def test_what_cannot_act_on_san():
             vlsm.build("san", TINY, method)
     with pytest.raises(ValueError, match="no features to enlarge"):
         vlsm.build("san", TINY, "full", upsampler=True)
-    with pytest.raises(ValueError, match="Images of 40 x 64 pixels do not divide into patches of 16"):
-        vlsm.build("san", TINY)(torch.zeros(1, 3, 40, 64), torch.tensor([[1, 994]]))
+    with pytest.raises(ValueError, match="Images of 44 x 64 pixels do not divide into patches of 8"):
+        vlsm.build("san", TINY)(torch.zeros(1, 3, 44, 64), torch.tensor([[1, 994]]))
+
+
+def test_clips_input_is_cut_to_whole_patches():
+    """Sides of whole side-network patches will do, as in the specification (336 at real size)."""
+    model = vlsm.build("san", "random:tests/tiny/san.json", "decoder")
+    ids, mask = model.tokenizer()(["polyp"])
+    for side in (24, 72):
+        assert model(torch.randn(1, 3, side, side), ids, mask).shape == (1, 1, side, side)
+    with pytest.raises(ValueError, match="8 x 8 pixels are too small; 16 x 16 at least"):
+        model(torch.randn(1, 3, 8, 8), ids, mask)

@@ -306,9 +306,15 @@ class Network(nn.Module):
         """Return the layers that are worth compiling: few kinds, each often."""
         raise NotImplementedError
 
+    def smallest_side(self):
+        """Return the side of the smallest images that the network takes."""
+        return self.config.stride
+
     def check_size(self, H, W):
         """Raise ValueError for images of a size that cannot be."""
-        step = self.config.stride
+        step, least = self.config.stride, self.smallest_side()
+        if min(H, W) < least:
+            raise ValueError(f"Images of {H} x {W} pixels are too small; {least} x {least} at least.")
         if H % step or W % step:
             raise ValueError(
                 f"Images of {H} x {W} pixels do not divide into patches of {step}; resize them to multiples "

@@ -109,8 +109,8 @@ class SANConfig:
 
     @property
     def stride(self):
-        """Sides of images are multiples of this: whole patches for the side network and for CLIP."""
-        return math.lcm(self.side_patch, round(self.vision.patch_size / self.clip_resolution))
+        """Sides of images are multiples of this: whole patches for the side network; CLIP's input is cut."""
+        return self.side_patch
 
 
 class SideViT(nn.Module):
@@ -258,6 +258,11 @@ class SAN(Network):
         self.side_adapter_network = SideNetwork(self.config)
         fused = {layer for block, layer in fusion.items() if block <= config.side_depth}
         self.kept_layers = sorted(fused | set(range(config.split_layer, layers)))
+
+    def smallest_side(self):
+        """Return the side of images that leave CLIP one patch."""
+        c = self.config
+        return c.stride * math.ceil(c.vision.patch_size / c.clip_resolution / c.stride)
 
     def clip_gradients(self):
         """Return the context in which CLIP runs: with gradients, but not with `reference`."""

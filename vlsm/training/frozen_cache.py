@@ -135,7 +135,7 @@ class FrozenCache:
         self.model, self.tokenizer, self.normalise = model, tokenizer, normalise
         self.device, self.dtype, self.cache_gb, self.folder = device, dtype, cache_gb, folder
         self.splits, self.stores, self.texts = {}, {}, {}
-        base, tuner, side = model.base, model.tuner, model.base.config.stride
+        base, tuner, side = model.base, model.tuner, model.base.smallest_side()
         # sizes of one would be compiled apart
         with torch.enable_grad(), autocast(device, dtype), torch.compiler.set_stance("force_eager"):
             contexts = tuner.contexts()
