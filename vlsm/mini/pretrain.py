@@ -30,7 +30,7 @@ from vlsm.networks.base import IMAGENET_MEAN, IMAGENET_STD, ImageFeatures
 from vlsm.networks.clipseg import CLIPSeg, CLIPSegConfig
 from vlsm.networks.hooks import Tuner
 from vlsm.networks.tokenizer import END, START, Tokenizer, clip_bpe
-from vlsm.system.files import atomic_write, write_json, write_text
+from vlsm.system.files import atomic_write, is_filled, write_json, write_text
 
 CONFIG = dict(
     model_type="clipseg",
@@ -228,6 +228,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of weights and scenes (default 0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    if is_filled(args.out) and not (args.out / "state.pt").is_file():
+        parser.error(f"'{args.out}' holds no pre-training to go on with (state.pt); name another folder")
     torch.manual_seed(args.seed)
     base, tokenizer = prepare(args.out)
     base.to(args.device).train()

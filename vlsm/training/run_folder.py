@@ -115,9 +115,11 @@ def check_records(options, fingerprint):
 
 def fingerprint_records(data):
     """Return {split: 16 hex digits of its records' names and prompts}; data: {split: `CachedSplit`}."""
-    rows = {split: [[r.name, r.mask_name, r.prompts] for r in d.records] for split, d in data.items()}
-    digest = lambda value: hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()  # noqa: E731
-    return {split: digest(value) for split, value in rows.items()}
+    found = {}
+    for split, cached in data.items():
+        rows = json.dumps([[r.name, r.mask_name, r.prompts] for r in cached.records])
+        found[split] = hashlib.blake2b(rows.encode(), digest_size=8).hexdigest()
+    return found
 
 
 def delete_run(out):
