@@ -213,12 +213,8 @@ def _folder_records(root, split, split_seed):
 
 def _unit_hash(name, seed):
     """Return a number in 0..1 of a file's name alone: it keeps its split when others are added."""
-    return (
-        int.from_bytes(
-            hashlib.blake2b(f"{seed}:{name}".encode(errors="surrogateescape"), digest_size=8).digest(), "big"
-        )
-        / 2**64
-    )
+    text = f"{seed}:{name}".encode(errors="surrogateescape")  # names that are no UTF-8
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") / 2**64
 
 
 def _pairs(folder):
@@ -343,7 +339,7 @@ def export(name, folder):
     return root
 
 
-def check(dataset, data_root, split_seed, out):
+def check(dataset, data_root, split_seed, out, overwrite=False):
     """Print a data set's fingerprint and write a contact sheet. Raises as `records` does."""
     from vlsm.results import dataset_check
 
@@ -357,7 +353,8 @@ def check(dataset, data_root, split_seed, out):
     splits = {part: found for part, found in splits.items() if found}
     name = Path(dataset).name
     file = Path(out or f"{name}-check.png")
-    check_targets([file], [f for found in splits.values() for r in found for f in (r.image, r.mask)])
+    inputs = [f for found in splits.values() for r in found for f in (r.image, r.mask)]
+    check_targets([file], inputs, overwrite)
     say(dataset_check.describe(name, dataset_check.inspect_splits(splits)))
     dataset_check.contact_sheet(splits, file)
     say(f"Wrote {file}")
@@ -401,7 +398,7 @@ def main(argv=None):
         metavar="FILE.json",
         help="general descriptions of the class, a list, for prompts p7 to p9",
     )
-    add("--overwrite", action="store_true", help="of --prepare: replace files that were changed by hand")
+    add("--overwrite", action="store_true", help="replace files changed by hand, or not ours")
     add("--check", metavar="NAME|PATH", help="print a data set's fingerprint, and write a contact sheet")
     add("--split-seed", type=int, default=0, help="of the 80/10/10 split of your own folder (default 0)")
     add("--out", metavar="FILE.png", help="of --check: the contact sheet (default: NAME-check.png)")
@@ -417,7 +414,7 @@ def main(argv=None):
     elif args.prepare:
         prepare(args.prepare, args.src, args.data_root, args.anns, args.describe, args.overwrite)
     elif args.check:
-        check(args.check, args.data_root, args.split_seed, args.out)
+        check(args.check, args.data_root, args.split_seed, args.out, args.overwrite)
     elif args.list:
         for name, source in DATASETS.items():
             say(f"{name:13} {source.folder:15} {source.url}")

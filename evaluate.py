@@ -105,7 +105,10 @@ def evaluate_run(checkpoint, options):
 def check_outputs(options, records, out):
     """Refuse to write over a user's files, before anything is computed. Raises as `check_targets`."""
     inputs = [file for r in records for file in (r.image, r.mask)]
-    targets = [out / name for name in RESULT_FILES] if options.out else []
+    folders = [out]
+    if options.all_prompts:
+        folders = [out / key for key in dict.fromkeys(k for r in records for k in r.prompts)]
+    targets = [folder / name for folder in folders for name in RESULT_FILES] if options.out else []
     if options.save_masks:
         targets += [mask_target(options.save_masks, r.mask_name) for r in records]
     check_targets(targets, inputs, options.overwrite)

@@ -121,10 +121,11 @@ def _check_metadata(path, about):
 
 def read_tuned(path):
     """Return the tuned tensors of a checkpoint, or of a run's best one. Raises ValueError for NaN."""
-    tensors = load_file(locate_checkpoint(path))
+    path = locate_checkpoint(path)
+    tensors = load_file(path)
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
-        raise ValueError(f"'{locate_checkpoint(path)}': NaN or infinity in {', '.join(broken[:3])}.")
+        raise ValueError(f"'{path}': NaN or infinity in {', '.join(broken[:3])}.")
     return tensors
 
 

@@ -132,8 +132,9 @@ def _decode(job):
             pixels.append(read(getattr(record, what)))
         except FileNotFoundError:
             return i, (f"{what} without file", name)
-        except (ImageError, OSError) as error:
-            return i, (f"{what} that cannot be used ({getattr(error, 'reason', error)})", name)
+        except Exception as error:  # what no reader foresaw costs its own record alone, too
+            reason = error.reason if isinstance(error, ImageError) else type(error).__name__
+            return i, (f"{what} that cannot be used ({reason})", name)
     image, mask = pixels
     if image.shape[:2] != mask.shape:
         (h, w), (mh, mw) = image.shape[:2], mask.shape

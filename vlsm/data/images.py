@@ -55,8 +55,10 @@ def open_image(source, name=None):
             return ImageOps.exif_transpose(image)
     except FileNotFoundError:
         raise
-    except (Exception, MemoryError) as error:  # Pillow's decoders raise many types
-        if Path(str(name)).suffix.lower() in (".tif", ".tiff") and not isinstance(error, MemoryError):
+    except Exception as error:  # Pillow's decoders raise many types
+        if Path(str(name)).suffix.lower() in (".tif", ".tiff") and not isinstance(
+            error, (MemoryError, IsADirectoryError, PermissionError)
+        ):
             data = data or Path(source).read_bytes()
             if data[:2] in (b"II", b"MM"):
                 return Image.fromarray(read_tiff(data, name))
@@ -65,16 +67,18 @@ def open_image(source, name=None):
 
 def _reason(error, data, source):
     """Return in words why Pillow could not read a file."""
-    text = str(error)
-    head = data or (Path(source).read_bytes()[:64] if Path(source).is_file() else b"")
+    if isinstance(error, (IsADirectoryError, PermissionError)):
+        return error.strerror.lower()
+    text, head = str(error), data
+    if head is None:
+        with open(source, "rb") as file:
+            head = file.read(64)
     if head.startswith(LFS_POINTER):
         return "it is a pointer of git LFS, not the file itself (git lfs pull fetches it)"
     if isinstance(error, Image.DecompressionBombError):
         return f"it has more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels"
     if isinstance(error, MemoryError):
         return "it claims more pixels than memory holds"
-    if isinstance(error, (IsADirectoryError, PermissionError)):
-        return error.strerror.lower()
     if "cannot identify" in text:
         return "no picture" if head else "an empty file"
     known = re.search("truncated|broken|corrupt|incomplete|not enough|marker|decod", text)
@@ -97,7 +101,7 @@ def read_tiff(data, name):
                 raise ValueError("its strips claim more bytes than it has")
             values = np.asarray(page.asarray())
             channels_first = values.ndim == 3 and page.planarconfig == 2
-    except (Exception, MemoryError) as error:  # tifffile's and the decoders' own
+    except Exception as error:  # tifffile's and the decoders' own
         raise ImageError(name, f"truncated or damaged TIFF ({str(error)[:80]})") from error
     if values.dtype != np.uint8:
         raise ImageError(name, f"TIFF of {values.dtype}, other than 8 bits, that Pillow does not read")

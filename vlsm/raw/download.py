@@ -95,14 +95,14 @@ class Download:
             raise ValueError(
                 f"'{self.path}' holds pictures with masks in {named}. Name one of them with --src."
             )
-        for parent, (ours, theirs) in found.items():
+        for ours, theirs in found.values():
             for stem in sorted(set(ours) | set(theirs)):
                 if stem not in ours or stem not in theirs:
                     lone, what = (
                         (ours, "image without mask") if stem in ours else (theirs, "mask without image")
                     )
                     self.skip(lone[stem], what)
-                elif parent in places:
+                else:
                     yield stem, ours[stem], theirs[stem]
 
     def by_stem(self, pattern):

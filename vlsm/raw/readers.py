@@ -153,8 +153,10 @@ def _segmentations(d, name):
         found = json.loads(d.read(name))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"'{name}' is not valid JSON ({error}).") from error
-    wrong = next((k for k, v in found.items() if not isinstance(v, dict)), None) if found else None
-    if not isinstance(found, dict) or wrong is not None:
+    if not isinstance(found, dict):
+        raise ValueError(f"'{name}' should hold a dictionary of pictures.")
+    wrong = next((k for k, v in found.items() if not isinstance(v, dict)), None)
+    if wrong is not None:
         raise ValueError(f"'{name}', key '{wrong}': expected a dictionary of classes with size and counts.")
     return found
 

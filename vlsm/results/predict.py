@@ -78,7 +78,7 @@ def predict_folder(predictor, source, prompt, out, options):
     overlays = [mask.with_suffix(".overlay.png") for mask in masks]
     if not files:
         raise ValueError(f"'{root}' holds no pictures ({', '.join(EXTENSIONS)}).")
-    check_targets(masks + overlays * options.overlay, files, options.overwrite)
+    check_targets(masks + (overlays if options.overlay else []), files, options.overwrite)
     broken = []
     with ThreadPoolExecutor(4) as pool, progress(len(files), "segmenting") as bar:
         for _, batch in parallel.own_batches(chunks(list(zip(files, masks, overlays)), options.batch_size)):

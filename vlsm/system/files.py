@@ -104,7 +104,8 @@ def check_targets(targets, inputs=(), overwrite=False):
             raise FileExistsError(f"'{target}' is itself read, so it is not written to. Name another folder.")
     if overwrite:
         return
-    foreign = [t for t in targets if os.path.lexists(t) and not is_own(t)]
+    ledgers = {folder: _ledger(folder) for folder in {t.parent for t in targets}}
+    foreign = [t for t in targets if os.path.lexists(t) and not is_own(t, ledgers[t.parent])]
     if foreign:
         more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
         raise FileExistsError(
@@ -113,14 +114,15 @@ def check_targets(targets, inputs=(), overwrite=False):
         )
 
 
-def is_own(path):
-    """Tell whether a file is as this program wrote it, by the ledger in its folder."""
-    path = Path(path)
-    ledger = path.parent / LEDGER
-    if path.is_symlink() or not path.is_file() or not ledger.is_file():
-        return False
-    lines = ledger.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    return f"{_digest(path)} {path.name}" in lines
+def _ledger(folder):
+    """Return the lines of a folder's ledger."""
+    file = folder / LEDGER
+    return set(file.read_text("utf-8", "surrogateescape").splitlines()) if file.is_file() else set()
+
+
+def is_own(path, ledger):
+    """Tell whether a file is as this program wrote it, by the lines of its folder's ledger."""
+    return not path.is_symlink() and path.is_file() and f"{_digest(path)} {path.name}" in ledger
 
 
 def _digest(path):
@@ -152,10 +154,11 @@ def locked(folder, what):
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)  # the folder itself: nothing of ours is left there
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(f"Another process {what} '{folder}' at this moment.") from None
         yield
-    except BlockingIOError:
-        raise FileExistsError(f"Another process {what} '{folder}' at this moment.") from None
     finally:
         os.close(handle)
 

@@ -17,10 +17,11 @@ class Limits(NamedTuple):
 
     def admit(self, value):
         """Tell whether a number is finite and within the limits."""
-        low, high, above = (
-            other if bound is None else bound for bound, other in zip(self, (-math.inf, math.inf, -math.inf))
+        above_low = self.low is None or value >= self.low
+        below_high = self.high is None or value <= self.high
+        return (
+            math.isfinite(value) and above_low and below_high and (self.above is None or value > self.above)
         )
-        return math.isfinite(value) and low <= value <= high and value > above
 
     def __str__(self):
         if self.above is not None:
@@ -37,21 +38,16 @@ def option(default, help, limits=None, **argparse_options):
     return field(default=default, metadata=dict(help=help, limits=limits or Limits(), **argparse_options))
 
 
-def _without_numbers(kind):
-    """Return the types of an annotation without int, of which True would be one."""
-    return tuple(k for k in (get_args(kind) or (kind,)) if k is not int)
-
-
 def check_fields(options):
     """Raise ValueError, which names the option, for values of another type or beyond their limits."""
     for f in fields(options):
         value, flag = getattr(options, f.name), f"--{f.name.replace('_', '-')}"
         if not f.metadata or value is None:
             continue
-        wanted = bool if isinstance(f.default, bool) else f.type
-        fits = isinstance(value, wanted) or (isinstance(0.5, wanted) and isinstance(value, int))
-        if not fits or (isinstance(value, bool) and not isinstance(True, _without_numbers(wanted))):
-            raise ValueError(f"{flag} {value!r}: this should be {getattr(wanted, '__name__', wanted)}.")
+        kinds = get_args(f.type) or (f.type,)
+        fits = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
+        if not fits or (isinstance(value, bool) and bool not in kinds):  # True is an int, too
+            raise ValueError(f"{flag} {value!r}: this should be {getattr(f.type, '__name__', f.type)}.")
         choices = f.metadata.get("choices")
         if choices and value not in choices:
             raise ValueError(f"{flag} {value}: choose one of {', '.join(choices)}.")

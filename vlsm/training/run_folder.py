@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from vlsm.system import parallel
@@ -61,17 +61,16 @@ def _saved_options(out):
 
 @contextmanager
 def held_folder(options):
-    """Hold a run's folder while a run is written there, in the first process; see `check_folder`."""
+    """Check a run's folder in every process, and hold its lock in the first while a run is written there."""
     out = Path(options.out)
-    if parallel.rank():
-        yield
-        return
+    made = not out.exists()
+    lock = nullcontext() if parallel.rank() else locked(out, "is writing a run into")
     try:
-        with locked(out, "is writing a run into"):
+        with lock:
             check_folder(options)
             yield
     finally:
-        if out.is_dir() and not is_filled(out):  # nothing came of it
+        if made and not parallel.rank() and out.is_dir() and not is_filled(out):  # nothing came of it
             out.rmdir()
 
 
