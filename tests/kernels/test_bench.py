@@ -30,7 +30,7 @@ def test_the_papers_way_is_the_same_network(method, tmp_path):
     for model in (ours, theirs):
         model.double()
     torch.testing.assert_close(
-        ours(pixels.double(), ids), theirs(pixels.double(), ids), atol=1e-6, rtol=0
+        ours(pixels.double(), ids), theirs(pixels.double(), ids), atol=5e-6, rtol=0
     )  # its softmax is float32
     for model in (ours, theirs):
         model.float()
