@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from vlsm.model import attach_tuner, load_base
 from vlsm.networks.weights import TEXT_FILES
-from vlsm.system.console import say_once
 from vlsm.system.files import atomic_write, is_filled, write_json, write_text
 
 FORMAT = 1
@@ -21,7 +20,8 @@ METADATA = dict(
     data_root=str, split_seed=int, prompts=str, image_size=int, mean=list, std=list, recipe=dict,
 )  # fmt: skip
 REQUIRED = ("model", "weights", "fingerprint", "method", "options", "reference")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB = "hub:"  # before the name of a repository on the Hugging Face hub
+HUB_ID = re.compile(rf"{HUB}[\w.-]+/[\w.-]+")
 
 
 def save_tuned(path, model, **about):
@@ -53,28 +53,26 @@ def save_merged(folder, model):
 
 
 def locate_checkpoint(path):
-    """Return a checkpoint's file: of a run's folder the best one, of a hub repository the one there,
-    downloaded.
+    """Return a checkpoint's file: of a run's folder the best one, of "hub:owner/name" the one in that hub
+    repository, downloaded.
 
     Raises FileNotFoundError where there is none.
     """
+    if HUB_ID.fullmatch(str(path)):
+        from huggingface_hub import hf_hub_download
+
+        try:
+            return Path(hf_hub_download(str(path).removeprefix(HUB), "best.safetensors"))
+        except Exception as error:  # the hub raises a dozen unrelated types
+            raise FileNotFoundError(
+                f"The checkpoint '{path}' could not be fetched from the hub ({type(error).__name__})."
+            ) from error
     file = Path(path) / "best.safetensors" if Path(path).is_dir() else Path(path)
     if file.is_file():
         return file
-    if HUB_ID.fullmatch(str(path)) and file.suffix != ".safetensors" and not Path(path).parent.is_dir():
-        from huggingface_hub import hf_hub_download
-
-        say_once(
-            path, f"There is no '{path}' here; asking the Hugging Face hub for a repository of that name."
-        )
-        try:
-            return Path(hf_hub_download(str(path), "best.safetensors"))
-        except Exception as error:  # the hub raises a dozen unrelated types
-            raise FileNotFoundError(
-                f"There is no checkpoint '{path}' here, and none of that name could be fetched from the hub "
-                f"({type(error).__name__})."
-            ) from error
-    raise FileNotFoundError(f"There is no checkpoint '{file}'.")
+    repository = HUB_ID.fullmatch(f"{HUB}{path}") and not file.suffix
+    also = f" A repository of the hub is named {HUB}{path}." if repository else ""
+    raise FileNotFoundError(f"There is no checkpoint '{file}'.{also}")
 
 
 def read_metadata(path):

@@ -52,13 +52,15 @@ def test_there_and_back(cli, trained, hub, folder, tmp_path):
         and "What `dense` has learnt on `disks`" in card
         and str(tmp_path) not in card
     )
-    there, here = vlsm.load("someone/disks"), vlsm.load(trained)
+    there, here = vlsm.load("hub:someone/disks"), vlsm.load(trained)
     assert all(torch.equal(a, b) for a, b in zip(there.state_dict().values(), here.state_dict().values()))
     options = ["--images", folder / "images" / "d0.png", "--prompt", "disk", "--save-masks", tmp_path / "m"]
-    code, _, err = cli("evaluate", "--ckpt", "someone/disks", *options)
+    code, _, err = cli("evaluate", "--ckpt", "hub:someone/disks", *options)
     assert code == 0 and (tmp_path / "m" / "d0.png").is_file(), err
-    code, _, err = cli("evaluate", "--ckpt", "someone/else", *options)
-    assert code == 2 and "none of that name could be fetched from the hub (ConnectionError)" in err
+    code, _, err = cli("evaluate", "--ckpt", "hub:someone/else", *options)
+    assert code == 2 and "'hub:someone/else' could not be fetched from the hub (ConnectionError)" in err
+    code, _, err = cli("evaluate", "--ckpt", "typo/run", *options)  # a path, so no hub is asked
+    assert code == 2 and "no checkpoint 'typo/run'. A repository of the hub is named hub:typo/run" in err
     with pytest.raises(ValueError, match="no name of a hub repository"):
         vlsm.push_to_hub(trained, "disks")
 

@@ -80,10 +80,37 @@ def test_a_papers_figures_are_marked_and_never_in_bold(tmp_path):
     assert lines[2] == "| kvasir | DSC % | 75.00 | **81.00** ± 1.41 | 89.10 ± 0.20 |"
     assert lines[3].endswith("**50.00** ± 0.00 |  |") and lines[4].endswith("| **10.00** ± 1.41 | 5.00 |")
     assert r"dense vl 64$^\dagger$ & 3 M & 89.10" in table(RUNS, "tex", "methods", report.published(file))
-    for wrong in ("[]", "{}", '{"source": "x", "rows": [{"dataset": "a"}]}'):
-        file.write_text(wrong)
-        with pytest.raises(ValueError, match="paper.json"):
-            report.published(file)
+    del row["trained"]
+    file.write_text(json.dumps(dict(source="A paper, Table 1", rows=[row])))
+    assert table(RUNS, papers=report.published(file)).splitlines()[0].endswith("| dense vl 64 † |")
+    assert "| dense vl 64 † |  | 89.10" in table(RUNS, "md", "methods", report.published(file))
+
+
+BAD_FIGURES = {
+    "[]": "a JSON object",
+    "{}": "a source",
+    '{"source": "x", "rows": [{"dataset": "a"}]}': "row 0': 'method' should be a text, and is None",
+    '{"source": "x", "rows": [{"dataset": "a", "method": "b", "dsc": "9"}]}': "'dsc' should be a number",
+    '{"source": "x", "rows": [{"dataset": "a", "method": "b", "dsc": NaN}]}': "'dsc' should be a number",
+    '{"source": "x", "rows": [{"dataset": "a", "method": "b", "trained": []}]}': "'trained' should be",
+}
+
+
+@pytest.mark.parametrize("text", BAD_FIGURES)
+def test_figures_that_are_none_are_named(text, tmp_path):
+    (tmp_path / "paper.json").write_text(text)
+    with pytest.raises(ValueError, match="paper.json") as error:
+        report.published(tmp_path / "paper.json")
+    assert BAD_FIGURES[text] in str(error.value)
+
+
+def test_the_papers_figures_are_at_hand():
+    cells, trained, source = report.published("vlsm-adapter")
+    assert cells["kvasir", "dense vl 64 †", "dsc"].mean == 89.1 and "Table 1" in source
+    assert trained["dense vl 64 †"] == 3_000_000 and len(cells) == 120
+    assert report.published("tunevlseg")[1]["coop †"] is None
+    with pytest.raises(FileNotFoundError, match="'vlsm-adaptor'.*tunevlseg, .*vlsm-adapter"):
+        report.published("vlsm-adaptor")
 
 
 def test_runs_of_other_recipes_are_told_apart():

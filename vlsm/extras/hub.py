@@ -1,11 +1,11 @@
-"""Checkpoints on the Hugging Face hub: `vlsm.push_to_hub(run, "owner/name")`, and `vlsm.load("owner/name")`
-to have one back.
+"""Checkpoints on the Hugging Face hub: `vlsm.push_to_hub(run, "owner/name")`, and
+`vlsm.load("hub:owner/name")` to have one back.
 """
 
 import tempfile
 from pathlib import Path
 
-from vlsm.checkpoint import HUB_ID, locate_checkpoint, read_metadata
+from vlsm.checkpoint import HUB, HUB_ID, locate_checkpoint, read_metadata
 
 FILE = "best.safetensors"
 CARD = """---
@@ -16,8 +16,8 @@ tags: [image-segmentation, medical]
 What `{method}` has learnt on `{dataset}` (best validation DSC {score}), for the frozen base `{weights}`
 ({model}): a checkpoint of the project vlsm, {size:.1f} MB. The base is not in it.
 
-    model = vlsm.load("{repo}")
-    python evaluate.py --ckpt {repo} --images DIR --prompt "..." --save-masks OUT
+    model = vlsm.load("hub:{repo}")
+    python evaluate.py --ckpt hub:{repo} --images DIR --prompt "..." --save-masks OUT
 
 Options: `{options}`. Pictures of {image_size} x {image_size} pixels; prompts: {prompts}. Research software,
 not a medical device.
@@ -32,7 +32,7 @@ def push_to_hub(run, repo, private=True, token=None):
     the folder of the data; look at them first with `vlsm.checkpoint.read_metadata`). Raises ValueError for a
     name that cannot be one.
     """
-    if not HUB_ID.fullmatch(repo):
+    if not HUB_ID.fullmatch(HUB + repo):
         raise ValueError(f"'{repo}' is no name of a hub repository; give one of the form 'owner/name'.")
     from huggingface_hub import HfApi
 

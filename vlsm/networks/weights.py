@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from vlsm.system.console import say_once
+
 RANDOM = "random:"
 MINI = Path(__file__).parents[1] / "mini"  # the embedded CLIPSeg
 TEXT_FILES = [
@@ -85,6 +87,8 @@ def _locate_folder(weights):
 
 def _download(name):
     from huggingface_hub import snapshot_download
+
+    say_once(name, f"The base's weights are '{name}' on the Hugging Face hub, which is asked for them.")
 
     try:
         folder = Path(snapshot_download(name, allow_patterns=TEXT_FILES + ["model.safetensors"]))

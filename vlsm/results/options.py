@@ -58,7 +58,10 @@ class OutputOptions:
         choices=["datasets", "methods"],
     )
     published: str | None = option(
-        None, "a paper's figures beside ours; see vlsm/results/report.py", metavar="FILE.json"
+        None,
+        "a paper's figures beside ours: vlsm-adapter, tunevlseg or another of vlsm/results/published, or a "
+        "file like them",
+        metavar="NAME",
     )
     save_masks: str | None = option(
         None,

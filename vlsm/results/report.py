@@ -10,8 +10,9 @@ from vlsm.checkpoint import read_metadata
 from vlsm.results.scores import METRICS
 from vlsm.system import plots
 from vlsm.system.console import say
-from vlsm.system.files import csv_text, owned_write, read_json
+from vlsm.system.files import csv_text, field, owned_write, read_json
 
+PUBLISHED = Path(__file__).parent / "published"
 CHARTS = ("dsc.png", "parameters.png")
 THEIRS = " †"  # behind the method's name where a figure is a paper's
 NETWORK_LABELS = {"clipseg": "", "cris": "CRIS ", "san": "SAN "}
@@ -66,10 +67,13 @@ def collect(root, split="test"):
         if "trained" not in metrics:  # of an older evaluate.py
             outdated += 1
             continue
-        scores = {name: metrics[name]["mean"] for name in METRICS}
+        scores = {name: _mean(file, metrics, name) for name in METRICS}
         recipe = dict(about["recipe"], weights=about["weights"], image_size=about["image_size"])
-        seed, name = recipe.pop("seed"), Path(metrics["dataset"]).name
-        found.append(Run(folder, name, label_of(about), json.dumps(recipe), seed, metrics["trained"], scores))
+        seed = field(folder / "best.safetensors", recipe, "seed", kind=int, words="a whole number")
+        del recipe["seed"]
+        name = Path(field(file, metrics, "dataset", kind=str, words="a name")).name
+        trained = field(file, metrics, "trained", kind=int, words="a whole number")
+        found.append(Run(folder, name, label_of(about), json.dumps(recipe), seed, trained, scores))
     if outdated:
         say(
             f"{outdated} evaluations were written by an older version and are left out; evaluate these runs "
@@ -81,6 +85,12 @@ def collect(root, split="test"):
             "evaluate.py --ckpt RUN."
         )
     return _tell_apart(found)
+
+
+def _mean(file, metrics, name):
+    """Return a metric's mean in a metrics.json, None where it is not defined. Raises ValueError."""
+    of = field(file, metrics, name, kind=dict, words="a summary")
+    return None if of.get("mean") is None else field(file, metrics, name, "mean")
 
 
 def _tell_apart(runs):
@@ -117,30 +127,37 @@ def tabulate(runs):
 
 
 def short_count(n):
-    """Return a number of parameters for people: 20.0 k, 2.97 M."""
+    """Return a number of parameters for people: 20.0 k, 2.97 M; of an unknown one (None) nothing."""
+    if n is None:
+        return ""
     return str(n) if n < 1000 else f"{n / 1e3:.3g} k" if n < 1e6 else f"{n / 1e6:.3g} M"
 
 
-def published(file):
-    """Return the cells, the methods' trained parameters and the source of a JSON file with a paper's figures.
+def published(name):
+    """Return the cells, the methods' trained parameters and the source of a paper's figures.
 
+    name: one of those in vlsm/results/published/ ("vlsm-adapter"), or a JSON file:
     {"source": "...", "rows": [{"dataset": "kvasir", "method": "dense vl 64", "trained": 2974464, "dsc": ...,
     "dsc_std": ..., "iou": ..., "hd95": ...}, ...]}; DSC and IoU in per cent, what is not known left out.
-    Raises ValueError for a file of another kind.
+    Raises FileNotFoundError where there is none, ValueError for a file of another kind.
     """
+    own = {file.stem: file for file in sorted(PUBLISHED.glob("*.json"))}
+    file = own.get(str(name), Path(name))
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no file '{file}' with figures. The papers' are {', '.join(own)}.")
     cells, trained, found = {}, {}, read_json(file)
+    keys = {"trained", *METRICS, *(f"{metric}_std" for metric in METRICS)}
     if not isinstance(found.get("source"), str) or not isinstance(found.get("rows"), list):
         raise ValueError(f"'{file}' should hold a source (a text) and rows (a list).")
     for i, row in enumerate(found["rows"]):
-        if not isinstance(row, dict) or not all(
-            isinstance(row.get(key), str) for key in ("dataset", "method")
-        ):
-            raise ValueError(f"'{file}', row {i}: dataset and method are texts, and one of them is missing.")
-        label = row["method"] + THEIRS
-        trained[label] = int(row.get("trained", 0))
+        where = f"{file}, row {i}"
+        dataset, method = (field(where, row, key, kind=str, words="a text") for key in ("dataset", "method"))
+        label = method + THEIRS
+        known = {key: field(where, row, key) for key in row if key in keys and row[key] is not None}
+        trained[label] = known.get("trained", trained.get(label))
         for metric in METRICS:
-            if row.get(metric) is not None:
-                cells[row["dataset"], label, metric] = Cell(float(row[metric]), row.get(f"{metric}_std"), 1)
+            if metric in known:
+                cells[dataset, label, metric] = Cell(known[metric], known.get(f"{metric}_std"), 1)
     return cells, trained, found["source"]
 
 
@@ -159,7 +176,7 @@ def table(runs, kind="md", layout="datasets", papers=None):
             best[name, metric] = better(present, default=None)
     if papers:
         cells, trained = {**cells, **papers[0]}, {**trained, **papers[1]}
-        labels = sorted(trained, key=lambda k: (trained[k], k))
+        labels = sorted(trained, key=lambda k: (trained[k] is None, trained[k], k))
 
     def show(name, label, metric):
         ours = None if label.endswith(THEIRS) else best[name, metric]
@@ -170,7 +187,8 @@ def table(runs, kind="md", layout="datasets", papers=None):
         rows = [["method", "trained", *(f"{name} {METRICS[metric][0]}" for name, metric in columns)]]
         rows += [[n, short_count(trained[n]), *(show(name, n, m) for name, m in columns)] for n in labels]
     else:
-        rows = [["data set", "metric", *(f"{label} ({short_count(trained[label])})" for label in labels)]]
+        counts = {label: f" ({short_count(n)})" if n is not None else "" for label, n in trained.items()}
+        rows = [["data set", "metric", *(f"{label}{counts[label]}" for label in labels)]]
         pairs = [(name, metric) for name in names for metric in METRICS]
         rows += [[name, METRICS[m][0], *(show(name, label, m) for label in labels)] for name, m in pairs]
     note = f"\n{THEIRS.strip()} {papers[2]}\n" if papers and kind == "md" else ""

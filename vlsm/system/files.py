@@ -8,6 +8,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -199,6 +200,19 @@ def read_json(path, kind=dict, words="a JSON object"):
         ) from error
     if not isinstance(value, kind):
         raise ValueError(f"'{path}' should hold {words}, and holds a {type(value).__name__}.")
+    return value
+
+
+def field(source, value, *keys, kind=(int, float), words="a number"):
+    """Return what stands under nested keys of a value that was read from `source`.
+
+    Raises ValueError, naming source and keys, where it is missing, of another type or not finite.
+    """
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    unsuited = not isinstance(value, kind) or isinstance(value, bool) and kind is not bool
+    if unsuited or isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"'{source}': '{'.'.join(keys)}' should be {words}, and is {value!r}.")
     return value
 
 
