@@ -10,18 +10,16 @@ needs images/ and masks/ only, or train/ val/ test/ with these inside.
 import argparse
 import hashlib
 import random
-import re
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from vlsm.data.images import image_files
 from vlsm.data.prompts import choose_prompt, class_word
-from vlsm.data.records import DataError, Record
+from vlsm.data.records import DataError, Record, read_annotations
 from vlsm.system.console import friendly_errors, say
-from vlsm.system.files import check_targets, is_filled, leaves_folder, read_json, write_json
+from vlsm.system.files import check_targets, is_filled, write_json
 
-PROMPT_KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
 SPLITS = ("train", "val", "test")
 SPLIT_FOLDERS = {
     "train": ("train", "training"),
@@ -160,31 +158,11 @@ def _annotated_records(root, split, source):
     below = (source.subfolders or {}).get(split, "")
     images, masks = ImageFolder(root / "images" / below), ImageFolder(root / "masks" / below)
     found = []
-    for i, entry in enumerate(read_json(path, list, "a list of records")):
-        _check_entry(entry, f"'{path}', record {i}")
+    for entry in read_annotations(path):
         image, mask, prompts = entry["img_name"], entry["mask_name"], entry["prompts"]
         word = source.word or class_word(prompts)
         found.append(Record(image, mask, images.find(image), masks.find(mask), prompts, word))
     return found
-
-
-def _check_entry(entry, where):
-    """Raise ValueError unless an annotation file's entry is a record."""
-    for key, kind in (("img_name", str), ("mask_name", str), ("prompts", dict)):
-        if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
-            expected = "text" if kind is str else "object"
-            raise ValueError(f"{where}: the key '{key}' is missing or is no {expected}.")
-    for name in (entry["img_name"], entry["mask_name"]):
-        if leaves_folder(name):
-            raise ValueError(
-                f"{where}: the file name '{name}' leaves the data set's folder; that is refused."
-            )
-    for key, value in entry["prompts"].items():
-        if not PROMPT_KEY.fullmatch(key):  # --all-prompts makes a folder of it
-            raise ValueError(f"{where}: the prompt's key '{key}' should be letters, digits, - and _ alone.")
-        texts = [value] if isinstance(value, str) else value
-        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
-            raise ValueError(f"{where}: prompt '{key}' is neither a text nor a list of texts.")
 
 
 def _folder_records(root, split, split_seed):

@@ -7,7 +7,6 @@ import io
 import json
 import random
 import shutil
-import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path, PurePosixPath
 
@@ -16,10 +15,18 @@ from PIL import Image
 
 from vlsm.data.describe import describe
 from vlsm.data.images import mask_image, read_image
+from vlsm.data.records import read_annotations
 from vlsm.raw.download import Download
 from vlsm.raw.readers import READERS
 from vlsm.system.console import progress, say
-from vlsm.system.files import check_targets, leaves_folder, owned_write, read_json
+from vlsm.system.files import (
+    check_targets,
+    leaves_folder,
+    owned_write,
+    read_json,
+    sweep_temporary,
+    temporary_beside,
+)
 
 # Records that MedVLSM has for train, val, test: the shares in which ours are split, where the publisher
 # leaves that open.
@@ -47,7 +54,9 @@ class Writer:
 
     def __enter__(self):
         self.root.parent.mkdir(parents=True, exist_ok=True)
-        self.stage = Path(tempfile.mkdtemp(prefix=".vlsm-preparing-", dir=self.root.parent))
+        sweep_temporary(self.root.parent)  # of a preparation that was killed
+        self.stage = temporary_beside(self.root.resolve())
+        self.stage.mkdir()
         return self
 
     def __exit__(self, *_):
@@ -210,7 +219,7 @@ def published(folder, writer, entries):
     for part in ("train", "val", "test"):
         file = Path(folder) / f"{part}.json"
         if file.is_file():
-            found[part] = read_json(file, list, "a list of records")
+            found[part] = read_annotations(file)
             for record in found[part]:
                 pair = [PurePosixPath(record[key]).with_suffix("") for key in ("img_name", "mask_name")]
                 missing += [record["mask_name"]] if pair[0] not in images or pair[1] not in masks else []

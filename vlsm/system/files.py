@@ -30,8 +30,7 @@ def atomic_write(path):
     Raises OSError that names `path`.
     """
     path = Path(path)
-    short = hashlib.blake2b(os.fsencode(path.name), digest_size=6).hexdigest()
-    temporary = path.with_name(f".vlsm-{HOST}-{os.getpid()}-{short}.tmp")
+    temporary = temporary_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
@@ -53,12 +52,18 @@ def atomic_write(path):
         temporary.unlink(missing_ok=True)
 
 
+def temporary_beside(path):
+    """Return a path beside `path` whose name says which process of which machine it belongs to."""
+    short = hashlib.blake2b(os.fsencode(path.name), digest_size=6).hexdigest()
+    return path.with_name(f".vlsm-{HOST}-{os.getpid()}-{short}.tmp")
+
+
 def sweep_temporary(folder):
-    """Remove the temporary files in a folder whose processes, of this machine, are gone."""
-    for file in Path(folder).glob(".vlsm-*.tmp"):
-        owner = TEMPORARY.fullmatch(file.name)
+    """Remove the temporary files and folders in a folder whose processes, of this machine, are gone."""
+    for path in Path(folder).glob(".vlsm-*.tmp"):
+        owner = TEMPORARY.fullmatch(path.name)
         if owner and not _is_alive(int(owner[1])):
-            file.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _is_alive(pid):
