@@ -158,6 +158,7 @@ def train(options, after_epoch=None):
             f"--batch-size {options.batch_size} is the whole batch, and there are {parallel.world_size()} "
             "processes to share it."
         )
+    datasets.available_splits(options.dataset, options.data_root, options.split_seed)  # is it there?
     torch.manual_seed(options.seed)
     model = build_model(options)
     about = describe_run(options, model)

@@ -173,7 +173,9 @@ def test_hub_that_cannot_be_reached_says_what_to_do(cli, tmp_path, monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    code, _, err = cli("train", "--dataset", "kvasir", "--out", tmp_path / "r")
+    code, _, err = cli(
+        "train", "--dataset", "demo", "--weights", "CIDAS/clipseg-rd64-refined", "--out", tmp_path / "r"
+    )
     assert (
         code == 2
         and "hf download CIDAS/clipseg-rd64-refined --local-dir DIR" in err

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,9 @@ from vlsm.checkpoint import load, read_tuned
 from vlsm.data.describe import components, describe
 from vlsm.data.images import ImageError, image_files, read_image, read_mask
 from vlsm.networks.clipseg import CLIPSegConfig
+from vlsm.networks.tokenizer import Tokenizer
+from vlsm.networks.weights import MINI
+from vlsm.results.scores import score_folders, summarise, write_results
 from vlsm.system import files
 from vlsm.system.console import friendly_errors
 from vlsm.training.run_folder import delete_run
@@ -271,7 +275,8 @@ def test_prompt_keys_are_no_paths(tmp_path):
 # Processes and disks
 
 
-def test_workers_end_with_their_parent(tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+def test_workers_end_with_their_parent(how, tmp_path):
     code = (
         "import multiprocessing, time\n"
         "from concurrent.futures import ProcessPoolExecutor\n"
@@ -285,7 +290,7 @@ def test_workers_end_with_their_parent(tmp_path):
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     workers = [int(pid) for pid in parent.stdout.readline().split()]
     assert len(workers) == 2
-    parent.send_signal(signal.SIGKILL)
+    parent.send_signal(how)
     parent.wait()
     for _ in range(100):
         left = [w for w in workers if Path(f"/proc/{w}").exists() and _state(w) != "Z"]
@@ -353,6 +358,53 @@ def test_the_systems_errors_are_sentences(make, said, tmp_path, capsys):
     with pytest.raises(SystemExit) as left, friendly_errors():
         make(tmp_path)
     assert left.value.code == 2 and said in capsys.readouterr().err.lower()
+
+
+def test_a_file_system_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "ro").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m,ro", "tmpfs", str(tmp_path / "ro")]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        with pytest.raises(SystemExit), friendly_errors():
+            files.write_json(tmp_path / "ro" / "x.json", {}, files.atomic_write)
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path / "ro")], check=True)
+    assert "cannot be written; name another folder" in (err := capsys.readouterr().err) and "ro/x.json" in err
+
+
+def test_a_pipe_that_closes_and_an_ascii_terminal(tmp_path):
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    listing = subprocess.Popen(
+        [sys.executable, "datasets.py", "--list"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=env,
+    )
+    listing.stdout.close()
+    assert listing.stderr.read() == b"" and listing.wait() in (0, 141)
+    name = os.fsdecode("nö\udcff".encode("utf-8", "surrogateescape"))
+    done = subprocess.run(
+        [sys.executable, "datasets.py", "--check", str(tmp_path / name)],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+    )
+    assert done.returncode == 2 and b"nor the path of a folder" in done.stderr and done.stderr.isascii()
+
+
+def test_file_names_that_are_no_text(tmp_path, capsys):
+    odd = os.fsdecode(b"p\xff.png")
+    for folder in ("pred", "target"):
+        (tmp_path / folder).mkdir()
+        MASKS["0 and 255"].save(tmp_path / folder / odd, format="PNG")
+    scores = score_folders(tmp_path / "pred", tmp_path / "target")
+    assert scores[0]["dsc"] == 1
+    write_results(tmp_path, scores, summarise(scores), {})
+    assert "p\\udcff.png" in (tmp_path / "metrics.csv").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="no text in UTF-8"):
+        Tokenizer(MINI).encode("p\udcff")
 
 
 @pytest.mark.parametrize("first", ["vlsm", "transformers"])

@@ -57,7 +57,9 @@ class Tokenizer:
         self.warned = False  # about a prompt that is too long
 
     def encode(self, prompt):
-        """Return the token ids of one prompt, start and end included."""
+        """Return the token ids of one prompt, start and end included. Raises ValueError for no UTF-8."""
+        if not prompt.isascii() and prompt != prompt.encode("utf-8", "ignore").decode():
+            raise ValueError(f"The prompt {ascii(prompt)} is no text in UTF-8.")
         ids = self.fast.encode(prompt, add_special_tokens=False).ids
         if len(ids) > self.limit - 2:
             if not self.warned:

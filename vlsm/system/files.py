@@ -41,7 +41,7 @@ def atomic_write(path):
         os.chmod(temporary, mode)
         os.replace(temporary, path)
     except OSError as error:
-        if error.filename == str(temporary):
+        if str(error.filename) == str(temporary):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     except Exception as error:  # safetensors' and torch's writers have errors of their own
@@ -49,7 +49,8 @@ def atomic_write(path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():  # unlink of a missing file fails on a file system that cannot be written
+            temporary.unlink()
 
 
 def temporary_beside(path):
