@@ -33,13 +33,14 @@ class Source:
     """A data set in MedVLSM's layout.
 
     word: its class in words, None where each record's p1 names it. subfolders: split -> folder below images/
-    and masks/.
+    and masks/. group: a pattern that finds, in an image's name, the patient.
     """
 
     folder: str
     url: str
     word: str | None = None
     subfolders: dict | None = None
+    group: str | None = None
 
 
 DATASETS = {
@@ -52,9 +53,12 @@ DATASETS = {
         "camus",
         "https://www.creatis.insa-lyon.fr/Challenge/camus",
         subfolders=dict(train="train", val="train", test="test"),
+        group=r"patient\d+",
     ),
     "busi": Source("busi", "https://scholar.cu.edu.eg/?q=afahmy/pages/dataset", "tumor"),
-    "chexlocalize": Source("chexlocalize", "https://stanfordaimi.azurewebsites.net/datasets"),
+    "chexlocalize": Source(
+        "chexlocalize", "https://stanfordaimi.azurewebsites.net/datasets", group=r"patient\d+"
+    ),
     "cvc300": Source("cvc300_polyp", "https://github.com/DengPingFan/PraNet", "polyp"),
     "colondb": Source("colondb_polyp", "https://github.com/DengPingFan/PraNet", "polyp"),
     "etis": Source("etis_polyp", "https://github.com/DengPingFan/PraNet", "polyp"),

@@ -5,100 +5,103 @@ DSC, IoU and HD95 are computed at each mask's original size; vlsm/metrics.py def
 """
 
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import datasets
 from vlsm.checkpoint import load, read_metadata, save_merged
-from vlsm.data.cache import chunks, prefetch
-from vlsm.data.images import read_image, read_mask
 from vlsm.data.prompts import choose_prompt
-from vlsm.results import figures, report
+from vlsm.results import audit, report, risk, transfer
+from vlsm.results.evaluation import evaluate
+from vlsm.results.figures import draw_cases
+from vlsm.results.gallery import page_files, write_gallery
+from vlsm.results.intervals import DRAWS
 from vlsm.results.options import parse_options
-from vlsm.results.predict import Predictor, mask_at_size, mask_target, predict_folder, save_png
-from vlsm.results.scores import METRICS, describe, score, score_folders, signed_rank, summarise, write_results
+from vlsm.results.predict import Ensemble, Predictor, mask_target, predict_folder
+from vlsm.results.scores import METRICS, describe, difference, score_folders, summarise, write_results
 from vlsm.system import parallel
-from vlsm.system.console import friendly_errors, progress, say
-from vlsm.system.files import check_targets, owned_write, write_json, write_text
-
-RESULT_FILES = ("metrics.csv", "metrics.json", "figure.png")
+from vlsm.system.console import friendly_errors, say
+from vlsm.system.files import check_targets, write_json, write_text
 
 
-def evaluate(predictor, data, prompts, seed, options, masks_dir=None):
-    """Return the scores of a split's records (dictionaries, with the prompt), and the packed masks for
-    --figure.
-
-    masks_dir: folder to write the predicted masks to. Several processes share the records and return all.
+def open_split(options, predictor, dataset, prompts, split=None):
+    """Return a split's `CachedSplit` and a prompt for each record, as the run was trained unless options say
+    otherwise.
     """
-    scores, kept, records = [], [], data.records
-    own = [batch for _, batch in parallel.own_batches(chunks(range(len(data)), options.batch_size))]
-    with ThreadPoolExecutor(4) as pool, progress(len(data), "evaluating") as bar:
-
-        def read(batch):  # original masks, while the network works on the batch before
-            return list(pool.map(lambda i: torch.from_numpy(read_mask(records[i].mask)), batch))
-
-        for batch, masks in prefetch(read, data.equalise_batches(own)):
-            images = data.batch(list(batch))[0]
-            if not batch:  # of a sharded split: other processes want images
-                continue
-            texts = [choose_prompt(records[i], prompts, seed, i) for i in batch]
-            logits = predictor.logits(images, texts)
-            truths = [mask.to(predictor.device) for mask in masks]
-            predicted = [mask_at_size(z, t.shape, options.upsample) for z, t in zip(logits, truths)]
-            for i, text, row, mask in zip(batch, texts, score(list(zip(predicted, truths))), predicted):
-                scores.append(dict(image=records[i].name, mask=records[i].mask_name, prompt=text, **row))
-                kept.append(np.packbits(mask.cpu().numpy()) if options.figure else None)
-                if masks_dir:
-                    save_png(mask, mask_target(masks_dir, records[i].mask_name))
-            bar.update(len(batch))
-    if parallel.world_size() > 1:
-        found = parallel.gather_sorted(list(zip([i for batch in own for i in batch], scores, kept)))
-        scores, kept = [row for _, row, _ in found], [mask for *_, mask in found]
-    return scores, kept
-
-
-def open_split(options, predictor, dataset, prompts):
-    """Return the split that is evaluated, as the run was trained on it unless options say otherwise."""
-    about, split = predictor.about, options.split
+    about, split = predictor.about, split or options.split
     root = options.data_root or about["data_root"]
     data = datasets.open_dataset(
         dataset, [split], predictor.size, root, options.cache_dir, about["split_seed"], prompts,
         shard=options.shard_cache,
-    )  # fmt: skip
-    return data[split]
+    )[split]  # fmt: skip
+    seed = about["recipe"]["seed"] if options.seed is None else options.seed
+    return data, [choose_prompt(record, prompts, seed, i) for i, record in enumerate(data.records)]
 
 
-def evaluate_run(checkpoint, options):
-    """Evaluate one run: write and print the results; its summary, or with --all-prompts that of each key."""
-    predictor = Predictor(checkpoint, options, options.weights)
+def group_pattern(options, dataset):
+    """Return the pattern of what intervals draw as one, and that in words."""
+    source = datasets.DATASETS.get(dataset)
+    pattern = options.group or (source.group if source else None)
+    return pattern, f"what '{pattern}' finds in an image's name" if pattern else "image"
+
+
+def output_folder(checkpoint, options, about, dataset):
+    """Return where an evaluation is written: --out, or eval-SPLIT in the run's folder, which says what is not
+    plain: another data set, --mirror, --ensemble.
+    """
+    if options.out:
+        return Path(options.out)
+    run = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent
+    elsewhere = [] if dataset == about["dataset"] else [Path(dataset).name]
+    how = [name for name in ("mirror", "ensemble") if getattr(options, name)]
+    return run / "-".join(["eval", options.split, *elsewhere, *how])
+
+
+def evaluate_run(checkpoint, options, members=()):
+    """Evaluate one run, or several `members` as one: write and print the results.
+
+    Returns its summary, or with --all-prompts that of each key.
+    """
+    predictor = (Ensemble(members, options, options.weights) if members
+                 else Predictor(checkpoint, options, options.weights))  # fmt: skip
     about = predictor.about
     dataset, prompts = options.dataset or about["dataset"], options.prompts or about["prompts"]
-    seed = about["recipe"]["seed"] if options.seed is None else options.seed
-    run = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent
-    out = Path(options.out) if options.out else run / f"eval-{options.split}"
-    data = open_split(options, predictor, dataset, prompts)
+    out = output_folder(checkpoint, options, about, dataset)
+    data, texts = open_split(options, predictor, dataset, prompts)
     check_outputs(options, data.records, out)
-    trained, total = predictor.model.count_parameters()
+    trained, total = predictor.count_parameters()
+    seed = about["recipe"]["seed"] if options.seed is None else options.seed
     what = dict(
         ckpt=str(checkpoint), dataset=dataset, split=options.split, upsample=options.upsample, seed=seed,
-        weights=about["weights"], method=about["method"], trained=trained, total=total,
+        weights=about["weights"], method=about["method"], trained=trained, total=total, mirror=options.mirror,
+        ensemble=[str(member) for member in members], nsd_tolerance=options.nsd_tolerance,
     )  # fmt: skip
     if options.all_prompts:
         return evaluate_all_prompts(predictor, data, seed, options, out, what)
-    scores, kept = evaluate(predictor, data, prompts, seed, options, options.save_masks)
-    summary = summarise(scores)
-    if parallel.rank():
-        return summary
-    write_results(out, scores, summary, dict(prompts=prompts, **what))
-    if options.figure:
-        draw_cases(data.records, scores, [kept], options.figure, out / "figure.png")
-    say(f"{dataset} {options.split}, {len(scores)} records, prompts: {prompts}\n{describe(summary)}")
-    say(f"Wrote {out / 'metrics.csv'} and metrics.json" + (", figure.png" if options.figure else ""))
+    pattern, words = group_pattern(options, dataset)
+    keep = bool(options.figure or options.gallery)
+    scores, kept = evaluate(predictor, data, texts, options, pattern, keep, write=True)
+    summary = dict(summarise(scores, words), nsd_tolerance=options.nsd_tolerance)
+    if not parallel.rank():
+        write_results(out, scores, summary, dict(prompts=prompts, **what))
+        say(f"{dataset} {options.split}, {len(scores)} records, prompts: {prompts}\n{describe(summary)}")
+        drawn = draw_cases(data.records, scores, [kept], options, out) if options.figure else []
+        drawn += draw_gallery(data.records, {run_name(checkpoint): (scores, kept)}, options, out, dataset)
+        say(f"Wrote {', '.join(map(str, [out / 'metrics.csv', 'metrics.json', *drawn]))}")
+    if options.audit_prompts:
+        found = audit.audit(predictor, data, texts, options, seed, pattern)
+        if not parallel.rank():
+            audit.write(found, out, options.figure_format)
+    if options.risk:
+        held_back = open_split(options, predictor, dataset, prompts, "val")
+        splits = (held_back[0], data), (held_back[1], texts)
+        found = risk.control(predictor, *splits[0], splits[1], options, options.risk[1], pattern)
+        if not parallel.rank():
+            write_json(out / "risk.json", found)
+            say(risk.describe(found))
     return summary
 
 
@@ -108,9 +111,14 @@ def check_outputs(options, records, out):
     folders = [out]
     if options.all_prompts:
         folders = [out / key for key in dict.fromkeys(k for r in records for k in r.prompts)]
-    targets = [folder / name for folder in folders for name in RESULT_FILES] if options.out else []
-    if options.save_masks:
-        targets += [mask_target(options.save_masks, r.mask_name) for r in records]
+    names = ["metrics.csv", "metrics.json", f"figure.{options.figure_format}"]
+    names += audit.files(options.figure_format) if options.audit_prompts else []
+    names += ["risk.json"] if options.risk else []
+    targets = [folder / name for folder in folders for name in names] if options.out else []
+    for folder in filter(None, (options.save_masks, options.save_probabilities)):
+        targets += [mask_target(folder, r.mask_name) for r in records]
+    if options.gallery and options.out:
+        targets += page_files(out / "gallery", len(records))
     check_targets(targets, inputs, options.overwrite)
 
 
@@ -119,10 +127,11 @@ def evaluate_all_prompts(predictor, data, seed, options, out, what):
     keys = list(dict.fromkeys(k for r in data.records for k in r.prompts))
     if not keys:
         raise ValueError(f"--all-prompts: the records of '{what['dataset']}' came without prompts.")
-    summaries = {}
+    summaries, (pattern, words) = {}, group_pattern(options, what["dataset"])
     for key in keys:
-        scores, _ = evaluate(predictor, data, key, seed, options)
-        summaries[key] = summarise(scores)
+        texts = [choose_prompt(record, key, seed, i) for i, record in enumerate(data.records)]
+        scores, _ = evaluate(predictor, data, texts, options, pattern)
+        summaries[key] = summarise(scores, words)
         if not parallel.rank():
             write_results(out / key, scores, summaries[key], dict(prompts=key, **what))
     say(f"{'prompt':8}{'DSC %':>8}{'IoU %':>8}{'HD95 px':>9}   an example")
@@ -154,61 +163,49 @@ def evaluate_runs(runs, options):
                 say(f"{key}{title:8} {np.mean(means):7.2f} +- {spread:.2f} over {len(means)} runs")
 
 
-def draw_cases(records, scores, masks, rows, path, names=("prediction",)):
-    """Write a sheet of the best, median and worst cases by DSC, in equal parts.
-
-    masks: for each of `names` the packed masks of all records.
-    """
-    order = sorted(range(len(scores)), key=lambda i: -scores[i]["dsc"])
-    rows = min(rows, len(order))
-    best, worst, median = (rows // 3 + (k < rows % 3) for k in range(3))
-    middle = max(best, (len(order) - median) // 2)
-    chosen = [(i, "best") for i in order[:best]] + [(i, "median") for i in order[middle : middle + median]]
-    chosen += [(i, "worst") for i in order[len(order) - worst :]]
-    page = []
-    for i, kind in chosen:
-        image, truth = read_image(records[i].image), read_mask(records[i].mask)
-        predicted = [np.unpackbits(m[i], count=truth.size).reshape(truth.shape).astype(bool) for m in masks]
-        caption = f"{kind}: DSC {100 * scores[i]['dsc']:.1f}   {scores[i]['image']}"
-        page.append((image, truth, predicted, scores[i]["prompt"], caption))
-    with owned_write(path) as temporary:
-        figures.sheet(page, temporary, names)
+def draw_gallery(records, runs, options, out, dataset):
+    """Write the page of all records where --gallery asks for it; returns what to say of it, a list."""
+    if not options.gallery:
+        return []
+    write_gallery(out / "gallery", records, runs, f"{' and '.join(runs)} on {dataset} {options.split}")
+    return [out / "gallery" / "index.html"]
 
 
 def compare(options):
-    """Evaluate several checkpoints on the same records: Wilcoxon's test of each pair's DSC, and a sheet.
+    """Evaluate several checkpoints on the same records: intervals and Wilcoxon's test of each pair's DSC, and
+    a sheet.
 
     Each has its own run's prompts unless --prompts says otherwise. The sheet shows the first one's best,
     median and worst cases.
     """
     if len(options.compare) < 2:
         raise ValueError("--compare wants two checkpoints or more.")
-    out = Path(options.out or "compare.png")
-    check_targets([out], overwrite=options.overwrite)
+    out = Path(options.out or f"compare.{options.figure_format}")
     options = replace(options, figure=options.figure or 6)
     names = [run_name(path) for path in options.compare]
     if len(set(names)) < len(names):  # runs of --seeds
         names = [f"{Path(path).absolute().parent.name}/{n}" for path, n in zip(options.compare, names)]
-    first = read_metadata(options.compare[0])
-    dataset = options.dataset or first["dataset"]
-    seed = first["recipe"]["seed"] if options.seed is None else options.seed
-    found = []
+    dataset, found = options.dataset or read_metadata(options.compare[0])["dataset"], []
+    check_targets([out], overwrite=options.overwrite)
+    pattern, words = group_pattern(options, dataset)
     for name, path in zip(names, options.compare):
         predictor = Predictor(path, options, options.weights)
         prompts = options.prompts or predictor.about["prompts"]
-        data = open_split(options, predictor, dataset, prompts)
-        found.append(evaluate(predictor, data, prompts, seed, options))
-        d = np.array([s["dsc"] for s in found[-1][0]])
-        mean = f"DSC {100 * d.mean():.2f} +- {100 * d.std(ddof=1):.2f} %"
-        say(f"{name:30} {mean} over {len(d)} records, prompts: {prompts}")
+        data, texts = open_split(options, predictor, dataset, prompts)
+        found.append(evaluate(predictor, data, texts, options, pattern, keep=True))
+        d = summarise(found[-1][0])["dsc"]
+        ends = f"[{100 * d['ci95'][0]:.2f}, {100 * d['ci95'][1]:.2f}]" if d["ci95"] else ""
+        say(f"{name:30} DSC {100 * d['mean']:.2f} {ends} % over {d['n']} records, prompts: {prompts}")
     for i, j in combinations(range(len(found)), 2):
-        a, b = ([s["dsc"] for s in found[k][0]] for k in (i, j))
-        p, n = signed_rank(a, b)
-        difference = f"{100 * (np.mean(a) - np.mean(b)):+.2f} points"
-        say(f"{names[i]} - {names[j]}: {difference}, p = {p:.2g} (signed ranks of {n} pairs that differ)")
+        say(f"{names[i]} - {names[j]}: {difference(found[i][0], found[j][0])}")
+    say(f"[...]: 95 % bootstrap intervals, groups ({words}) drawn {DRAWS:,} times")
     if not parallel.rank():
-        draw_cases(data.records, found[0][0], [kept for _, kept in found], options.figure, out, names)
-        say(f"Wrote {out}")
+        folder = out.with_suffix("")
+        if options.gallery:
+            check_targets(page_files(folder / "gallery", len(data), len(found)), overwrite=options.overwrite)
+        draw_cases(data.records, found[0][0], [kept for _, kept in found], options, out.parent, out, names)
+        page = draw_gallery(data.records, dict(zip(names, found)), options, folder, dataset)
+        say(f"Wrote {', '.join(map(str, [out, *page]))}")
 
 
 def run_name(path):
@@ -248,16 +245,37 @@ def choose_checkpoint(options):
 
 
 def predict(checkpoint, options):
-    """Write the masks of images without a ground truth."""
+    """Write the masks of images without a ground truth; checkpoint: one, or a list of an ensemble's."""
     if not options.prompt or not options.save_masks:
         raise ValueError('--images needs --prompt "what to segment" and --save-masks DIR.')
-    predictor = Predictor(checkpoint, options, options.weights)
+    kind = Ensemble if isinstance(checkpoint, list) else Predictor
+    predictor = kind(checkpoint, options, options.weights)
     count, broken = predict_folder(predictor, options.images, options.prompt, options.save_masks, options)
     say(f"Wrote {count} masks to '{options.save_masks}'.")
     if broken:
         say(*broken, sep="\n", file=sys.stderr)
         parallel.shut_down()
         sys.exit(1)
+
+
+def runs_below(folder):
+    """Return the runs in a folder of runs (of --seeds), sorted; none of what is a run itself, or a file."""
+    if (Path(folder) / "best.safetensors").is_file():
+        return []
+    return sorted(p.parent for p in Path(folder).glob("*/best.safetensors"))
+
+
+def evaluate_ensemble(options):
+    """Evaluate several checkpoints, or the runs of a folder, as one; or predict with them."""
+    members = [run for path in options.ckpt for run in runs_below(path) or [path]]
+    if len(members) < 2:
+        raise ValueError("--ensemble wants several --ckpt, or a folder of runs (of --seeds).")
+    if options.images:
+        predict(members, options)
+    else:
+        place = options.ckpt[0] if len(options.ckpt) == 1 else Path(members[0]).absolute().parent
+        evaluate_run(place, options, members)
+    parallel.shut_down()
 
 
 def merge(checkpoint, options):
@@ -287,14 +305,19 @@ def export(checkpoint, options):
 
 def write_report(options):
     """Write the table of all evaluated runs, on the screen and in a file, and two charts beside it."""
-    runs, out = report.collect(options.report, options.split), Path(options.out or options.report)
-    file = out / f"report.{options.format}"
-    check_targets([file, *(out / name for name in report.CHARTS)], overwrite=options.overwrite)
-    papers = report.published(options.published) if options.published else None
-    text = report.table(runs, options.format, options.layout, papers)
+    runs = report.collect(options.report, options.split, options.transfer)
+    out, kind = Path(options.out or options.report), options.figure_format
+    if options.transfer:
+        file, charts = out / f"transfer.{options.format}", [out / f"{transfer.CHART}.{kind}"]
+        text = transfer.transfer_table(runs, options.format)
+    else:
+        file, charts = out / f"report.{options.format}", report.chart_files(out, kind)
+        papers = report.published(options.published) if options.published else None
+        text = report.table(runs, options.format, options.layout, papers)
+    check_targets([file, *charts], overwrite=options.overwrite)
     write_text(file, text)
-    files = ", ".join(map(str, [file, *report.draw(runs, out)]))
-    say(f"{text}\n{len(runs)} evaluations. Wrote {files}")
+    drawn = transfer.draw_shares(runs, out, kind) if options.transfer else report.draw(runs, out, kind)
+    say(f"{text}\n{len(runs)} evaluations. Wrote {', '.join(map(str, [file, *drawn]))}")
 
 
 def score_masks(options):
@@ -304,9 +327,13 @@ def score_masks(options):
             "--pred and --target go together: the folder of predicted masks and that of true ones."
         )
     if options.out:
-        check_targets([Path(options.out) / name for name in RESULT_FILES], overwrite=options.overwrite)
-    scores = score_folders(options.pred, options.target)
-    summary = summarise(scores)
+        check_targets(
+            [Path(options.out) / name for name in ("metrics.csv", "metrics.json")],
+            overwrite=options.overwrite,
+        )
+    scores = score_folders(options.pred, options.target, options.nsd_tolerance, options.group)
+    words = f"what '{options.group}' finds in a mask's name" if options.group else "mask"
+    summary = dict(summarise(scores, words), nsd_tolerance=options.nsd_tolerance)
     if options.out:
         write_results(Path(options.out), scores, summary, dict(pred=options.pred, target=options.target))
     say(describe(summary))
@@ -325,13 +352,20 @@ def main(argv=None):
         raise ValueError(
             "Name what to evaluate: --ckpt RUN_DIR_OR_FILE, or two folders of masks with --pred and --target."
         )
+    if options.serve:
+        from vlsm.extras.serve import serve
+
+        say(f"Serving on http://{options.share_host}:{options.port}; Ctrl-C ends it.")
+        return serve({run_name(path): path for path in options.ckpt}, options)
+    if options.ensemble:
+        return evaluate_ensemble(options)
     checkpoint = options.ckpt[0] if len(options.ckpt) == 1 else choose_checkpoint(options)
     for asked, action in ((options.merge, merge), (options.export, export), (options.images, predict)):
         if asked:
             action(checkpoint, options)
             return parallel.shut_down()
-    runs = sorted(p.parent for p in Path(checkpoint).glob("*/best.safetensors"))
-    if runs and not (Path(checkpoint) / "best.safetensors").is_file():
+    runs = runs_below(checkpoint)
+    if runs:
         evaluate_runs(runs, options)
     else:
         evaluate_run(checkpoint, options)

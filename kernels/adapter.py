@@ -19,9 +19,9 @@ results do not change from run to run.
 
 import torch
 import torch.nn.functional as F
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
-from .dispatch import dot_precision, runs_triton, tl, triton
+from .dispatch import dot_precision, launcher, runs_triton, tl, triton
 
 
 def reference(h, residual, down_weight, down_bias, up_weight, up_bias):
@@ -219,7 +219,7 @@ def _takes(h, r):
 
 
 def _launch(kernel, grid, *tensors, **sizes):
-    wrap_triton(kernel)[grid](*tensors, **sizes, PRECISION=dot_precision())
+    launcher(kernel)[grid](*tensors, **sizes, PRECISION=dot_precision())
 
 
 @triton_op("vlsm::adapter_bottleneck", mutates_args=())

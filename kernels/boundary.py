@@ -1,4 +1,4 @@
-"""Distances between the boundaries of two masks: what HD95 is made of.
+"""Distances between the boundaries of two masks, or any two sets of pixels: what HD95 and NSD are made of.
 
 Exact, and never a table of all pairs in memory.
 
@@ -58,8 +58,12 @@ def _min(a, b):
 
 
 @triton.jit
-def columns_kernel(masks, edge, gap, H, W, FAR, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
-    """Boundary and gaps of some columns of one mask. FAR is beyond any distance in the image."""
+def columns_kernel(
+    masks, edge, gap, H, W, FAR, WHOLE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr
+):
+    """Boundary (WHOLE: all pixels) and gaps of some columns of one mask. FAR is beyond any distance in the
+    image.
+    """
     plane = tl.program_id(1).to(tl.int64) * H * W
     cols = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
     last = tl.zeros([BLOCK_W], tl.int32) - FAR
@@ -68,11 +72,14 @@ def columns_kernel(masks, edge, gap, H, W, FAR, BLOCK_H: tl.constexpr, BLOCK_W: 
         at = plane + rows[:, None].to(tl.int64) * W + cols[None, :]
         inside = (rows < H)[:, None] & (cols < W)[None, :]
         here = tl.load(masks + at, mask=inside, other=0)
-        above = tl.load(masks + at - W, mask=inside & (rows > 0)[:, None], other=0)
-        below = tl.load(masks + at + W, mask=inside & (rows < H - 1)[:, None], other=0)
-        left = tl.load(masks + at - 1, mask=inside & (cols > 0)[None, :], other=0)
-        right = tl.load(masks + at + 1, mask=inside & (cols < W - 1)[None, :], other=0)
-        found = here & (1 - (above & below & left & right))  # masks hold 0 and 1
+        if WHOLE:
+            found = here
+        else:
+            above = tl.load(masks + at - W, mask=inside & (rows > 0)[:, None], other=0)
+            below = tl.load(masks + at + W, mask=inside & (rows < H - 1)[:, None], other=0)
+            left = tl.load(masks + at - 1, mask=inside & (cols > 0)[None, :], other=0)
+            right = tl.load(masks + at + 1, mask=inside & (cols < W - 1)[None, :], other=0)
+            found = here & (1 - (above & below & left & right))  # masks hold 0 and 1
         tl.store(edge + at, found, mask=inside)
         seen = tl.where(found != 0, rows[:, None], -FAR)
         seen = tl.maximum(tl.associative_scan(seen, 0, _max), last[None, :])
@@ -110,12 +117,14 @@ def nearest_kernel(points, gap, squared, pixels, half, W, FAR, BLOCK: tl.constex
     tl.store(squared + tl.program_id(0), best)
 
 
-def _on_gpu(pred, target):
+def _on_gpu(pred, target, whole):
     pairs, H, W = pred.shape
     masks = torch.stack([pred, target]).view(torch.uint8)  # [2, B, H, W]
     far = H + W
     edge, gap = torch.empty_like(masks), torch.empty_like(masks, dtype=torch.int16)
-    columns_kernel[triton.cdiv(W, COLUMNS["BLOCK_W"]), 2 * pairs](masks, edge, gap, H, W, far, **COLUMNS)
+    columns_kernel[triton.cdiv(W, COLUMNS["BLOCK_W"]), 2 * pairs](
+        masks, edge, gap, H, W, far, whole, **COLUMNS
+    )
     points = edge.flatten().nonzero().flatten()
     squared = torch.empty(len(points), dtype=torch.int32, device=pred.device)
     if len(points):
@@ -154,7 +163,7 @@ def _by_columns(points, to, shape):
     )
 
 
-def _on_cpu(pred, target):
+def _on_cpu(pred, target, whole):
     """One pair: squared distances of pred's points, of target's; nothing to measure where either is empty."""
     either = (pred | target).view(
         torch.uint8
@@ -163,7 +172,7 @@ def _on_cpu(pred, target):
     if len(y):
         box = slice(int(y[0]), int(y[-1]) + 1), slice(int(x[0]), int(x[-1]) + 1)
         pred, target = pred[box], target[box]
-    a, b = boundary(pred).nonzero(), boundary(target).nonzero()
+    a, b = (mask.nonzero() if whole else boundary(mask).nonzero() for mask in (pred, target))
     if not len(a) or not len(b):
         return torch.zeros(len(a), dtype=torch.int32), torch.zeros(len(b), dtype=torch.int32)
     if len(a) * len(b) > COLUMN_COST * (len(a) + len(b)) * pred.shape[1]:
@@ -172,25 +181,27 @@ def _on_cpu(pred, target):
 
 
 @torch.library.custom_op("vlsm::surface_distances", mutates_args=())
-def _surface_distances(pred: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _surface_distances(
+    pred: torch.Tensor, target: torch.Tensor, whole: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     if runs_triton(pred):
-        return _on_gpu(pred, target)
+        return _on_gpu(pred, target, whole)
     device = pred.device
-    found = [_on_cpu(p, t) for p, t in zip(pred.cpu(), target.cpu())]
+    found = [_on_cpu(p, t, whole) for p, t in zip(pred.cpu(), target.cpu())]
     sides = list(zip(*found))
     counts = torch.tensor([[len(s) for s in side] for side in sides])
     return torch.cat([s for side in sides for s in side]).to(device), counts.to(device)
 
 
 @_surface_distances.register_fake
-def _(pred, target):
+def _(pred, target, whole):
     n = torch.library.get_ctx().new_dynamic_size()
     return pred.new_empty(n, dtype=torch.int32), pred.new_empty((2, len(pred)), dtype=torch.int64)
 
 
-def surface_distances(pred, target):
+def surface_distances(pred, target, whole=False):
     """Squared distances from every boundary pixel of a mask to the other mask's nearest one, for bool masks
-    `[H, W]` or `[B, H, W]`.
+    `[H, W]` or `[B, H, W]`; whole: from every pixel to the nearest pixel.
 
     Returns (squared int32 `[n]`, counts int64 `[2, B]`): first the boundary pixels of the B predictions, then
     those of the targets, in reading order; `counts` says how many each has. Where one mask of a pair is
@@ -211,4 +222,6 @@ def surface_distances(pred, target):
         raise ValueError(
             f"Masks of {H} x {W} are too large: height and width together must stay below {LIMIT} pixels."
         )
-    return _surface_distances(pred.reshape(-1, H, W).contiguous(), target.reshape(-1, H, W).contiguous())
+    return _surface_distances(
+        pred.reshape(-1, H, W).contiguous(), target.reshape(-1, H, W).contiguous(), whole
+    )

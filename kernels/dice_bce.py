@@ -21,9 +21,9 @@ and targets of t: forward n (e + t), backward n (2 e + t).
 
 import torch
 import torch.nn.functional as F
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
-from .dispatch import runs_triton, tl, triton
+from .dispatch import launcher, runs_triton, tl, triton
 
 # launch sizes: pixels a program, and samples and tiles at a time of the program that adds them up
 PASS, FINISH = dict(BLOCK=4096, num_warps=8), dict(BLOCK_B=32, BLOCK_T=32)
@@ -136,8 +136,8 @@ def _forward(
     loss = torch.empty((), dtype=torch.float32, device=logits.device)
     terms = torch.empty(samples, 2, dtype=torch.float32, device=logits.device)
     twice = ce == "reference"
-    wrap_triton(sums_kernel)[tiles, samples](logits, target, sums, pixels, tiles, TWICE=twice, **PASS)
-    wrap_triton(finish_kernel)[1,](
+    launcher(sums_kernel)[tiles, samples](logits, target, sums, pixels, tiles, TWICE=twice, **PASS)
+    launcher(finish_kernel)[1,](
         sums, loss, terms, samples, pixels, tiles, dice_weight, bce_weight, smooth, **FINISH
     )
     return loss, terms
@@ -158,7 +158,7 @@ def _backward(
     samples, pixels = logits.shape
     dz = torch.empty_like(logits)
     scale = bce_weight / (samples * pixels)
-    wrap_triton(gradient_kernel)[triton.cdiv(pixels, PASS["BLOCK"]), samples](
+    launcher(gradient_kernel)[triton.cdiv(pixels, PASS["BLOCK"]), samples](
         g, logits, target, terms, dz, pixels, scale, TWICE=ce == "reference", **PASS
     )
     return dz

@@ -10,6 +10,7 @@ import sys
 from types import SimpleNamespace
 
 import torch
+from torch.library import wrap_triton
 
 
 def load_triton():
@@ -74,6 +75,14 @@ def runs_triton(x):
     if _mode == "torch" or not AVAILABLE or x.dtype == torch.float64:
         return False
     return x.is_cuda or INTERPRETED
+
+
+def launcher(kernel):
+    """Return a kernel as it is launched in an op: `torch.compile` sees into it.
+
+    Not in the interpreter, which some versions of torch refuse to wrap.
+    """
+    return kernel if INTERPRETED else wrap_triton(kernel)
 
 
 def dot_precision():

@@ -1,14 +1,22 @@
-"""DSC, IoU and HD95 of binary masks, one value an image, in torch on the device where the masks are.
+"""DSC, IoU, NSD and HD95 of binary masks, one value an image, in torch on the device where the masks are.
 
 Masks are bool (or 0/1 of any type): threshold first. `[N, H, W]`, or lists of `[H, W]` masks of different
 sizes. Where masks are empty:
 
-| pair         | DSC, IoU | HD95                                                                   |
-| both empty   | 1        | 0                                                                      |
-| one is empty | 0        | undefined: nan, and counted in `summarise`, never averaged or dropped silently |
+| pair         | DSC, IoU, NSD | HD95                                                            |
+| both empty   | 1             | 0                                                               |
+| one is empty | 0             | undefined: nan; counted by `summarise`, never averaged silently |
+
+In the terms of Metrics Reloaded (Maier-Hein et al. 2024): DSC and IoU are overlap-based, NSD and HD95
+boundary-based; each has a value an image, and means run over images. HD95 is MONAI's: the percentile in each
+direction, then the larger of the two. Where one mask is empty there is no distance; `mean_with_diagonal` puts
+the image's diagonal there, the largest one possible. NSD's boundaries run between pixels.
 """
 
+import math
+
 import torch
+import torch.nn.functional as F
 
 import kernels
 
@@ -97,10 +105,53 @@ def _hd95(pred, target):
     return value.masked_fill(empty.all(0), 0.0)
 
 
-def summarise(dsc_values, iou_values, hd95_values, diagonals, target_empty, pred_empty):
+def nsd(pred, target, tolerance=2.0):
+    """Normalised surface distance of each pair, float64 `[N]` in [0, 1]: the share of both masks' contours
+    that lies within `tolerance` pixels of the other's.
+
+    As DeepMind's surface-distance defines it in two dimensions (Nikolov et al. 2018): the contour runs
+    between pixels, through the corners where the four pixels differ; a corner counts with the length of the
+    contour there (`CONTOUR`). Corners, not boundary pixels, are what HD95 does not look at, so the distances
+    are computed anew, by the same exact kernel. Raises ValueError as `dsc`, and for a negative tolerance.
+    """
+    if not tolerance >= 0:
+        raise ValueError(f"The tolerance of NSD is a distance in pixels, 0 or more; it is {tolerance}.")
+    values = [_nsd(p, t, tolerance) for p, t in _batches(pred, target)]
+    return torch.cat(values) if values else torch.zeros(0, dtype=torch.float64)
+
+
+# Length of the contour at a corner, by which of its four pixels are inside: bits 8 4 / 2 1, upper left first.
+_DIAGONAL = math.sqrt(2) / 2
+CONTOUR = [
+    0, _DIAGONAL, _DIAGONAL, 1, _DIAGONAL, 1, 2 * _DIAGONAL, _DIAGONAL,
+    _DIAGONAL, 2 * _DIAGONAL, 1, _DIAGONAL, 1, _DIAGONAL, _DIAGONAL, 0,
+]  # fmt: skip
+
+
+def _nsd(pred, target, tolerance):
+    """NSD of masks `[B, H, W]`."""
+    padded = (F.pad(masks.byte(), (1, 1, 1, 1)) for masks in (pred, target))  # beyond the image is outside
+    codes = [
+        8 * m[:, :-1, :-1] + 4 * m[:, :-1, 1:] + 2 * m[:, 1:, :-1] + m[:, 1:, 1:] for m in padded
+    ]  # [B, H + 1, W + 1] each
+    corners = [(code > 0) & (code < 15) for code in codes]
+    squared, counts = kernels.surface_distances(*corners, whole=True)
+    code = torch.cat([c[at] for c, at in zip(codes, corners)]).long()
+    lengths = torch.tensor(CONTOUR, dtype=torch.float64, device=pred.device)[code]
+    of = torch.arange(counts.numel(), device=counts.device).repeat_interleave(counts.flatten())
+    near = squared.double() <= tolerance**2
+    total, within = (lengths.new_zeros(counts.numel()).index_add(0, of, v) for v in (lengths, lengths * near))
+    total, within = (v.view(2, -1).sum(0) for v in (total, within))
+    empty = counts == 0
+    value = (within / total.clamp(min=1)).masked_fill(empty.any(0), 0.0)
+    return value.masked_fill(empty.all(0), 1.0)
+
+
+def summarise(dsc_values, iou_values, hd95_values, diagonals, target_empty, pred_empty, **others):
     """Means over images, as a dictionary ready for JSON; all arguments `[N]`.
 
-    `dsc`, `iou`, `hd95`: mean, std (population) and n. For hd95 n counts the defined pairs; `n_undefined`
+    `dsc`, `iou`, `hd95`, and each of `others` (nsd=...): mean, std (population) and n. For hd95 n counts the
+    defined pairs; `n_undefined`
     those with exactly one empty mask, and `mean_with_diagonal` puts the image's diagonal in their place.
     `dsc_nonempty`: over images whose truth is not empty; `empty_correct`: the share of empty truths predicted
     exactly empty. Where nothing is to be averaged the value is None.
@@ -126,6 +177,7 @@ def summarise(dsc_values, iou_values, hd95_values, diagonals, target_empty, pred
         dsc=stats(d),
         iou=stats(iou_values),
         hd95=hd,
+        **{name: stats(values) for name, values in others.items()},
         dsc_nonempty=stats(d[~empty]),
         empty_correct=stats(pred_empty[empty].double()),
     )

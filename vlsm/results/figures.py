@@ -3,6 +3,9 @@
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from vlsm.data.images import read_image, read_mask
+from vlsm.system.files import owned_write
+
 INK, GREY, GREEN, CYAN = (30, 30, 35), (90, 90, 100), (40, 200, 90), (0, 200, 255)
 
 
@@ -32,6 +35,50 @@ def wrap(text, width, font):
         else:
             line = longer
     return [*lines, line]
+
+
+def draw_cases(records, scores, masks, options, folder, path=None, names=("prediction",)):
+    """Write a sheet of the best, median and worst cases by DSC, in equal parts; returns its path, in a list.
+
+    masks: for each of `names` the packed masks of all records. options: `EvaluateOptions` (figure, the number
+    of rows, and figure_format). path: default figure.png in the folder.
+    """
+    path = path or folder / f"figure.{options.figure_format}"
+    order = sorted(range(len(scores)), key=lambda i: -scores[i]["dsc"])
+    rows = min(options.figure, len(order))
+    best, worst, median = (rows // 3 + (k < rows % 3) for k in range(3))
+    middle = max(best, (len(order) - median) // 2)
+    chosen = [(i, "best") for i in order[:best]] + [(i, "median") for i in order[middle : middle + median]]
+    chosen += [(i, "worst") for i in order[len(order) - worst :]]
+    page = []
+    for i, kind in chosen:
+        image, truth = read_image(records[i].image), read_mask(records[i].mask)
+        predicted = [np.unpackbits(m[i], count=truth.size).reshape(truth.shape).astype(bool) for m in masks]
+        caption = f"{kind}: DSC {100 * scores[i]['dsc']:.1f}   {scores[i]['image']}"
+        page.append((image, truth, predicted, scores[i]["prompt"], caption))
+    with owned_write(path) as temporary:
+        if options.figure_format == "png":
+            sheet(page, temporary, names)
+        else:
+            vector_sheet(page, temporary, names, options.figure_format)
+    return [path]
+
+
+def vector_sheet(rows, path, names, kind):
+    """Write the rows of `sheet` as pdf or svg: pictures of full size, words as text."""
+    from matplotlib.figure import Figure
+
+    across, height = 2 + len(names), 2.2  # inches a picture
+    figure = Figure(figsize=(height * across, (height + 0.3) * len(rows)), layout="constrained")
+    for n, (image, truth, predictions, prompt, caption) in enumerate(rows):
+        shown = [image, overlay(image, truth, GREEN), *(overlay(image, p, CYAN) for p in predictions)]
+        for k, (pixels, title) in enumerate(zip(shown, ("image", "ground truth", *names))):
+            axis = figure.add_subplot(len(rows), across, n * across + k + 1)
+            axis.imshow(pixels)
+            axis.set_axis_off()
+            axis.set_title(title if not n and k else "", fontsize=8)
+        figure.axes[n * across].set_title(f"{caption}\n“{prompt[:60]}”", fontsize=7, loc="left")
+    figure.savefig(path, format=kind, metadata={"pdf": dict(CreationDate=None), "svg": dict(Date=None)}[kind])
 
 
 def sheet(rows, path, names=("prediction",), cell=220):

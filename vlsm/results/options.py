@@ -1,5 +1,6 @@
 """The options of evaluate.py."""
 
+import re
 from dataclasses import dataclass
 
 from vlsm.data.cache import default_cache
@@ -26,6 +27,19 @@ class WhatOptions:
     report: str | None = option(
         None, "the table of all evaluated runs below DIR, means over seeds, and two charts", metavar="DIR"
     )
+    transfer: bool = option(
+        False,
+        "with --report: DSC on the runs' own data set, on others, the harmonic mean; and the curve over "
+        "--limit-train",
+    )
+    ensemble: bool = option(
+        False, "the mean of the probabilities of several --ckpt, or of a folder of runs, as one model"
+    )
+    mirror: bool = option(
+        False,
+        "the mean of the probabilities of each picture and of its mirror image (left and right exchanged "
+        "in the prompt)",
+    )
     split: str = option("test", "default: test", choices=["train", "val", "test"])
     dataset: str | None = option(None, "another data set than the run's own: a name or a folder")
     data_root: str | None = option(None, "folder that holds the data sets' folders (default: the run's)")
@@ -33,6 +47,24 @@ class WhatOptions:
         None, 'another way than the run\'s: random, class, a key such as p6, or a text: "a polyp"'
     )
     all_prompts: bool = option(False, "evaluate every key p0, p1, ... and print a table")
+    audit_prompts: bool = option(
+        False,
+        "DSC under right, other, swapped, contradictory, absent and senseless prompts: is the text read?",
+    )
+    risk: list | None = option(
+        None,
+        "fn 0.1: fit a threshold on the validation split so that the expected share of missed foreground "
+        "stays below 0.1, and say what it does to the test split",
+        nargs=2,
+        metavar=("fn", "LEVEL"),
+    )
+    nsd_tolerance: float = option(2.0, "of NSD, in pixels (default 2)", limits=Limits(0))
+    group: str | None = option(
+        None,
+        "intervals draw whole groups: what this regular expression finds in an image's name (default: the "
+        "patient of camus and chexlocalize, else the image)",
+        metavar="REGEX",
+    )
     upsample: str = option(
         "logits",
         "logits: enlarge bilinearly, then threshold (default); mask: threshold, then enlarge, as the "
@@ -71,6 +103,22 @@ class OutputOptions:
     overwrite: bool = option(
         False, "replace files that this program did not write; inputs are never replaced"
     )
+    save_probabilities: str | None = option(
+        None,
+        "write the foreground's probabilities as 16-bit PNGs of original size (65535 is 1)",
+        metavar="DIR",
+    )
+    gallery: bool = option(
+        False, "write gallery/index.html: every record, worst first, for a browser; two runs with --compare"
+    )
+    figure_format: str = option(
+        "png", "of --figure and of --report's charts (default png)", choices=["png", "pdf", "svg"]
+    )
+    serve: bool = option(
+        False, "instead of evaluating, a page to try pictures and prompts on (needs: pip install gradio)"
+    )
+    share_host: str = option("127.0.0.1", "address of --serve (default 127.0.0.1: this machine alone)")
+    port: int = option(7860, "of --serve (default 7860)", limits=Limits(0, 65535))
     figure: int | None = option(
         None,
         "write figure.png: N rows, the best, median and worst cases",
@@ -139,5 +187,30 @@ def parse_options(argv=None):
     add_options(parser, MachineOptions, "machine")
     options = EvaluateOptions(**vars(parser.parse_args(argv)))
     check_fields(options)
+    _check_values(options)
     options.cache_dir = options.cache_dir or default_cache()
     return options
+
+
+def _check_values(options):
+    """Turn --risk into (kind, level). Raises ValueError for values that cannot be, and for contradictions."""
+    if options.risk:
+        kind, level = options.risk
+        try:
+            options.risk = kind, float(level)
+        except ValueError:
+            options.risk = kind, -1.0
+        if kind != "fn" or not 0 < options.risk[1] < 1:
+            raise ValueError(f"--risk {kind} {level}: give fn and a share between 0 and 1, such as: fn 0.1.")
+        if options.split == "val":
+            raise ValueError(
+                "--risk fits on the validation split, so it cannot be judged there: --split test."
+            )
+    try:
+        re.compile(options.group or "")
+    except re.error as error:
+        raise ValueError(f"--group '{options.group}' is no regular expression ({error}).") from None
+    if options.ensemble and (options.merge or options.export or options.serve or options.all_prompts):
+        raise ValueError("--ensemble goes with none of --merge, --export, --serve and --all-prompts.")
+    if options.transfer and not options.report:
+        raise ValueError("--transfer is a kind of --report.")

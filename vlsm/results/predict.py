@@ -1,5 +1,6 @@
 """Masks of a checkpoint: of images of the model's size, and of a folder of images without a ground truth."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
@@ -17,28 +18,83 @@ from vlsm.system.console import progress
 from vlsm.system.device import autocast, choose_device
 from vlsm.system.files import check_targets, owned_write
 
+SIDES = re.compile(r"\b([Ll]eft|[Rr]ight)\b")
+
 
 class Predictor:
     """A checkpoint, ready to segment uint8 images of the model's size.
 
-    machine: `MachineOptions`. weights: the base's folder or hub id, if it has moved.
+    options: `EvaluateOptions` (the machine's, and mirror). weights: the base's folder or hub id, if it has
+    moved.
     """
 
-    def __init__(self, checkpoint, machine, weights=None):
-        self.device, self.dtype = choose_device(parallel.join_processes(machine.device), machine.amp)
+    def __init__(self, checkpoint, options, weights=None):
+        self.device, self.dtype = choose_device(parallel.join_processes(options.device), options.amp)
         with parallel.local_first():
             model = load(checkpoint, weights)
-        self.model = model.place_on(self.device, self.dtype, machine.kernels, machine.compile)
+        self.model = model.place_on(self.device, self.dtype, options.kernels, options.compile)
+        self.mirror = options.mirror
         self.about = model.about
         self.size = self.about["image_size"]
         self.tokenizer = model.tokenizer()
 
-    @torch.inference_mode()
+    def count_parameters(self):
+        """Return (trained, total) numbers of parameters."""
+        return self.model.count_parameters()
+
     def logits(self, images, prompts):
-        """Return float32 logits `[B, 1, S, S]` of uint8 images `[B, 3, S, S]` and B prompts."""
+        """Return float32 logits `[B, 1, S, S]` of uint8 images `[B, 3, S, S]` and B prompts.
+
+        With --mirror those of the mean probability of each image and of its mirror image.
+        """
+        if not self.mirror:
+            return self._logits(images, prompts)
+        mirrored = self._logits(images.flip(-1), [mirrored_prompt(p) for p in prompts])
+        return mean_logits([self._logits(images, prompts), mirrored.flip(-1)])
+
+    @torch.inference_mode()
+    def _logits(self, images, prompts):
         with autocast(self.device, self.dtype):
             pixel_values = normalise(images.to(self.device), self.about["mean"], self.about["std"])
             return self.model(pixel_values, *self.tokenizer(prompts)).float()
+
+
+class Ensemble:
+    """Several checkpoints as one `Predictor`: the mean of their probabilities.
+
+    Raises ValueError where they segment images of different sizes.
+    """
+
+    def __init__(self, checkpoints, options, weights=None):
+        self.members = [Predictor(path, options, weights) for path in checkpoints]
+        first = self.members[0]
+        self.about, self.size, self.device = first.about, first.size, first.device
+        if any(member.size != self.size for member in self.members):
+            sizes = ", ".join(str(member.size) for member in self.members)
+            raise ValueError(f"--ensemble: the runs' images are of different sizes ({sizes} pixels).")
+
+    def count_parameters(self):
+        """Return (trained, total) numbers of parameters of all members together."""
+        return tuple(map(sum, zip(*(member.count_parameters() for member in self.members))))
+
+    def logits(self, images, prompts):
+        """Return what `Predictor.logits` does."""
+        return mean_logits([member.logits(images, prompts) for member in self.members])
+
+
+def mean_logits(logits):
+    """Return the logits of the mean of several logits' probabilities."""
+    return torch.logit(torch.stack([z.double().sigmoid() for z in logits]).mean(0), eps=1e-12).float()
+
+
+def mirrored_prompt(prompt):
+    """Return a prompt as it holds for the mirrored image: left and right exchanged."""
+    return SIDES.sub(lambda word: {"l": "right", "L": "Right", "r": "left", "R": "Left"}[word[0][0]], prompt)
+
+
+def logits_at_size(logits, shape):
+    """Return logits `[1, S, S]` enlarged bilinearly to the original `shape` (h, w), `[h, w]`."""
+    return F.interpolate(logits[None], shape, mode="bilinear", align_corners=False)[0, 0]
 
 
 def mask_at_size(logits, shape, upsample):
@@ -48,7 +104,7 @@ def mask_at_size(logits, shape, upsample):
     """
     if upsample == "mask":
         return F.interpolate((logits[None] > 0).float(), shape, mode="nearest-exact")[0, 0] > 0
-    return F.interpolate(logits[None], shape, mode="bilinear", align_corners=False)[0, 0] > 0
+    return logits_at_size(logits, shape) > 0
 
 
 def mask_target(folder, name):

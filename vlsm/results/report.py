@@ -1,19 +1,23 @@
 """Results of many runs as the papers print them: data sets, metrics and methods, means over seeds."""
 
+import csv
 import json
 import math
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from vlsm.checkpoint import read_metadata
+from vlsm.results.intervals import bootstrap_intervals
 from vlsm.results.scores import METRICS
 from vlsm.system import plots
 from vlsm.system.console import say
 from vlsm.system.files import csv_text, field, owned_write, read_json
 
 PUBLISHED = Path(__file__).parent / "published"
-CHARTS = ("dsc.png", "parameters.png")
+CHARTS = ("dsc", "parameters")
 THEIRS = " †"  # behind the method's name where a figure is a paper's
 NETWORK_LABELS = {"clipseg": "", "cris": "CRIS ", "san": "SAN "}
 
@@ -29,15 +33,21 @@ class Run:
     seed: int
     trained: int
     scores: dict
+    own: str = ""  # the data set that it was trained on
+    records: dict | None = None  # (image, mask, group) -> the record's scores
 
 
 @dataclass
 class Cell:
-    """A metric's mean over seeds, its standard deviation (of a sample; None for one seed), their number."""
+    """A metric's mean over seeds, its standard deviation (of a sample; None for one seed), their number.
+
+    ci95: the 95 % interval over records (of each the mean over seeds), None where they are not known.
+    """
 
     mean: float
     std: float | None
     seeds: int
+    ci95: tuple | None = None
 
 
 def label_of(about):
@@ -51,29 +61,43 @@ def label_of(about):
     return NETWORK_LABELS[about["model"]] + " ".join(parts)
 
 
-def collect(root, split="test"):
+def _how(metrics):
+    """Return what tells an evaluation from a plain one, for the label: " (mirrored, mean of 3)"."""
+    members = metrics.get("ensemble") or []
+    how = ["mirrored"] * bool(metrics.get("mirror")) + [f"mean of {len(members)}"] * bool(members)
+    return f" ({', '.join(how)})" if how else ""
+
+
+def collect(root, split="test", elsewhere=False):
     """Return the `Run`s below a folder that were evaluated on a split.
 
-    Raises FileNotFoundError where there is no folder, ValueError where there are no runs.
+    elsewhere: also their evaluations on other data sets than their own. Raises FileNotFoundError where there
+    is no folder, ValueError where there are no runs.
     """
     root, found, outdated = Path(root), [], 0
     if not root.is_dir():
         raise FileNotFoundError(f"There is no folder '{root}'.")
-    for file in sorted(root.rglob(f"eval-{split}/metrics.json")):
-        folder = file.parents[1]
-        if not (folder / "best.safetensors").is_file():
+    for file in sorted(root.rglob(f"eval-{split}*/metrics.json")):
+        folder, metrics = file.parents[1], read_json(file)
+        members = metrics.get("ensemble")
+        if not (folder / "best.safetensors").is_file() and not members:
             continue
-        about, metrics = read_metadata(folder), read_json(file)
+        about = read_metadata(members[0] if members else folder)
         if "trained" not in metrics:  # of an older evaluate.py
             outdated += 1
             continue
         scores = {name: _mean(file, metrics, name) for name in METRICS}
-        recipe = dict(about["recipe"], weights=about["weights"], image_size=about["image_size"])
+        recipe = dict(
+            dict(limit_train=1.0), **about["recipe"], weights=about["weights"], image_size=about["image_size"]
+        )
         seed = field(folder / "best.safetensors", recipe, "seed", kind=int, words="a whole number")
         del recipe["seed"]
         name = Path(field(file, metrics, "dataset", kind=str, words="a name")).name
         trained = field(file, metrics, "trained", kind=int, words="a whole number")
-        found.append(Run(folder, name, label_of(about), json.dumps(recipe), seed, trained, scores))
+        own, label = Path(about["dataset"]).name, label_of(about) + _how(metrics)
+        if elsewhere or name == own:
+            records = _records(file.with_name("metrics.csv"))
+            found.append(Run(folder, name, label, json.dumps(recipe), seed, trained, scores, own, records))
     if outdated:
         say(
             f"{outdated} evaluations were written by an older version and are left out; evaluate these runs "
@@ -87,8 +111,20 @@ def collect(root, split="test"):
     return _tell_apart(found)
 
 
+def _records(file):
+    """Return {(image, mask, group): {metric: value}} of a metrics.csv; None where it cannot be read so."""
+    try:
+        with open(file, encoding="utf-8", newline="") as text:
+            rows = list(csv.DictReader(text))
+        return {(r["image"], r["mask"], r["group"]): {name: float(r[name]) for name in METRICS} for r in rows}
+    except (OSError, ValueError, KeyError, TypeError):  # of an older evaluate.py, or changed by hand
+        return None
+
+
 def _mean(file, metrics, name):
     """Return a metric's mean in a metrics.json, None where it is not defined. Raises ValueError."""
+    if name == "nsd" and name not in metrics:  # of an older evaluate.py
+        return None
     of = field(file, metrics, name, kind=dict, words="a summary")
     return None if of.get("mean") is None else field(file, metrics, name, "mean")
 
@@ -111,19 +147,33 @@ def _tell_apart(runs):
 
 def tabulate(runs):
     """Return (data sets, labels by trained parameters, {(data set, label, metric): Cell}, {label: n})."""
-    values, trained = defaultdict(list), {}
+    values, trained, alike = defaultdict(list), {}, defaultdict(list)
     for run in runs:
         trained[run.label] = run.trained
+        alike[run.dataset, run.label].append(run.records)
         for metric, value in run.scores.items():
             if value is not None:
                 values[run.dataset, run.label, metric].append(value * METRICS[metric][1])
-    cells = {}
+    cells, ends = {}, {key: _intervals(records) for key, records in alike.items()}
     for key, numbers in values.items():
         n, mean = len(numbers), sum(numbers) / len(numbers)
         std = math.sqrt(sum((v - mean) ** 2 for v in numbers) / (n - 1)) if n > 1 else None
-        cells[key] = Cell(mean, std, n)
+        ci95, factor = ends[key[:2]].get(key[2]), METRICS[key[2]][1]
+        cells[key] = Cell(mean, std, n, ci95 and tuple(factor * end for end in ci95))
     names = list(dict.fromkeys(r.dataset for r in runs))
     return names, sorted(trained, key=lambda k: (trained[k], k)), cells, trained
+
+
+def _intervals(runs):
+    """Return {metric: [low, high]} over records, of each the mean over the seeds' runs; {} where unknown."""
+    if None in runs or any(run.keys() != runs[0].keys() for run in runs):
+        return {}
+    keys, found = list(runs[0]), {}
+    values = {
+        name: np.mean([[run[key][name] for key in keys] for run in runs], 0) for name in METRICS
+    }  # of a record undefined for one seed: undefined
+    found = bootstrap_intervals(values, [group for *_, group in keys])
+    return {name: ends for name, ends in found.items() if ends}
 
 
 def short_count(n):
@@ -189,13 +239,14 @@ def table(runs, kind="md", layout="datasets", papers=None):
     else:
         counts = {label: f" ({short_count(n)})" if n is not None else "" for label, n in trained.items()}
         rows = [["data set", "metric", *(f"{label}{counts[label]}" for label in labels)]]
-        pairs = [(name, metric) for name in names for metric in METRICS]
+        known = {(name, metric) for name, _, metric in cells}
+        pairs = [(name, metric) for name in names for metric in METRICS if (name, metric) in known]
         rows += [[name, METRICS[m][0], *(show(name, label, m) for label in labels)] for name, m in pairs]
     note = f"\n{THEIRS.strip()} {papers[2]}\n" if papers and kind == "md" else ""
-    return _format(rows, kind) + note
+    return format_rows(rows, kind) + note
 
 
-def _format(rows, kind):
+def format_rows(rows, kind):
     """Format rows of texts, the first of which is the head, as markdown, CSV or LaTeX (booktabs)."""
     right = len(rows[0]) - 2
     if kind == "csv":
@@ -222,26 +273,31 @@ def _cell(cell, best, kind):
     if cell is None:
         return ""
     mean = f"{cell.mean:.2f}"
+    ends = "" if cell.ci95 is None else f" [{cell.ci95[0]:.2f}, {cell.ci95[1]:.2f}]"
+    sign = {"csv": " +- ", "tex": r" $\pm$ ", "md": " ± "}[kind]
+    spread = ("" if cell.std is None else f"{sign}{cell.std:.2f}") + ends
     if kind == "csv":
-        return mean if cell.std is None else f"{mean} +- {cell.std:.2f}"
-    spread = (
-        "" if cell.std is None else (rf" $\pm$ {cell.std:.2f}" if kind == "tex" else f" ± {cell.std:.2f}")
-    )
+        return mean + spread
     if round(cell.mean, 2) == best:
         mean = rf"\textbf{{{mean}}}" if kind == "tex" else f"**{mean}**"
     return mean + spread
 
 
-def draw(runs, folder):
-    """Write dsc.png (bars by data set and method) and parameters.png (DSC against trained parameters); the
-    files.
+def chart_files(folder, kind="png"):
+    """Return the paths of the charts of a report."""
+    return [Path(folder) / f"{name}.{kind}" for name in CHARTS]
+
+
+def draw(runs, folder, kind="png"):
+    """Write dsc (bars by data set and method) and parameters (DSC against trained parameters) as png, pdf or
+    svg; returns the files.
     """
     names, labels, cells, trained = tabulate(runs)
-    files = [Path(folder) / name for name in CHARTS]
+    files = chart_files(folder, kind)
     dsc = {name: {label: cells.get((name, label, "dsc")) for label in labels} for name in names}
     with owned_write(files[0]) as temporary:
-        plots.bars(dsc, "DSC in %", temporary)
+        plots.bars(dsc, "DSC in %", temporary, kind)
     points = {n: [(trained[label], c.mean, label) for label, c in row.items() if c] for n, row in dsc.items()}
     with owned_write(files[1]) as temporary:
-        plots.against_parameters(points, temporary)
+        plots.against_parameters(points, temporary, kind)
     return files

@@ -1,4 +1,4 @@
-"""Charts of plain numbers, drawn by matplotlib as PNG files."""
+"""Charts of plain numbers, drawn by matplotlib."""
 
 from itertools import cycle
 
@@ -24,9 +24,10 @@ def _panels(count, across=3):
     return figure, axes
 
 
-def _save(figure, path):
-    """Write a figure as PNG without its date, so that equal figures are equal files."""
-    figure.savefig(path, format="png", metadata=dict(Software=None))
+def _save(figure, path, kind="png"):
+    """Write a figure as png, pdf or svg, without its date, so that equal figures are equal files."""
+    undated = {"png": dict(Software=None), "pdf": dict(CreationDate=None), "svg": dict(Date=None)}
+    figure.savefig(path, format=kind, metadata=undated[kind])
 
 
 def curves(history, path):
@@ -70,8 +71,11 @@ def scatter(columns, values, best, faint, title, path, log=()):
     _save(figure, path)
 
 
-def bars(groups, title, path):
-    """Plot bars with error bars; groups: name -> {label of a bar: something with mean and std, or None}."""
+def bars(groups, title, path, kind="png"):
+    """Plot bars with error bars; groups: name -> {label of a bar: something with mean and std, or None}.
+
+    The error bar is the 95 % interval where that is known, else the deviation.
+    """
     labels = list(dict.fromkeys(label for group in groups.values() for label in group))
     figure, (axis,) = _panels(1)
     figure.set_figwidth(max(PANEL[0], 0.8 + len(groups) * (0.3 * len(labels) + 0.3)))
@@ -79,18 +83,34 @@ def bars(groups, title, path):
     for k, (label, colour) in enumerate(zip(labels, cycle(COLOURS))):
         cells = [(g, group[label]) for g, group in enumerate(groups.values()) if group.get(label)]
         places = [g + (k - (len(labels) - 1) / 2) * width for g, _ in cells]
-        errors = [cell.std or 0 for _, cell in cells]
+        errors = [_error(cell) for _, cell in cells]
         axis.bar(
-            places, [cell.mean for _, cell in cells], 0.9 * width, yerr=errors, color=colour, label=label
+            places,
+            [cell.mean for _, cell in cells],
+            0.9 * width,
+            yerr=list(zip(*errors)),
+            color=colour,
+            label=label,
         )
-    axis.set_xticks(range(len(groups)), list(groups))
+    crowded = sum(map(len, groups)) > 12 * figure.get_figwidth()
+    axis.set_xticks(
+        range(len(groups)), list(groups), rotation=30 * crowded, ha="right" if crowded else "center"
+    )
     axis.grid(False, axis="x")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    if len(labels) > 1:
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
     axis.set_title(title)
-    _save(figure, path)
+    _save(figure, path, kind)
 
 
-def against_parameters(groups, path):
+def _error(cell):
+    """Return how far an error bar reaches below and above a mean."""
+    if cell.ci95:
+        return max(0, cell.mean - cell.ci95[0]), max(0, cell.ci95[1] - cell.mean)
+    return cell.std or 0, cell.std or 0
+
+
+def against_parameters(groups, path, kind="png"):
     """Plot DSC against trained parameters, a panel for each data set; groups: name -> [(trained, DSC,
     label)].
 
@@ -109,4 +129,20 @@ def against_parameters(groups, path):
             axis.annotate(label, (n or left, value), **how)
         axis.margins(y=0.12)
         axis.set(title=f"{name}: DSC in %", xlabel="trained parameters")
-    _save(figure, path)
+    _save(figure, path, kind)
+
+
+def lines(groups, title, xlabel, path, kind="png"):
+    """Plot means against numbers, a panel for each group; bars reach from the least to the largest y.
+
+    groups: name -> {label of a curve: [(x, [y, ...])]}.
+    """
+    figure, axes = _panels(len(groups))
+    for axis, (name, curves) in zip(axes, groups.items()):
+        for (label, points), colour in zip(curves.items(), cycle(COLOURS)):
+            xs, means = zip(*((x, sum(ys) / len(ys)) for x, ys in points))
+            reach = zip(*((mean - min(ys), max(ys) - mean) for mean, (_, ys) in zip(means, points)))
+            axis.errorbar(xs, means, list(reach), color=colour, label=label, marker="o", capsize=3)
+        axis.set(title=f"{name}: {title}", xlabel=xlabel)
+        axis.legend(frameon=False)
+    _save(figure, path, kind)

@@ -37,7 +37,7 @@ DEMO_EPOCHS = 40  # of --dataset demo, which is small
 # What a checkpoint's metadata call the recipe.
 RECIPE = (
     "epochs", "min_epochs", "patience", "monitor", "batch_size", "lr", "weight_decay", "lr_factor",
-    "lr_patience", "clip", "dice_weight", "bce_weight", "ce", "augment", "amp", "seed",
+    "lr_patience", "clip", "dice_weight", "bce_weight", "ce", "augment", "amp", "limit_train", "seed",
 )  # fmt: skip
 UNSAVED = {
     "out", "seeds", "resume", "overwrite", "changed_data", "dry_run", "given", "sweep_space", "sweep_folder",
