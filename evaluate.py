@@ -13,6 +13,7 @@ import numpy as np
 
 import datasets
 from vlsm.checkpoint import load, read_metadata, save_merged
+from vlsm.data.images import read_image
 from vlsm.data.prompts import choose_prompt
 from vlsm.results import audit, report, risk, transfer
 from vlsm.results.evaluation import evaluate
@@ -25,6 +26,8 @@ from vlsm.results.scores import METRICS, describe, difference, score_folders, su
 from vlsm.system import parallel
 from vlsm.system.console import friendly_errors, say
 from vlsm.system.files import check_targets, write_json, write_text
+
+EXAMPLES = 24  # pictures of --serve
 
 
 def open_split(options, predictor, dataset, prompts, split=None):
@@ -278,6 +281,24 @@ def evaluate_ensemble(options):
     parallel.shut_down()
 
 
+def serve_page(options):
+    """Serve the page to try pictures and prompts on, with examples of the first run's split."""
+    from vlsm.results.serve import Bank, serve
+
+    bank = Bank({run_name(path): path for path in options.ckpt}, options)
+    predictor = bank.predictor(run_name(options.ckpt[0]))
+    about = predictor.about
+    try:
+        data, texts = open_split(
+            options, predictor, options.dataset or about["dataset"], options.prompts or about["prompts"]
+        )
+        shown = [(read_image(r.image), text) for r, text in zip(data.records[:EXAMPLES], texts)]
+    except (OSError, ValueError):  # the data are not on this machine
+        shown = []
+    say(f"Serving on http://{options.share_host}:{options.port}; Ctrl-C ends it.")
+    serve(bank, shown)
+
+
 def merge(checkpoint, options):
     """Write a plain folder of weights with what was learnt merged in."""
     model = load(checkpoint, options.weights)
@@ -353,10 +374,7 @@ def main(argv=None):
             "Name what to evaluate: --ckpt RUN_DIR_OR_FILE, or two folders of masks with --pred and --target."
         )
     if options.serve:
-        from vlsm.extras.serve import serve
-
-        say(f"Serving on http://{options.share_host}:{options.port}; Ctrl-C ends it.")
-        return serve({run_name(path): path for path in options.ckpt}, options)
+        return serve_page(options)
     if options.ensemble:
         return evaluate_ensemble(options)
     checkpoint = options.ckpt[0] if len(options.ckpt) == 1 else choose_checkpoint(options)

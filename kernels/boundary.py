@@ -123,7 +123,7 @@ def _on_gpu(pred, target, whole):
     far = H + W
     edge, gap = torch.empty_like(masks), torch.empty_like(masks, dtype=torch.int16)
     columns_kernel[triton.cdiv(W, COLUMNS["BLOCK_W"]), 2 * pairs](
-        masks, edge, gap, H, W, far, whole, **COLUMNS
+        masks, edge, gap, H, W, far, WHOLE=whole, **COLUMNS
     )
     points = edge.flatten().nonzero().flatten()
     squared = torch.empty(len(points), dtype=torch.int32, device=pred.device)

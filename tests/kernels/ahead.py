@@ -96,7 +96,8 @@ def other_launches():
         scalars = dict(dice_weight=scalar, bce_weight=scalar, smooth=scalar)
         yield Launch("finish", f"scalars {scalar}", {**signature, **scalars}, FINISH)
     signature = dict(masks="*u8", edge="*u8", gap="*i16", H="i32", W="i32", FAR="i32")
-    yield Launch("columns", "", signature, COLUMNS)
+    for whole, label in ((True, "all pixels"), (False, "boundaries")):
+        yield Launch("columns", label, signature, dict(WHOLE=whole, **COLUMNS))
     signature = dict(points="*i64", gap="*i16", squared="*i32", pixels="i32", half="i32", W="i32", FAR="i32")
     yield Launch("nearest", "", signature, NEAREST)
 

@@ -10,14 +10,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-import datasets
-from vlsm.data.images import mask_image, read_image, resize_image
-from vlsm.data.prompts import choose_prompt
+from vlsm.data.images import mask_image, resize_image
 from vlsm.results.figures import CYAN, overlay
 from vlsm.results.predict import Predictor, logits_at_size
 
 LARGEST = 20 * 1024 * 1024  # bytes of an uploaded picture
-EXAMPLES = 24  # of the test split
 TITLE = "What does the prompt call up?"
 
 
@@ -60,30 +57,17 @@ def segment(bank, run, image, prompt, threshold):
     return Image.fromarray(overlay(image, mask, CYAN)), grey, share, mask_image(mask)
 
 
-def examples(bank, options):
-    """Return [(picture, prompt)] of the first run's test split; none where its data are not there."""
-    about = bank.predictor(next(iter(bank.names))).about
-    root, dataset = options.data_root or about["data_root"], options.dataset or about["dataset"]
-    try:
-        records = datasets.records(dataset, "test", root, about["split_seed"])[:EXAMPLES]
-        prompts = options.prompts or about["prompts"]
-        texts = [choose_prompt(r, prompts, about["recipe"]["seed"], i) for i, r in enumerate(records)]
-        return [(read_image(r.image), text) for r, text in zip(records, texts)]
-    except (OSError, ValueError):
-        return []
+def build_page(bank, shown=()):
+    """Return the gradio page for the runs of a `Bank`; two prompts side by side.
 
-
-def build_page(names, options):
-    """Return the gradio page for the runs `names`, {shown name: checkpoint}; two prompts side by side.
-
-    Raises ValueError where gradio is not installed.
+    shown: (picture uint8 `[H, W, 3]`, prompt) of examples to choose from. Raises ValueError where gradio is
+    not installed.
     """
-    gradio, bank = _gradio(), Bank(names, options)
-    shown = examples(bank, options)
+    gradio = _gradio()
     with gradio.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 600)) as page:
         gradio.Markdown(f"## {TITLE}\nDrop a picture, type a prompt. Not a medical device.")
         with gradio.Row():
-            run = gradio.Dropdown(list(names), value=next(iter(names)), label="run")
+            run = gradio.Dropdown(list(bank.names), value=next(iter(bank.names)), label="run")
             threshold = gradio.Slider(0.01, 0.99, 0.5, step=0.01, label="threshold of the probability")
         image = gradio.Image(
             type="numpy", image_mode="RGB", sources=["upload", "clipboard"], label="picture", height=260
@@ -121,9 +105,9 @@ def build_page(names, options):
     return page
 
 
-def serve(names, options):
+def serve(bank, shown):
     """Serve the page until it is interrupted, to this machine alone unless --share-host says otherwise."""
-    page = build_page(names, options)
+    page, options = build_page(bank, shown), bank.options
     page.queue(max_size=16, default_concurrency_limit=1)
     page.launch(
         server_name=options.share_host, server_port=options.port or None, share=False, quiet=True,

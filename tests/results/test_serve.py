@@ -5,8 +5,9 @@ import importlib.util
 import numpy as np
 import pytest
 
-from vlsm.extras.serve import Bank, build_page, examples, segment
+from vlsm.data.images import read_image
 from vlsm.results.options import parse_options
+from vlsm.results.serve import Bank, build_page, segment
 
 
 @pytest.fixture
@@ -15,21 +16,14 @@ def bank(trained):
     return Bank({"run": str(trained)}, options)
 
 
-def test_what_it_shows(bank):
-    shown = examples(bank, bank.options)
-    assert len(shown) == 6 and shown[0][1]
-    image = shown[0][0]
+def test_what_it_shows(bank, folder):
+    image = read_image(folder / "images" / "d30.png")
     drawn, grey, said, mask = segment(bank, "run", image, "red disk", 0.5)
     assert drawn.size == grey.size == mask.size == (60, 44) and "% of the picture" in said
     wide = segment(bank, "run", image, "red disk", 0.01)[3]
     assert np.asarray(wide).sum() > np.asarray(mask).sum() > 0
     assert segment(bank, "run", None, "red disk", 0.5)[2].startswith("Choose a picture")
     assert segment(bank, "run", image, "  ", 0.5)[0] is None
-
-
-def test_examples_may_be_missing(bank):
-    bank.options.dataset = "kvasir"
-    assert examples(bank, bank.options) == []
 
 
 def test_without_gradio(bank, cli, trained, monkeypatch):
@@ -40,6 +34,6 @@ def test_without_gradio(bank, cli, trained, monkeypatch):
 
 @pytest.mark.skipif(not importlib.util.find_spec("gradio"), reason="gradio is not installed")
 def test_the_page(bank):
-    page = build_page(bank.names, bank.options)
+    page = build_page(bank, [(np.zeros((9, 9, 3), np.uint8), "disk")])
     labels = {block.label for block in page.blocks.values() if getattr(block, "label", None)}
     assert {"run", "prompt", "another prompt beside it", "picture", "threshold of the probability"} <= labels
