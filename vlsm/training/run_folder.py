@@ -19,7 +19,10 @@ FREE_ON_RESUME = {
 RUN_FILES = (
     "config.json", "best.safetensors", "last.safetensors", "log.csv", "curves.png", "state.pt", "sweep.csv",
     "sweep.png", "study.db", "tensorboard/events.out.tfevents.*", "eval-*/**/metrics.csv",
-    "eval-*/**/metrics.json", "eval-*/figure.png", "eval-*/prompts.json", f"eval-*/**/{LEDGER}",
+    "eval-*/**/metrics.json", "eval-*/prompts.json", "eval-*/risk.json", "eval-*/audit.json",
+    *(f"eval-*/{name}.{kind}" for name in ("figure", "audit") for kind in ("png", "pdf", "svg")),
+    "eval-*/gallery/index.html", "eval-*/gallery/thumbs/[0-9]*.jpg", "eval-*/gallery/thumbs/[0-9]*-*.png",
+    f"eval-*/**/{LEDGER}",
     ".vlsm-*.tmp",
 )  # fmt: skip
 
