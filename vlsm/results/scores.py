@@ -17,7 +17,7 @@ from vlsm.results.intervals import DRAWS, SEED, bootstrap_intervals
 from vlsm.system.console import progress
 from vlsm.system.files import write_csv, write_json
 
-COLUMNS = ("image", "mask", "group", "prompt", "dsc", "iou", "hd95", "nsd", "brier")
+COLUMNS = ("image", "mask", "prompt", "dsc", "iou", "hd95", "nsd", "brier", "group")
 # name -> how it is printed, the factor to that unit, what is better
 METRICS = {
     "dsc": ("DSC %", 100, max), "iou": ("IoU %", 100, max), "hd95": ("HD95 px", 1, min),
