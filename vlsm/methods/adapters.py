@@ -4,7 +4,10 @@ Sources: adapters: Dhakal et al., "VLSM-Adapter" (MICCAI 2024), Eq. 1 and Sectio
 2022).
 """
 
+import re
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import kernels
@@ -12,6 +15,7 @@ from vlsm.networks.hooks import PROJECTIONS, Tuner
 
 COND_DIM = 256  # width of the adapter on the conditional embedding, whatever `dim` is (as published)
 BRANCHES = dict(v="vision", l="language", c="conditional")
+BLOCKS = re.compile(r"(?:([vl]):)?(\d{1,4})(?:-(\d{1,4}))?")  # of --blocks
 
 
 class Adapter(nn.Module):
@@ -42,49 +46,153 @@ def check_branches(branches, known, method=""):
         )
 
 
-class Adapters(Tuner):
-    """What dense and shallow adapters share.
+def check_width(dim):
+    """Raise ValueError for a width that leaves an adapter without a hidden unit."""
+    if dim < 1:
+        raise ValueError(
+            f"--dim {dim} leaves an adapter without a hidden unit; give a width of 1 or more (the paper's: "
+            "64 dense, 512 shallow)."
+        )
 
-    branches: "v" (vision encoder), "l" (language encoder), "c" (conditional embedding). dim: an adapter's
-    width.
+
+def choose_blocks(blocks, encoder, default, count):
+    """Return the blocks of an encoder on which a method acts.
+
+    blocks: None; "5-8" (or "5"), of both encoders; or "v:5-8,l:9-11", where an encoder that is not named
+    keeps its `default`, a range. encoder: "v" or "l". count: of the blocks that reach the logits. Raises
+    ValueError for another form, and for blocks beyond them.
+    """
+    named = {}
+    for part in filter(None, str(blocks or "").split(",")):
+        match = BLOCKS.fullmatch(part)
+        if not match or (match[1] or "vl") in named:
+            raise ValueError(f"--blocks '{blocks}': give a range such as 5-8, or v:5-8,l:9-11.")
+        low, high = int(match[2]), int(match[3] or match[2])
+        named.update({letter: range(low, high + 1) for letter in match[1] or "vl"})
+    chosen = named.get(encoder, default)
+    if not chosen or chosen[-1] >= count:
+        raise ValueError(
+            f"--blocks '{blocks}': of the {BRANCHES[encoder]} encoder blocks 0 to {count - 1} reach the "
+            "logits."
+        )
+    return chosen
+
+
+class Adapters(Tuner):
+    """What dense and shallow adapters share: `vision` and `text`, adapters by the name of their layer, and
+    `cond`.
+
+    branches: "v" (vision encoder), "l" (language encoder), "c" (conditional embedding).
     """
 
-    def __init__(self, config, branches="vl", dim=64, reference=False):
+    def __init__(self, config, branches="vl", reference=False):
         super().__init__(config, reference)
         check_branches(branches, "vlc")
-        if dim < 1:
-            raise ValueError(
-                f"--dim {dim} leaves an adapter without a hidden unit; give a width of 1 or more (the "
-                "paper's: 64 dense, 512 shallow)."
-            )
-        vision = self.encoder_adapters(config.vision, config, dim) if "v" in branches else {}
-        text = self.encoder_adapters(config.text, config, dim) if "l" in branches else {}
-        self.vision, self.text = nn.ModuleDict(vision), nn.ModuleDict(text)
-        if "c" in branches:
-            self.cond = Adapter(config.projection_dim, COND_DIM)
-
-    def encoder_adapters(self, encoder, config, dim):
-        """Return the adapters of one encoder (its `EncoderConfig`), by the name of their layer."""
-        raise NotImplementedError
+        self.vision, self.text = nn.ModuleDict(), nn.ModuleDict()
 
     def adapt_conditional(self, cond, states):
         return self.cond(cond) if hasattr(self, "cond") else cond
 
 
 class DenseAdapters(Adapters):
-    """Adapters before both residual additions of every block below the deepest extract layer (9 of 12
-    blocks).
+    """Adapters before both residual additions of blocks: of every one below the deepest extract layer (9 of
+    12), unless `blocks` says otherwise.
+
+    dim: an adapter's width. dims: its width in each block instead.
     """
 
-    def encoder_adapters(self, encoder, config, dim):
-        count, d = min(max(config.extract_layers), encoder.num_hidden_layers), encoder.hidden_size
-        return {str(i): nn.ModuleDict(dict(attn=Adapter(d, dim), mlp=Adapter(d, dim))) for i in range(count)}
+    kind = Adapter
+
+    def __init__(self, config, branches="vl", dim=64, dims=None, blocks=None, reference=False):
+        super().__init__(config, branches, reference)
+        reach = max(config.extract_layers)
+        vision, text = config.vision, config.text
+        if "v" in branches:
+            default, count = self.default_blocks("v", config), min(reach + 1, vision.num_hidden_layers)
+            chosen = choose_blocks(blocks, "v", default, count)
+            self.vision = self.adapters(vision.hidden_size, chosen, self.widths("v", len(chosen), dim, dims))
+        if "l" in branches:
+            chosen = choose_blocks(blocks, "l", self.default_blocks("l", config), text.num_hidden_layers)
+            self.text = self.adapters(text.hidden_size, chosen, self.widths("l", len(chosen), dim, dims))
+        if "c" in branches:
+            self.cond = self.kind(config.projection_dim, self.cond_width(dim))
+
+    def default_blocks(self, encoder, config):
+        """Return the range of blocks of an encoder ("v" or "l") that have adapters."""
+        layers = (config.vision if encoder == "v" else config.text).num_hidden_layers
+        return range(min(max(config.extract_layers), layers))
+
+    def cond_width(self, dim):
+        """Return the width of the adapter on the conditional embedding."""
+        return COND_DIM
+
+    def widths(self, encoder, count, dim, dims):
+        """Return the width in each of `count` blocks. Raises ValueError for another number of `dims`."""
+        if dims is not None and len(dims) != count:
+            raise ValueError(
+                f"--dims gives {len(dims)} widths, and the {BRANCHES[encoder]} encoder has adapters in "
+                f"{count} blocks: one width a block."
+            )
+        return [dim] * count if dims is None else list(dims)
+
+    def adapters(self, d, blocks, widths):
+        """Return two adapters for each block of an encoder of width d."""
+        found = nn.ModuleDict()
+        for i, dim in zip(blocks, widths):
+            check_width(dim)
+            found[str(i)] = nn.ModuleDict(dict(attn=self.kind(d, dim), mlp=self.kind(d, dim)))
+        return found
 
     def residual_ops(self, encoder, layer):
         adapters = self.vision if encoder == "vision" else self.text
         if str(layer) not in adapters:
             return super().residual_ops(encoder, layer)
         return adapters[str(layer)]["attn"], adapters[str(layer)]["mlp"]
+
+
+class TelescopicAdapter(nn.Module):
+    """x + scale * up(dropout(silu(norm(down(x))))), without biases; the learnt scale starts at 0.1."""
+
+    def __init__(self, d, dim):
+        super().__init__()
+        self.down, self.norm = nn.Linear(d, dim, bias=False), nn.LayerNorm(dim)
+        self.up, self.scale = nn.Linear(dim, d, bias=False), nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, x, residual=None):
+        """Return the adapted x `[..., d]`, plus `residual` where there is one."""
+        hidden = F.dropout(F.silu(self.norm(self.down(x))), 0.1, self.training)
+        out = x + self.scale * self.up(hidden)
+        return out if residual is None else out + residual
+
+
+class TelescopicAdapters(DenseAdapters):
+    """Dense adapters whose width grows with depth (arXiv 2512.13855): in the vision encoder 8 to 32, in the
+    last three text blocks and on the conditional embedding `dim`.
+
+    dims: the widths of the vision blocks (default: the published nine, of another number the nearest).
+    """
+
+    kind = TelescopicAdapter
+    WIDTHS = (8, 8, 10, 14, 17, 21, 24, 28, 32)
+
+    def __init__(self, config, branches="vlc", dim=16, dims=None, blocks=None, reference=False):
+        super().__init__(config, branches, dim, dims, blocks, reference)
+
+    def default_blocks(self, encoder, config):
+        if encoder == "v":
+            return super().default_blocks(encoder, config)
+        layers = config.text.num_hidden_layers
+        return range(max(0, layers - 3), layers)
+
+    def cond_width(self, dim):
+        return dim
+
+    def widths(self, encoder, count, dim, dims):
+        if encoder == "l":
+            return [dim] * count
+        last = len(self.WIDTHS) - 1
+        nearest = [self.WIDTHS[round(k * last / max(count - 1, 1))] for k in range(count)]
+        return super().widths(encoder, count, dim, dims or nearest)
 
 
 class ShallowAdapters(Adapters):
@@ -94,9 +202,15 @@ class ShallowAdapters(Adapters):
     """
 
     def __init__(self, config, branches="vl", dim=512, reference=False):
+        super().__init__(config, branches, reference)
+        check_width(dim)
         if "l" in branches:
             self.check_text(config)
-        super().__init__(config, branches, dim, reference)
+            self.text = self.adapters(config.text.hidden_size, config, dim)
+        if "v" in branches:
+            self.vision = self.adapters(config.vision.hidden_size, config, dim)
+        if "c" in branches:
+            self.cond = Adapter(config.projection_dim, COND_DIM)
 
     @staticmethod
     def check_text(config):
@@ -114,8 +228,10 @@ class ShallowAdapters(Adapters):
                 f"this base has {layers}. Use --branches v, c or vc."
             )
 
-    def encoder_adapters(self, encoder, config, dim):
-        return {str(k): Adapter(encoder.hidden_size, dim) for k in range(len(config.extract_layers))}
+    @staticmethod
+    def adapters(d, config, dim):
+        """Return an adapter for each extract layer of an encoder of width d."""
+        return nn.ModuleDict({str(k): Adapter(d, dim) for k in range(len(config.extract_layers))})
 
     def adapt_activation(self, k, x):
         return self.vision[str(k)](x) if str(k) in self.vision else x
@@ -152,8 +268,9 @@ class LoRA(Tuner):
     """Low-rank changes of the attention projections of every block that the logits depend on."""
 
     def __init__(
-        self, config, branches="vl", dim=16, lora_alpha=32.0, lora_targets=("q", "v"), reference=False
-    ):
+        self, config, branches="vl", dim=16, lora_alpha=32.0, lora_targets=("q", "v"), blocks=None,
+        reference=False,
+    ):  # fmt: skip
         super().__init__(config, reference)
         check_branches(branches, "vl", "lora")
         if dim < 1:
@@ -164,15 +281,12 @@ class LoRA(Tuner):
             raise ValueError(f"--lora-targets {names}: give one or more of {', '.join(PROJECTIONS)}.")
         targets = [t for t in PROJECTIONS if t in lora_targets]
 
-        def deltas(letter, encoder, layers):
-            return nn.ModuleDict(
-                {
-                    str(i): nn.ModuleDict(
-                        {t: LowRankDelta(encoder.hidden_size, dim, lora_alpha) for t in targets}
-                    )
-                    for i in range(layers if letter in branches else 0)
-                }
-            )
+        def deltas(letter, encoder, count):
+            chosen = choose_blocks(blocks, letter, range(count), count) if letter in branches else ()
+            d, found = encoder.hidden_size, nn.ModuleDict()
+            for i in chosen:
+                found[str(i)] = nn.ModuleDict({t: LowRankDelta(d, dim, lora_alpha) for t in targets})
+            return found
 
         self.vision = deltas("v", config.vision, max(config.extract_layers) + 1)
         self.text = deltas("l", config.text, config.text.num_hidden_layers)

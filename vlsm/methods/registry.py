@@ -4,7 +4,14 @@ import inspect
 from argparse import BooleanOptionalAction
 from itertools import combinations
 
-from vlsm.methods.adapters import DecoderTuner, DenseAdapters, FullTuner, LoRA, ShallowAdapters
+from vlsm.methods.adapters import (
+    DecoderTuner,
+    DenseAdapters,
+    FullTuner,
+    LoRA,
+    ShallowAdapters,
+    TelescopicAdapters,
+)  # fmt: skip
 from vlsm.methods.prompt_learners import (
     DEFAULT_DEPTH,
     VPT,
@@ -24,6 +31,7 @@ METHODS = {
     "full": FullTuner,
     "dense": DenseAdapters,
     "shallow": ShallowAdapters,
+    "telescopic": TelescopicAdapters,
     "lora": LoRA,
     "coop": CoOp,
     "cocoop": CoCoOp,
@@ -56,14 +64,30 @@ def add_method_options(parser):
 
 def add_adapter_options(add):
     """Declare the options of adapters and LoRA; add: a parser's `add_argument`."""
-    dense, shallow, lora = (default_options(name) for name in ("dense", "shallow", "lora"))
+    dense, shallow, lora, telescopic = map(default_options, ("dense", "shallow", "lora", "telescopic"))
     branches = "any of v (vision), l (language), c (conditional embedding)"
-    add("--branches", help=f"adapters in: {branches}; default {dense['branches']}")
-    widths = f"{dense['dim']} dense, {shallow['dim']} shallow"
+    add(
+        "--branches",
+        help=f"adapters in: {branches}; default {dense['branches']}, telescopic {telescopic['branches']}",
+    )
+    widths = f"{dense['dim']} dense, {shallow['dim']} shallow, {telescopic['dim']} telescopic"
     add(
         "--dim",
         type=int,
         help=f"width of an adapter (default: {widths}), rank of LoRA (default {lora['dim']})",
+    )
+    add(
+        "--dims",
+        type=int,
+        nargs="+",
+        metavar="DIM",
+        help="dense, telescopic: a width for each block instead (telescopic: of the vision encoder)",
+    )
+    add(
+        "--blocks",
+        metavar="RANGE",
+        help="dense, telescopic, lora: the blocks that they act on, such as 5-8 or v:5-8,l:9-11; what lies "
+        "below the first is computed once",
     )
     alpha, targets = f"{lora['lora_alpha']:g}", " ".join(lora["lora_targets"])
     add("--lora-alpha", type=float, help=f"LoRA's update is alpha / rank times its product (default {alpha})")
@@ -133,6 +157,8 @@ def _conflict(a, b):
         return "none trains nothing, and so adds nothing to another method"
     if all(issubclass(k, DecoderTuner) for k in kinds):
         return "full trains the decoder already"
+    if all(issubclass(k, DenseAdapters) for k in kinds):
+        return f"{a} and {b} both act before the residual additions"
     if all(issubclass(k, PromptLearner) for k in kinds):
         shared = [e for e in kinds[0].encoders if e in kinds[1].encoders]
         if shared:

@@ -60,6 +60,22 @@ def noise(*shape, std=0.02):
     return nn.Parameter(torch.empty(shape).normal_(std=std))
 
 
+WRITTEN_OUT = 1 << 25  # scores at most that are kept for the backward pass: they take memory
+
+
+def attend(q, k, v, mask=None, dropout=0.0, causal=False):
+    """Return softmax(q k^T / sqrt(d)) v, `[B, heads, N, d]`, of q of that shape and k, v `[B, heads, S, d]`.
+
+    By PyTorch's fused attention, but for training in 16 bits on a CPU, where its backward pass is slower than
+    the written-out products (kernels/RESULTS.md).
+    """
+    low = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and q.requires_grad
+    plain = low and mask is None and not causal and not dropout
+    if plain and q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= WRITTEN_OUT:
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+
+
 class Attention(nn.Module):
     """Multi-head attention with projections under given names; out_dim: width of the result."""
 
@@ -96,8 +112,7 @@ class Attention(nn.Module):
             parts = [F.linear(x, w, b) for x, w, b in zip(sources, weight.chunk(3), bias.chunk(3))]
         parts = [t + deltas[name](query) if name in deltas else t for name, t in zip("qkv", parts)]
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in parts)  # [B, heads, N, D/heads]
-        dropout = self.dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+        x = attend(q, k, v, mask, self.dropout if self.training else 0.0, causal)
         x, project = x.transpose(1, 2).flatten(2), getattr(self, self.names.out)  # [B, N, D]
         return project(x) + deltas["out"](x) if "out" in deltas else project(x)
 

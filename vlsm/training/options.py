@@ -29,7 +29,10 @@ LEARNER_RECIPE = dict(
     epochs=20, min_epochs=10, patience=12, monitor="loss", prompts="class", augment=True, weight_decay=0.0,
     lr_factor=0.2, clip=0.0, dice_weight=1.0, bce_weight=0.2,
 )  # fmt: skip
-LEARNING_RATES = {"dense": 1e-3, "shallow": 3e-4, "decoder": 1e-3, "full": 1e-4, "none": 0.0, "lora": 1e-3}
+LEARNING_RATES = {
+    "dense": 1e-3, "shallow": 3e-4, "decoder": 1e-3, "full": 1e-4, "none": 0.0, "lora": 1e-3,
+    "telescopic": 1e-3,
+}  # fmt: skip
 LEARNER_RATE = 2e-4
 NETWORK_RATES = {"cris": 1e-4, "san": 3e-4}  # of full and decoder
 COOP_INIT = "a photo of a"
