@@ -15,7 +15,7 @@ import datasets
 from vlsm.checkpoint import load, read_metadata, save_merged
 from vlsm.data.images import read_image
 from vlsm.data.prompts import choose_prompt
-from vlsm.results import audit, report, risk, transfer
+from vlsm.results import audit, blocks, report, risk, transfer
 from vlsm.results.evaluation import evaluate
 from vlsm.results.figures import draw_cases
 from vlsm.results.gallery import page_files, write_gallery
@@ -98,6 +98,11 @@ def evaluate_run(checkpoint, options, members=()):
         found = audit.audit(predictor, data, texts, options, seed, pattern)
         if not parallel.rank():
             audit.write(found, out, options.figure_format)
+    if options.audit_blocks:
+        found = blocks.audit_blocks(predictor, data, texts, options, pattern)
+        if not parallel.rank():
+            write_json(out / "blocks.json", found)
+            say(blocks.describe_blocks(found))
     if options.risk:
         held_back = open_split(options, predictor, dataset, prompts, "val")
         splits = (held_back[0], data), (held_back[1], texts)
@@ -116,7 +121,7 @@ def check_outputs(options, records, out):
         folders = [out / key for key in dict.fromkeys(k for r in records for k in r.prompts)]
     names = ["metrics.csv", "metrics.json", f"figure.{options.figure_format}"]
     names += audit.files(options.figure_format) if options.audit_prompts else []
-    names += ["risk.json"] if options.risk else []
+    names += ["risk.json"] * bool(options.risk) + ["blocks.json"] * options.audit_blocks
     targets = [folder / name for folder in folders for name in names] if options.out else []
     for folder in filter(None, (options.save_masks, options.save_probabilities)):
         targets += [mask_target(folder, r.mask_name) for r in records]

@@ -201,6 +201,51 @@ def test_the_embedded_base_listens():
     assert audit.verdict(found).startswith("This run reads its prompt")
 
 
+# Which blocks matter
+
+
+def test_blocks_that_are_switched_off(cli, trained):
+    code, said, err = cli("evaluate", "--ckpt", trained, "--audit-blocks")
+    assert code == 0, err
+    found = json.loads((trained / "eval-test" / "blocks.json").read_text())
+    whole = json.loads((trained / "eval-test" / "metrics.json").read_text())["dsc"]["mean"]
+    assert (
+        list(found)[:2] == ["all", "vision 0"]
+        and "text 2" in found
+        and found["all"]["mean"] == (pytest.approx(whole))
+    )
+    assert all(s["mean"] + s["lost"] == pytest.approx(whole) for s in found.values())
+    assert any(abs(s["lost"]) > 1e-4 for s in found.values()) and "95 % interval" in said
+
+
+@pytest.mark.parametrize("method", ["dense", "lora", "telescopic"])
+def test_an_adapter_of_zeros_changes_nothing(method):
+    import vlsm
+    from vlsm.results.blocks import switched_off, tuned_blocks
+
+    torch.manual_seed(0)
+    model, bare = vlsm.build("clipseg", "mini", method), vlsm.build("clipseg", "mini", "none")
+    with torch.no_grad():
+        for parameter in model.tuner.parameters():
+            parameter.normal_(std=0.1)
+    images, ids = torch.randn(2, 3, 96, 96), torch.tensor([[993, 5, 994], [993, 7, 994]])
+    before, blocks = model(images, ids), tuned_blocks(model.tuner)
+    kept = {name: p.clone() for name, p in model.tuner.named_parameters()}
+    from contextlib import ExitStack
+
+    with ExitStack() as stack, torch.no_grad():
+        for at in blocks:
+            stack.enter_context(switched_off(model.tuner, *at))
+        if method == "telescopic":
+            model.tuner.cond.scale.zero_()
+        torch.testing.assert_close(model(images, ids), bare(images, ids))
+    with torch.no_grad():
+        if method == "telescopic":
+            model.tuner.cond.scale.copy_(kept["cond.scale"])
+    torch.testing.assert_close(model(images, ids), before)
+    assert all(torch.equal(p, kept[name]) for name, p in model.tuner.named_parameters())
+
+
 # Transfer
 
 

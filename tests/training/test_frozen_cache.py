@@ -70,6 +70,48 @@ def test_what_is_frozen_is_found_out(tmp_path, method, options, images, prompts)
 
 
 @pytest.mark.parametrize(
+    "method, options, depth",
+    [
+        ("dense", dict(blocks="1-2"), 1),
+        ("dense", dict(blocks="v:2-3,l:0"), 2),
+        ("dense", dict(blocks="3"), 3),
+        ("lora", dict(blocks="v:2,l:3"), 2),
+        ("telescopic", dict(blocks="1-3"), 1),
+        ("dense", dict(blocks="0-1"), 0),
+        ("dense", dict(blocks="l:2"), 0),
+        ("vpt", {}, 0),
+        ("full", {}, 0),
+        ("dense+vpt", {}, 0),
+    ],
+)
+def test_the_first_blocks_are_computed_once(tmp_path, method, options, depth):
+    """Below the first block that training changes; logits and gradients are the model's own."""
+    f, data = wrap(method, tmp_path, 1, **options), split()
+    assert f.depth == depth
+    said = f.add_split("noise", data, 4)
+    assert (said is None) == (depth == 0) and (depth == 0 or f"output of {depth} image blocks" in said)
+    assert f.needs_pixels("noise") == (depth == 0)
+    indices, prompts = [0, 5, 11, 3], ["a", "b", "a", "red disk"]
+    images, found = data.batch(indices)[0], []
+    changed = torch.tensor([False, True, False, False])
+    altered = images.clone()
+    altered[1] = images[1].flip(-1)
+    f.model.train()
+    for own in (True, False):
+        f.model.zero_grad()
+        torch.manual_seed(3)  # dropout
+        if own:
+            logits = f.model(f.normalise(altered), *f.tokenizer(prompts))
+        else:
+            logits = cached_logits(f, "noise", indices, prompts, altered, changed)
+        logits.square().mean().backward()
+        found.append((logits.detach(), {n: p.grad.clone() for n, p in f.model.tuned_parameters().items()}))
+    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=1e-5)
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], gradient, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
     "held", [dict(RAM=11), dict(RAM=4, disk=3), dict(RAM=0, disk=11), dict(RAM=0, disk=0)]
 )
 @pytest.mark.parametrize("method", ["shallow", "dense", "cocoop"])

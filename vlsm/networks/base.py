@@ -68,6 +68,19 @@ class ImageFeatures(NamedTuple):
     size: tuple
 
 
+class FrozenBlocks(NamedTuple):
+    """What the first `depth` blocks of an image encoder make of images `[B, 3, H, W]`.
+
+    tokens: `[B, S, D]`, the next block's input; activations: those of the extract layers among these blocks,
+    `[B, S, D]`; size: (H, W).
+    """
+
+    depth: int
+    tokens: torch.Tensor
+    activations: list
+    size: tuple
+
+
 class TextEncoder(NamedTuple):
     """The parts of a network's text encoder, wherever its checkpoint keeps them."""
 
@@ -131,16 +144,18 @@ class Network(nn.Module):
     ):
         """Segment images by prompts: `[B, 3, H, W]`, `[B, T]`, `[B, T]` -> logits `[B, 1, H, W]`.
 
-        Foreground is where logits are above 0. image_features: `ImageFeatures` kept from before; pixel_values
-        may then be None, unless `decoder_reads_pixels`. text_features: what `encode_prompts` returned before;
-        input_ids may then be None. Raises ValueError where H or W is no multiple of `config.stride`, or
-        images and prompts differ in number.
+        Foreground is where logits are above 0. image_features: `ImageFeatures`, or `FrozenBlocks`, kept from
+        before; pixel_values may then be None, unless `decoder_reads_pixels`. text_features: what
+        `encode_prompts` returned before; input_ids may then be None. Raises ValueError where H or W is no
+        multiple of `config.stride`, or images and prompts differ in number.
         """
         tuner = tuner or Tuner()
         contexts = tuner.contexts()
         if image_features is None:
             self.check_size(*pixel_values.shape[-2:])
             image_features = self.encode_image(pixel_values, tuner, contexts.vision)
+        elif isinstance(image_features, FrozenBlocks):
+            image_features = self.encode_rest(image_features, tuner, contexts.vision)
         if text_features is None:
             images = image_features.activations[0].shape[0]  # `len` would bind an exported file to one number
             if input_ids.shape[0] != images:
@@ -152,6 +167,17 @@ class Network(nn.Module):
 
     def encode_image(self, pixel_values, tuner, contexts=()):
         """Return the `ImageFeatures` of images `[B, 3, H, W]`; contexts: vectors for the vision encoder."""
+        raise NotImplementedError
+
+    def encode_blocks(self, pixel_values, tuner, contexts=(), depth=None):
+        """Return the `FrozenBlocks` of images: of `depth` blocks, or of those whose output needs no gradient.
+
+        None where a network has no such blocks.
+        """
+        return None
+
+    def encode_rest(self, blocks, tuner, contexts=()):
+        """Return the `ImageFeatures` of images whose first blocks' output, `FrozenBlocks`, is there."""
         raise NotImplementedError
 
     def encode_text(self, input_ids, attention_mask, tuner, contexts=()):

@@ -17,6 +17,7 @@ from torch import nn
 from vlsm.networks.base import (
     VISION_DEFAULTS,
     EncoderConfig,
+    FrozenBlocks,
     ImageFeatures,
     Network,
     TextEncoder,
@@ -192,26 +193,43 @@ class CLIPSeg(Network):
         the embedding. The n contexts stand behind the patches; those of layer i replace their outputs of
         layer i - 1, and so the decoder sees them too.
         """
-        vision, wanted = self.clip.vision_model, self.config.extract_layers
+        return self.encode_rest(self.encode_blocks(pixel_values, tuner, contexts, 0), tuner, contexts)
+
+    def encode_blocks(self, pixel_values, tuner, contexts=(), depth=None):
+        vision = self.clip.vision_model
         embeddings = vision.embeddings
         patches = embeddings.patch_embedding(pixel_values)  # [B, D, h, w]
         x = patch_tokens(patches, embeddings.class_embedding, embeddings.position_embedding.weight)
-        at, n = x.shape[1], contexts[0].shape[-2] if contexts else 0
         if contexts:
-            x = insert_context(x, at, contexts[0])
-        x = vision.pre_layrnorm(x)
-        states = []
-        for i, block in enumerate(
-            vision.encoder.layers[: None if tuner.needs_image_embedding else max(wanted) + 1]
-        ):
-            x = block(x, tuner.residual_ops("vision", i), deltas=tuner.lora_deltas("vision", i))
-            if i + 1 < len(contexts):
-                x = insert_context(x, at, contexts[i + 1], replace=n)
-            states.append(x)
-        embedding = None
+            x = insert_context(x, x.shape[1], contexts[0])
+        begun = FrozenBlocks(0, vision.pre_layrnorm(x), [], tuple(pixel_values.shape[-2:]))
+        last = max(self.config.extract_layers) if depth is None else depth
+        return self._run_vision_blocks(begun, last, tuner, contexts, frozen_only=depth is None)
+
+    def encode_rest(self, blocks, tuner, contexts=()):
+        vision, wanted = self.clip.vision_model, self.config.extract_layers
+        last = len(vision.encoder.layers) if tuner.needs_image_embedding else max(wanted) + 1
+        done, embedding = self._run_vision_blocks(blocks, last, tuner, contexts), None
         if tuner.needs_image_embedding:
-            embedding = self.clip.visual_projection(vision.post_layernorm(x[:, 0]))
-        return ImageFeatures([states[i] for i in wanted], embedding, tuple(pixel_values.shape[-2:]))
+            embedding = self.clip.visual_projection(vision.post_layernorm(done.tokens[:, 0]))
+        by_layer = dict(zip(sorted(set(wanted)), done.activations))
+        return ImageFeatures([by_layer[i] for i in wanted], embedding, done.size)
+
+    def _run_vision_blocks(self, begun, last, tuner, contexts, frozen_only=False):
+        """Return the `FrozenBlocks` after block `last` - 1, or after the last one that needs no gradient."""
+        x, activations = begun.tokens, list(begun.activations)
+        n = contexts[0].shape[-2] if contexts else 0
+        for i in range(begun.depth, last):
+            block = self.clip.vision_model.encoder.layers[i]
+            after = block(x, tuner.residual_ops("vision", i), deltas=tuner.lora_deltas("vision", i))
+            if i + 1 < len(contexts):
+                after = insert_context(after, after.shape[1] - n, contexts[i + 1], replace=n)
+            if frozen_only and after.requires_grad:
+                return FrozenBlocks(i, x, activations, begun.size)
+            x = after
+            if i in self.config.extract_layers:
+                activations.append(x)
+        return FrozenBlocks(last, x, activations, begun.size)
 
     def encode_text(self, input_ids, attention_mask, tuner, contexts=()):
         """Return (conditional embedding `[B, P]`, the pooled state `[B, D]` at each extract layer...)."""

@@ -51,6 +51,7 @@ class WhatOptions:
         False,
         "DSC under right, other, swapped, contradictory, absent and senseless prompts: is the text read?",
     )
+    audit_blocks: bool = option(False, "switch each block's adapters (or LoRA) off in turn: what DSC loses")
     risk: list | None = option(
         None,
         "fn 0.1: fit a threshold on the validation split so that the expected share of missed foreground "
@@ -210,7 +211,9 @@ def _check_values(options):
         re.compile(options.group or "")
     except re.error as error:
         raise ValueError(f"--group '{options.group}' is no regular expression ({error}).") from None
-    if options.ensemble and (options.merge or options.export or options.serve or options.all_prompts):
-        raise ValueError("--ensemble goes with none of --merge, --export, --serve and --all-prompts.")
+    alone = ("merge", "export", "serve", "all_prompts", "audit_blocks")
+    if options.ensemble and any(getattr(options, name) for name in alone):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in alone)
+        raise ValueError(f"--ensemble goes with none of {flags}.")
     if options.transfer and not options.report:
         raise ValueError("--transfer is a kind of --report.")

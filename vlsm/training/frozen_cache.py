@@ -1,4 +1,5 @@
-"""What training cannot change is computed once: image features, text features.
+"""What training cannot change is computed once: image features, or those of an image encoder's first blocks;
+text features.
 
 Which encoder is frozen is not declared by the tuning methods but found out: its outputs require no gradient.
 """
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from vlsm.networks.base import ImageFeatures
+from vlsm.networks.base import FrozenBlocks, ImageFeatures
 from vlsm.system import parallel
 from vlsm.system.console import progress
 from vlsm.system.device import autocast
@@ -119,7 +120,9 @@ def _interleave(first, a, b):
 
 
 def _tensors(features):
-    """Return all tensors of `ImageFeatures` as one list."""
+    """Return all tensors of `ImageFeatures` or `FrozenBlocks` as one list."""
+    if isinstance(features, FrozenBlocks):
+        return [features.tokens, *features.activations]
     return [*features.activations, *([] if features.embedding is None else [features.embedding])]
 
 
@@ -128,7 +131,8 @@ class FrozenCache:
 
     normalise: from uint8 images on the device to pixel values. cache_gb: GB that image features may take in
     all; 0: none are kept; None: half of what is free in each tier, but in float32 none on disk, which would
-    round them. `images_frozen` and `prompts_frozen` say whether an encoder's output is.
+    round them. `images_frozen` and `prompts_frozen` say whether an encoder's output is; `depth`, where the
+    image encoder's is not, how many of its first blocks are.
     """
 
     def __init__(self, model, tokenizer, normalise, device, dtype, cache_gb=None, folder="."):
@@ -141,7 +145,9 @@ class FrozenCache:
             contexts = tuner.contexts()
             image = base.encode_image(torch.zeros(1, 3, side, side, device=device), tuner, contexts.vision)
             text = base.encode_prompts(*tokenizer([""]), tuner, contexts.text, image.embedding)
+            blocks = base.encode_blocks(torch.zeros(1, 3, side, side, device=device), tuner, contexts.vision)
         self.images_frozen = not model.updated_buffers and not any(t.requires_grad for t in _tensors(image))
+        self.depth = 0 if blocks is None or model.updated_buffers or self.images_frozen else blocks.depth
         self.prompts_frozen = not any(t.requires_grad for t in text)
 
     # Filling
@@ -153,7 +159,7 @@ class FrozenCache:
         fixed, so that a resumed run gets the same bits.
         """
         self.splits[name] = data
-        if not self.images_frozen or self.cache_gb == 0:
+        if not (self.images_frozen or self.depth) or self.cache_gb == 0:
             return None
         count = data.image_count
         first = _tensors(self._encode(data, range(min(batch_size, count))))
@@ -193,13 +199,20 @@ class FrozenCache:
         kept = ", ".join(where) or "no room"
         rounded = "disk" in store.parts and self.dtype is None
         note = "; those on disk are rounded to half precision" if rounded else ""
-        return f"the frozen image encoder's output is kept for {store.held} of {count} images ({kept}){note}"
+        what = "image encoder's output" if self.images_frozen else f"output of {self.depth} image blocks"
+        return f"the frozen {what} is kept for {store.held} of {count} images ({kept}){note}"
 
     @torch.no_grad()
     def _encode(self, data, rows):
         images = data.image_range(rows).to(self.device)
         with autocast(self.device, self.dtype):
-            return self.model.base.encode_image(self.normalise(images), self.model.tuner)
+            return self._frozen_part(self.normalise(images))
+
+    def _frozen_part(self, pixel_values):
+        base, tuner = self.model.base, self.model.tuner
+        if self.images_frozen:
+            return base.encode_image(pixel_values, tuner)
+        return base.encode_blocks(pixel_values, tuner, depth=self.depth)
 
     # Reading
 
@@ -230,8 +243,10 @@ class FrozenCache:
             return None
         found = store.get(rows[kept])
         if not kept.all():
-            fresh = _tensors(self.model.base.encode_image(pixel_values[~kept], self.model.tuner))
+            fresh = _tensors(self._frozen_part(pixel_values[~kept]))
             found = [_interleave(kept, a, b) for a, b in zip(found, fresh)]
+        if self.depth:
+            return FrozenBlocks(self.depth, found[0], found[1:], (data.side, data.side))
         embedding = found.pop() if self.model.tuner.needs_image_embedding else None
         return ImageFeatures(found, embedding, (data.side, data.side))
 

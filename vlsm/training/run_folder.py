@@ -20,6 +20,7 @@ RUN_FILES = (
     "config.json", "best.safetensors", "last.safetensors", "log.csv", "curves.png", "state.pt", "sweep.csv",
     "sweep.png", "study.db", "tensorboard/events.out.tfevents.*", "eval-*/**/metrics.csv",
     "eval-*/**/metrics.json", "eval-*/prompts.json", "eval-*/risk.json", "eval-*/audit.json",
+    "eval-*/blocks.json",
     *(f"eval-*/{name}.{kind}" for name in ("figure", "audit") for kind in ("png", "pdf", "svg")),
     "eval-*/gallery/index.html", "eval-*/gallery/thumbs/[0-9]*.jpg", "eval-*/gallery/thumbs/[0-9]*-*.png",
     f"eval-*/**/{LEDGER}",
