@@ -4,7 +4,6 @@ The loop is written out below: `train_epochs` goes through the epochs, `train_ep
 one.
 """
 
-import math
 import os
 import platform
 import sys
@@ -27,7 +26,7 @@ from vlsm.system import parallel, plots
 from vlsm.system.console import Interrupt, friendly_errors, progress, say
 from vlsm.system.device import autocast, choose_device
 from vlsm.system.files import atomic_write, write_csv
-from vlsm.training import sweep
+from vlsm.training import memory, sweep
 from vlsm.training.job import EpochMeter, Job
 from vlsm.training.options import complete, default_folder, image_side, parse_options
 from vlsm.training.run_folder import check_records, fingerprint_records, held_folder, make_folder
@@ -45,36 +44,33 @@ def train_epoch(job, epoch, interrupt):
     Raises Diverged for a loss of nan.
     """
     options, model, records = job.options, job.model.train(), job.data["train"].records
-    seed = options.seed * STRIDE + epoch
+    mode, seed = options.prompts, options.seed * STRIDE + epoch
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
-    steps = [parallel.share_batch(batch) for batch in chunks(order, options.batch_size)]
+    steps = [parallel.share_batch(batch, options.accumulate) for batch in chunks(order, options.batch_size)]
     if parallel.world_size() > 1:  # dropout's draws: each process its own, whatever was drawn before
         torch.manual_seed(seed * STRIDE + parallel.rank())
     with progress(len(records), f"epoch {epoch}/{options.epochs}") as bar:
-        meter, batches = EpochMeter(job, epoch, bar), job.batches("train", [step.indices for step in steps])
-        for k, (step, (indices, images, masks)) in enumerate(zip(steps, batches)):
-            changed = None  # images: uint8 [B, 3, S, S], None if what is kept will do; masks: [B, 1, S, S]
-            if options.augment:
-                generator = torch.Generator().manual_seed(seed * STRIDE + k * options.batch_size)
-                images, masks, changed = augment(images, masks, generator, step.batch_size, step.part)
-            prompts = [choose_prompt(records[i], options.prompts, options.seed, epoch, i) for i in indices]
-            pixel_values = job.normalise(images)  # [B, 3, S, S]
-            kept = job.frozen.lookup("train", indices, prompts, pixel_values, changed)
-            with autocast(job.device, job.dtype):
-                logits = model(pixel_values, *job.tokenizer(prompts), **kept)  # [B, 1, S, S]
-            loss = kernels.dice_bce_loss(logits, masks, **options.loss())
-
+        meter = EpochMeter(job, epoch, bar)
+        batches = job.batches("train", [share.indices for shares in steps for share in shares])
+        for k, shares in enumerate(steps):
             job.optimizer.zero_grad(set_to_none=True)
-            job.scaler.scale(loss * step.weight).backward()
-            parallel.all_reduce_mean(p.grad for p in job.tuned.values() if p.grad is not None)
-            job.scaler.unscale_(job.optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(job.tuned.values(), options.clip or math.inf)
-            job.check_gradients(loss, norm)
-            job.scaler.step(job.optimizer)
-            job.scaler.update()
-
-            scores = dsc(logits.detach()[:, 0] > 0, masks[:, 0] > 0)
-            meter.add(loss, scores.sum() * bool(step.count), step.count, step.batch_size)
+            for share, (indices, images, masks) in zip(shares, batches):
+                changed = None  # images: uint8 [B, 3, S, S], None if what is kept will do; masks [B, 1, S, S]
+                if options.augment:
+                    generator = torch.Generator().manual_seed(seed * STRIDE + k * options.batch_size)
+                    size, part = share.batch_size, share.part
+                    images, masks, changed = augment(images, masks, generator, size, part)
+                prompts = [choose_prompt(records[i], mode, options.seed, epoch, i) for i in indices]
+                pixel_values = job.normalise(images)  # [B, 3, S, S]
+                kept = job.frozen.lookup("train", indices, prompts, pixel_values, changed)
+                with autocast(job.device, job.dtype):
+                    logits = model(pixel_values, *job.tokenizer(prompts), **kept)  # [B, 1, S, S]
+                loss = kernels.dice_bce_loss(logits, masks, **options.loss())
+                job.scaler.scale(loss * share.weight).backward()
+                scores = dsc(logits.detach()[:, 0] > 0, masks[:, 0] > 0)
+                meter.add(loss, scores.sum() * bool(share.count), share.count)
+            job.step(loss)
+            bar.update(share.batch_size)
             interrupt.leave(f"Interrupted in epoch {epoch}; {job.describe_saved()}")
         meter.flush()
     parallel.all_reduce_mean(model.base.get_buffer(name) for name in model.updated_buffers)
@@ -163,6 +159,8 @@ def train(options, after_epoch=None):
     model = build_model(options)
     about = describe_run(options, model)
     if options.dry_run:
+        if options.peft != "none":
+            say_memory(options, model, about, device, dtype)
         return None
     with held_folder(options):
         parallel.barrier()
@@ -172,6 +170,14 @@ def train(options, after_epoch=None):
         train_epochs(job, about, after_epoch)
     say(f"Best validation DSC {100 * job.best:.2f}. Evaluate it with: python evaluate.py --ckpt {job.out}")
     return job
+
+
+def say_memory(options, model, about, device, dtype):
+    """Print what a run needs of memory, and the largest batches for some cards."""
+    root, seed = options.data_root, options.split_seed
+    images = sum(len(datasets.records(options.dataset, split, root, seed)) for split in ("train", "val"))
+    job = Job(options, Path(options.out), model, model.tokenizer(), {}, device, dtype)
+    say(memory.describe(memory.estimate(job, about["image_size"]), options, images))
 
 
 def start_job(options, model, about, device, dtype):

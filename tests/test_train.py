@@ -44,7 +44,7 @@ def test_a_run_from_training_to_pictures(cli, quick, tmp_path, folder):
         about = {k: json.loads(v) for k, v in file.metadata().items()}
     assert (
         about["method"] == "dense"
-        and about["options"] == dict(branches="vl", dim=8, upsampler=False)
+        and about["options"] == dict(branches="vl", dim=8, dims=None, blocks=None, upsampler=False)
         and about["image_size"] == 48
     )
     assert about["weights"] == "mini" and len(about["fingerprint"]) == 16 and about["recipe"]["seed"] == 42

@@ -174,6 +174,13 @@ class VLSM(nn.Module):
             self.compile_blocks()
         return self
 
+    def recompute_activations(self, recompute=True):
+        """Keep no activations of the transformer layers for the backward pass, but compute them again; in
+        place.
+        """
+        for block in self.base.compilable_blocks():
+            block.recompute = recompute
+
     def compile_blocks(self):
         """Have `torch.compile` build the transformer layers, once for each kind of layer; in place.
 

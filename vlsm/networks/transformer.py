@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 def quick_gelu(x):
@@ -132,7 +133,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer layer."""
+    """Pre-norm transformer layer.
+
+    recompute: whether the backward pass computes the layer's activations again instead of keeping them.
+    """
+
+    recompute = False
 
     def __init__(self, dim, heads, hidden, activation, eps=1e-5, names=HUGGING_FACE):
         super().__init__()
@@ -148,6 +154,12 @@ class Block(nn.Module):
 
     def forward(self, x, residual_ops=(torch.add, torch.add), mask=None, causal=False, deltas=None):
         """Transform tokens `[B, N, D]`; for `residual_ops` and `deltas` see the hooks of `Tuner`."""
+        values = x, residual_ops, mask, causal, deltas
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._transform, *values, use_reentrant=False)
+        return self._transform(*values)
+
+    def _transform(self, x, residual_ops, mask, causal, deltas):
         attention, norm1, norm2 = self.parts()
         add_attention, add_mlp = residual_ops
         x = add_attention(attention(norm1(x), mask=mask, causal=causal, deltas=deltas), x)

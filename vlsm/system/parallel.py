@@ -76,11 +76,12 @@ def own_batches(batches):
 
 
 class Share(NamedTuple):
-    """This process's part of a batch.
+    """A part of a batch that this process computes at a time.
 
     indices: its rows; where it has none, the batch's first, which then count for nothing. count: how many
-    rows it has. weight: of their mean loss, such that the mean of all processes' weighted gradients is the
-    gradient of the batch's mean loss. part: the slice of the batch. batch_size: rows of the whole batch.
+    rows it has. weight: of their mean loss, such that the weighted gradients of a process's parts, summed,
+    and their mean over all processes, are the gradient of the batch's mean loss. part: the slice of the
+    batch. batch_size: rows of the whole batch.
     """
 
     indices: list
@@ -90,12 +91,15 @@ class Share(NamedTuple):
     batch_size: int
 
 
-def share_batch(batch):
-    """Return this process's `Share` of a batch, a list of indices."""
-    part = slice(rank(), None, world_size())
-    rows, size = batch[part], len(batch)
-    weight = len(rows) * world_size() / size
-    return Share(rows or batch[:1], len(rows), weight, part if rows else slice(0, 1), size)
+def share_batch(batch, parts=1):
+    """Return this process's `Share`s of a batch, a list of indices: so many parts, one after the other."""
+    shares, size = [], len(batch)
+    for k in range(parts):
+        part = slice(rank() + k * world_size(), None, parts * world_size())
+        rows = batch[part]
+        weight = len(rows) * world_size() / size
+        shares.append(Share(rows or batch[:1], len(rows), weight, part if rows else slice(0, 1), size))
+    return shares
 
 
 def all_reduce_mean(tensors):

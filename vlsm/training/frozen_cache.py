@@ -214,6 +214,20 @@ class FrozenCache:
             return base.encode_image(pixel_values, tuner)
         return base.encode_blocks(pixel_values, tuner, depth=self.depth)
 
+    def part_for_step(self, pixel_values):
+        """Return what a step takes of kept features, for images `[B, 3, S, S]`; None if nothing is kept."""
+        if not (self.images_frozen or self.depth) or self.cache_gb == 0:
+            return None
+        with torch.no_grad():
+            return self._frozen_part(pixel_values)
+
+    def bytes_kept(self, side):
+        """Return the bytes that are kept of an image of `side` pixels."""
+        with torch.no_grad(), autocast(self.device, self.dtype):
+            kept = self.part_for_step(torch.zeros(1, 3, side, side, device=self.device))
+        itemsize = (self.dtype or torch.float32).itemsize
+        return 0 if kept is None else sum(t.numel() for t in _tensors(kept)) * itemsize
+
     # Reading
 
     def needs_pixels(self, name):

@@ -11,6 +11,7 @@ from vlsm.data.cache import device_batches
 from vlsm.data.pixel_values import Normaliser
 from vlsm.model import VLSM
 from vlsm.networks.tokenizer import Tokenizer
+from vlsm.system import parallel
 from vlsm.system.console import process_rank, say
 from vlsm.system.device import AsyncScalars
 from vlsm.training.frozen_cache import FrozenCache
@@ -43,6 +44,7 @@ class Job:
     def __post_init__(self):
         options, model = self.options, self.model
         model.place_on(self.device, self.dtype, options.kernels, options.compile)
+        model.recompute_activations(options.checkpoint_activations)
         self.normalise = Normaliser(model.base.mean, model.base.std, self.device)
         self.frozen = FrozenCache(
             model,
@@ -88,6 +90,15 @@ class Job:
         augmented = self.options.augment and split == "train"
         with_images = augmented or self.frozen.needs_pixels(split)
         return device_batches(self.data[split], batches, self.device, with_images)
+
+    def step(self, loss):
+        """Change what is trained by the gradients that are there; loss: the last one, a scalar tensor."""
+        parallel.all_reduce_mean(p.grad for p in self.tuned.values() if p.grad is not None)
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.tuned.values(), self.options.clip or math.inf)
+        self.check_gradients(loss, norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
     # Progress
 
@@ -171,22 +182,21 @@ class EpochMeter:
         self.job, self.epoch, self.bar, self.pending, self.step = job, epoch, bar, None, 0
         self.loss, self.dsc, self.records = 0.0, 0.0, 0
 
-    def add(self, loss, dsc_sum, records, batch_size):
-        """Note a step. Raises Diverged where the loss of the step before is not finite.
+    def add(self, loss, dsc_sum, records):
+        """Note a part of a step. Raises Diverged where the loss of the one before is not finite.
 
-        loss: the mean over this process's `records`, a scalar tensor; dsc_sum: their DSC, summed; batch_size:
-        of all processes together.
+        loss: the mean over this process's `records`, a scalar tensor; dsc_sum: their DSC, summed.
         """
         scalars = AsyncScalars(torch.stack([loss.detach().double(), dsc_sum]))
         self.flush()
         self.step += 1
-        self.pending = self.step, scalars, records, batch_size
+        self.pending = self.step, scalars, records
 
     def flush(self):
         """Read the numbers of the last step that was noted. Raises Diverged where its loss is not finite."""
         if not self.pending:
             return
-        (step, scalars, records, batch_size), self.pending = self.pending, None
+        (step, scalars, records), self.pending = self.pending, None
         loss, dsc_sum = scalars.tolist()
         self.job.refuse_nonfinite(loss, f"loss became {loss} in epoch {self.epoch}, step {step}")
         self.loss, self.dsc, self.records = (
@@ -198,4 +208,3 @@ class EpochMeter:
         self.bar.set_postfix(
             loss=f"{self.loss / seen:.3f}", DSC=f"{100 * self.dsc / seen:.1f}", refresh=False
         )
-        self.bar.update(batch_size)

@@ -216,6 +216,14 @@ class MemoryOptions:
         type=float,
         limits=Limits(0),
     )
+    accumulate: int = option(
+        1,
+        "compute a batch in so many parts, one step: less memory (default 1)",
+        limits=Limits(1, 4096),
+    )
+    checkpoint_activations: bool = option(
+        False, "compute the layers' activations again in the backward pass: far less memory, slower"
+    )
     data_device: str = option(
         "auto", "where the images lie (auto: on the GPU if there is room)", choices=["auto", "cpu", "cuda"]
     )
@@ -230,7 +238,7 @@ class FolderOptions:
     overwrite: bool = option(False, "delete the files of the run that is in that folder")
     changed_data: bool = option(False, "with --resume: go on although the data set's records are others now")
     tensorboard: bool = option(False, "also log for TensorBoard (needs: pip install tensorboard)")
-    dry_run: bool = option(False, "print the numbers of parameters and stop")
+    dry_run: bool = option(False, "print the numbers of parameters, the memory that a run needs, and stop")
 
 
 @dataclass

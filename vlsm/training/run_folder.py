@@ -12,7 +12,7 @@ from vlsm.system.files import LEDGER, atomic_write, is_filled, locked, read_json
 # Options that may differ when a run is resumed; all others would make it another run.
 FREE_ON_RESUME = {
     "epochs", "patience", "min_epochs", "sweep", "device", "data_root", "cache_dir", "weights", "kernels",
-    "compile", "cache_gb", "data_device", "shard_cache", "tensorboard",
+    "compile", "cache_gb", "data_device", "shard_cache", "tensorboard", "checkpoint_activations",
 }  # fmt: skip
 
 # What a run, a sweep and evaluations of a run write.
