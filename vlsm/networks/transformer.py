@@ -83,7 +83,7 @@ class Attention(nn.Module):
     def __init__(self, dim, heads, names=HUGGING_FACE, dropout=0.0, out_dim=None):
         super().__init__()
         self.heads, self.names, self.dropout = heads, names, dropout
-        if names is OPENAI:  # plain parameters, as in torch's nn.MultiheadAttention
+        if names == OPENAI:  # plain parameters, as in torch's nn.MultiheadAttention
             self.in_proj_weight = noise(3 * dim, dim, std=dim**-0.5)
             self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
         else:
@@ -93,7 +93,7 @@ class Attention(nn.Module):
 
     def stacked(self):
         """Return the weight `[3 D, D]` and bias `[3 D]` of the projections to q, k and v."""
-        if self.names is OPENAI:
+        if self.names == OPENAI:
             return self.in_proj_weight, self.in_proj_bias
         layers = [getattr(self, name) for name in self.names.qkv]
         if len(layers) == 1:
