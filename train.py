@@ -24,7 +24,7 @@ from vlsm.model import build
 from vlsm.networks.weights import is_random
 from vlsm.system import parallel, plots
 from vlsm.system.console import Interrupt, friendly_errors, progress, say
-from vlsm.system.device import autocast, choose_device
+from vlsm.system.device import autocast, choose_device, multiplies_bf16
 from vlsm.system.files import atomic_write, write_csv
 from vlsm.training import memory, sweep
 from vlsm.training.job import EpochMeter, Job
@@ -35,6 +35,7 @@ COLUMNS = (
     "epoch", "train_loss", "train_dsc", "val_loss", "val_dsc", "val_iou", "lr", "seconds",
     "images_per_second",
 )  # fmt: skip
+LARGE = 20_000_000  # parameters, from which products are most of a step
 STRIDE = 1_000_003  # between the seeds of two epochs
 
 
@@ -158,6 +159,9 @@ def train(options, after_epoch=None):
     torch.manual_seed(options.seed)
     model = build_model(options)
     about = describe_run(options, model)
+    large = model.count_parameters()[1] > LARGE
+    if device.type == "cpu" and dtype is None and large and multiplies_bf16():
+        say("This CPU multiplies in bfloat16: --amp bf16 makes a step about 1.8 to 3 times as fast.")
     if options.dry_run:
         if options.peft != "none":
             say_memory(options, model, about, device, dtype)

@@ -191,9 +191,9 @@ def stepper(parameters, loss_of, device, scaler=None):
         parameters, lr=1e-5, weight_decay=1e-3, fused=device.type == "cuda" and scaler is None
     )
 
-    def step(*inputs):
+    def step(*inputs, **how):
         optimizer.zero_grad(set_to_none=True)
-        loss = loss_of(*inputs)
+        loss = loss_of(*inputs, **how)
         if scaler is None:
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 0.5)
@@ -225,9 +225,9 @@ class Pair:
         their_amp = torch.float16 if bench.cuda and amp else amp
         scaler = torch.amp.GradScaler("cuda") if their_amp == torch.float16 else None
 
-        def their_loss(pixels, ids, target):
+        def their_loss(pixels, ids, target, network=theirs):
             with autocast(self.device, their_amp):
-                logits = theirs(pixels, ids.to(self.device))
+                logits = network(pixels, ids.to(self.device))
             return loss_reference(logits, target)
 
         def our_loss(pixels, ids, target):
@@ -272,6 +272,9 @@ def _step(bench, label):
         step(*inputs)
         peaks[f"peak_GiB_{name}"] = torch.cuda.max_memory_allocated() / 2**30
     found = dict(ours=lambda: pair.our_step(*inputs), reference=lambda: pair.their_step(*inputs))
+    if bench.cuda:
+        compiled = torch.compile(pair.theirs)
+        found["compile"] = lambda: pair.their_step(*inputs, network=compiled)
     times = bench.time(found, bench.args.step_runs, warm=1)
     more = dict(images_per_second=B / times["ours"], loss_difference=difference, **peaks)
     more["limit_share"] = _limit(bench, lambda: pair.our_step(*inputs)) / times["ours"]

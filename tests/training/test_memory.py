@@ -120,3 +120,13 @@ def test_widths_a_block():
     assert sorted(telescopic.text) == ["1", "2", "3"] and sorted(telescopic.vision) == ["0", "1", "2"]
     assert [telescopic.vision[str(i)]["mlp"].down.out_features for i in range(3)] == [8, 17, 32]
     assert telescopic.cond.scale.item() == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("amp, said", [("off", True), ("bf16", False)])
+def test_a_faster_type_is_named(amp, said, cli, quick, monkeypatch):
+    import train
+
+    monkeypatch.setattr(train, "LARGE", 1000)
+    monkeypatch.setattr(train, "multiplies_bf16", lambda: True)
+    code, out, err = cli("train", *quick, "--amp", amp, "--dry-run")
+    assert code == 0 and ("--amp bf16 makes a step" in out) == said, err

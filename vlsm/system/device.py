@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -79,3 +80,12 @@ class AsyncScalars:
         if self.ready:
             self.ready.synchronize()
         return self.values.tolist()
+
+
+def multiplies_bf16():
+    """Tell whether this machine's CPU has products of bfloat16 (AVX-512 or AMX), as Linux says."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
