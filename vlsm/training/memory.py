@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from vlsm import dice_bce_loss
+import vlsm
 from vlsm.system.device import autocast
 
 GB = 1 << 30
@@ -73,7 +73,7 @@ def step_peak(job, side, batch):
     with autocast(job.device, job.dtype):
         kept = job.frozen.part_for_step(pixel_values)
         logits = model(pixel_values, *ids, image_features=kept)
-    dice_bce_loss(logits, target, **options.loss()).backward()
+    vlsm.dice_bce_loss(logits, target, **options.loss()).backward()
     job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)
     return peak_bytes(job.device)
