@@ -15,12 +15,13 @@ from vlsm.methods.registry import check_model, complete_options, make_tuner
 from vlsm.networks import weights as weights_io
 from vlsm.networks.clipseg import CLIPSeg
 from vlsm.networks.cris import CRIS
+from vlsm.networks.sam3 import SAM3
 from vlsm.networks.san import SAN
 from vlsm.networks.tokenizer import Tokenizer
 from vlsm.networks.transformer import Attention
 from vlsm.system.files import read_json
 
-NETWORKS = {"clipseg": CLIPSeg, "cris": CRIS, "san": SAN}
+NETWORKS = {"clipseg": CLIPSeg, "cris": CRIS, "san": SAN, "sam3": SAM3}
 # Gradients that are zero by nature: a key bias shifts all of a query's scores alike, which softmax ignores;
 # the first matrix of a LoRA update learns nothing before the second has left zero.
 ZERO_BY_NATURE = re.compile(r"k_proj\.bias$|\.(q|k|v|out)\.down\.weight$")
@@ -275,7 +276,10 @@ def attach_tuner(base, method="none", options=None, about=None):
     """
     network = base.network
     check_model(method, type(network))
-    options, reference = complete_options(method, options or {}), network.reference
+    options, reference = dict(options or {}), network.reference
+    if network.config.upsampler_sizes is None:  # a method's own default is for networks that can have one
+        options.setdefault("upsampler", False)
+    options = complete_options(method, options)
     tuner = make_tuner(method, network.config, reference, options)
     if not base.fresh <= set(tuner.trained_network_parameters(network)):
         raise ValueError(

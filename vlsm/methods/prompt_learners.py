@@ -96,7 +96,7 @@ class PromptLearner(Tuner):
             ids = self.encode_init_texts(texts, Tokenizer(folder, limit=1 << 20))
             depth, _, width = self.context.shape
             vectors = self.random_context(network.config, depth, ids.shape[1], width)
-            vectors[: len(ids)] = network.text_encoder().tokens(ids).detach()
+            vectors[: len(ids)] = network.text_transformer().tokens(ids).detach()
             self.context = nn.Parameter(vectors)
         depth, n, _ = self.context.shape
         return dict(prompt_depth=depth, context=n)

@@ -268,7 +268,7 @@ class Network(nn.Module):
         exceed the encoder's window, the prompt loses its last words. Raises ValueError for a prompt that
         exceeds it alone.
         """
-        encoder, limit = self.text_encoder(), self.config.text.max_position_embeddings
+        encoder, limit = self.text_transformer(), self.config.text.max_position_embeddings
         n = contexts[0].shape[-2] if contexts else 0
         input_ids = input_ids.to(encoder.tokens.weight.device)
         seen = None if attention_mask is None else attention_mask.to(input_ids.device).bool()
@@ -312,7 +312,7 @@ class Network(nn.Module):
     def on_weights_loaded(self):
         """Look at the weights; called once, when they are there."""
 
-    def text_encoder(self):
+    def text_transformer(self):
         """Return the `TextEncoder`."""
         raise NotImplementedError
 

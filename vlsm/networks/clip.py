@@ -53,7 +53,7 @@ class CLIP(nn.Module):
         self.text_projection = noise(text.hidden_size, projection_dim, std=text.hidden_size**-0.5)
         self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # not used; in the checkpoint
 
-    def text_encoder(self):
+    def text_transformer(self):
         return TextEncoder(self.token_embedding, self.positional_embedding, self.transformer.resblocks)
 
 

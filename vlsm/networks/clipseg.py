@@ -258,7 +258,7 @@ class CLIPSeg(Network):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.normal_(self.clip.vision_model.embeddings.class_embedding, std=0.02)
 
-    def text_encoder(self):
+    def text_transformer(self):
         text = self.clip.text_model
         embeddings = text.embeddings
         return TextEncoder(

@@ -359,8 +359,8 @@ class CRIS(Network):
         logits = F.interpolate(logits, size=image_features.size, mode="bicubic", align_corners=True)
         return tuner.adapt_logits(logits, features)
 
-    def text_encoder(self):
-        return self.backbone.text_encoder()
+    def text_transformer(self):
+        return self.backbone.text_transformer()
 
     def decoder_names(self):
         return [name for name, _ in self.named_parameters() if not name.startswith("backbone.")]

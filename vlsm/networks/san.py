@@ -342,8 +342,8 @@ class SAN(Network):
             return {}
         return {SIDE + name: t for name, t in SideNetwork(self.config).state_dict().items()}
 
-    def text_encoder(self):
-        return self.clip_model.text_encoder()
+    def text_transformer(self):
+        return self.clip_model.text_transformer()
 
     def decoder_names(self):
         return [name for name, _ in self.named_parameters() if name.startswith(SIDE)]

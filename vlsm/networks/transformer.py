@@ -77,6 +77,13 @@ def attend(q, k, v, mask=None, dropout=0.0, causal=False):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
 
 
+def rotate(t, cos, sin):
+    """Turn pairs of neighbouring channels of `[..., N, d]` by the angles, in float32."""
+    t32 = t.float()
+    turned = torch.stack([-t32[..., 1::2], t32[..., 0::2]], -1).flatten(-2)
+    return (t32 * cos + turned * sin).type_as(t)
+
+
 class Attention(nn.Module):
     """Multi-head attention with projections under given names; out_dim: width of the result."""
 
@@ -100,10 +107,11 @@ class Attention(nn.Module):
             return layers[0].weight, layers[0].bias
         return torch.cat([p.weight for p in layers]), torch.cat([p.bias for p in layers])
 
-    def forward(self, query, key=None, value=None, mask=None, causal=False, deltas=None):
+    def forward(self, query, key=None, value=None, mask=None, causal=False, deltas=None, rope=None):
         """Attend from `[B, N, D]` to itself, or to key (and value, the same unless given) `[B, S, D]`.
 
-        mask: bool (True is seen), or added to the scores. deltas: see `Tuner.lora_deltas`.
+        mask: bool (True is seen), or added to the scores. deltas: see `Tuner.lora_deltas`. rope: cosines and
+        sines `[N, d]` of a head's rotary positions.
         """
         (weight, bias), deltas = self.stacked(), deltas or {}
         if key is None:
@@ -113,6 +121,8 @@ class Attention(nn.Module):
             parts = [F.linear(x, w, b) for x, w, b in zip(sources, weight.chunk(3), bias.chunk(3))]
         parts = [t + deltas[name](query) if name in deltas else t for name, t in zip("qkv", parts)]
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in parts)  # [B, heads, N, D/heads]
+        if rope:
+            q, k = (rotate(t, *rope) for t in (q, k))
         x = attend(q, k, v, mask, self.dropout if self.training else 0.0, causal)
         x, project = x.transpose(1, 2).flatten(2), getattr(self, self.names.out)  # [B, N, D]
         return project(x) + deltas["out"](x) if "out" in deltas else project(x)

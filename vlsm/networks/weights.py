@@ -22,6 +22,7 @@ KINDS = (
         "a CRIS checkpoint (--model cris; python -m vlsm.extras.convert_cris turns a .pth into a folder)",
     ),
     ("film_mul.", "a CLIPSeg checkpoint (--model clipseg)"),
+    ("detr_encoder.", "a SAM 3 checkpoint (--model sam3)"),
     (
         "visual.layer1.0.",
         "OpenAI's CLIP with a ResNet (python -m vlsm.extras.convert_cris makes a start for CRIS of it)",
@@ -95,6 +96,12 @@ def _download(name):
         if not (folder / "model.safetensors").is_file():
             folder = Path(snapshot_download(name, allow_patterns=TEXT_FILES + ["pytorch_model.bin"]))
     except Exception as error:  # the hub raises a dozen unrelated types; all mean the same to the user
+        if type(error).__name__ == "GatedRepoError":
+            raise FileNotFoundError(
+                f"The weights '{name}' are gated: accept their licence on their page of the hub and log in "
+                f"with `hf auth login`; or run `hf download {name} --local-dir DIR` where you have access, "
+                "and pass --weights DIR."
+            ) from error
         raise FileNotFoundError(
             f"The weights '{name}' could not be downloaded from the Hugging Face hub "
             f"({type(error).__name__}). On a machine that reaches it, run `hf download {name} --local-dir "

@@ -19,7 +19,7 @@ from vlsm.system.files import csv_text, field, owned_write, read_json
 PUBLISHED = Path(__file__).parent / "published"
 CHARTS = ("dsc", "parameters")
 THEIRS = " †"  # behind the method's name where a figure is a paper's
-NETWORK_LABELS = {"clipseg": "", "cris": "CRIS ", "san": "SAN "}
+NETWORK_LABELS = {"clipseg": "", "cris": "CRIS ", "san": "SAN ", "sam3": "SAM3 "}
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ LEARNING_RATES = {
     "telescopic": 1e-3,
 }  # fmt: skip
 LEARNER_RATE = 2e-4
-NETWORK_RATES = {"cris": 1e-4, "san": 3e-4}  # of full and decoder
+NETWORK_RATES = {"cris": 1e-4, "san": 3e-4, "sam3": 1e-4}  # of full and decoder
 COOP_INIT = "a photo of a"
 DEMO_EPOCHS = 40  # of --dataset demo, which is small
 # What a checkpoint's metadata call the recipe.
@@ -100,7 +100,7 @@ class DataOptions:
 class ModelOptions:
     """The network, its weights and the tuning method; the method's own options stand in `registry.py`."""
 
-    model: str = option("clipseg", "clipseg (default), cris or san", choices=list(NETWORKS))
+    model: str = option("clipseg", "clipseg (default), cris, san or sam3", choices=list(NETWORKS))
     weights: str | None = option(
         None,
         "hub id, local folder, or mini, the embedded CLIPSeg (default: mini for the demo, else "
@@ -110,7 +110,7 @@ class ModelOptions:
     peft: str | None = option(
         None,
         f"dense (default on clipseg), {', '.join(m for m in METHODS if m != 'dense')}; or several: "
-        "dense+vpt. cris, san: full (default), decoder, none",
+        "dense+vpt. cris, san: full (default), decoder, none; sam3: dense (default)",
     )
     reference: bool = option(
         False,
@@ -356,7 +356,7 @@ def fill_defaults(options):
 
 def default_method(options):
     """Return the method that is trained unless --peft names one."""
-    return "dense" if options.model == "clipseg" else "full"
+    return "dense" if options.model in ("clipseg", "sam3") else "full"
 
 
 def default_folder(options, seed):
