@@ -141,7 +141,11 @@ def test_counts_at_real_size():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("method", TRAINABLE)
+def some_slow(names, quick):
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("method", some_slow(TRAINABLE, ("decoder",)))
 def test_two_pictures_are_learnt_by_heart(method):
     torch.manual_seed(0)
     model = vlsm.build("sam3", f"random:{TINY}", method)
@@ -187,7 +191,7 @@ def test_other_sizes_and_recomputing():
     assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
-@pytest.mark.parametrize("method", ["coop", "decoder", "dense"])
+@pytest.mark.parametrize("method", some_slow(("coop", "decoder", "dense"), ("coop",)))
 def test_a_run(method, cli, quick, folder, tmp_path):
     """From training to scores; resumed, it is the same; what is frozen is kept."""
     options = ["--dataset", folder, "--model", "sam3", "--weights", f"random:{TINY}", "--peft", method]
