@@ -190,9 +190,7 @@ def compare(options):
         raise ValueError("--compare wants two checkpoints or more.")
     out = Path(options.out or f"compare.{options.figure_format}")
     options = replace(options, figure=options.figure or 6)
-    names = [run_name(path) for path in options.compare]
-    if len(set(names)) < len(names):  # runs of --seeds
-        names = [f"{Path(path).absolute().parent.name}/{n}" for path, n in zip(options.compare, names)]
+    names = run_names(options.compare)
     dataset, found = options.dataset or read_metadata(options.compare[0])["dataset"], []
     check_targets([out], overwrite=options.overwrite)
     pattern, words = group_pattern(options, dataset)
@@ -219,6 +217,15 @@ def compare(options):
 def run_name(path):
     """Return what a checkpoint is called."""
     return Path(path).name if Path(path).is_dir() else Path(path).stem
+
+
+def run_names(paths):
+    """Return what several checkpoints are called, told apart by their folders and numbers where need be."""
+    names = [run_name(path) for path in paths]
+    if len(set(names)) < len(names):  # runs of --seeds
+        names = [f"{Path(path).absolute().parent.name}/{name}" for path, name in zip(paths, names)]
+    seen = [names[: i + 1].count(name) for i, name in enumerate(names)]
+    return [name if n == 1 else f"{name} ({n})" for name, n in zip(names, seen)]
 
 
 def choose_checkpoint(options):
@@ -290,8 +297,9 @@ def serve_page(options):
     """Serve the page to try pictures and prompts on, with examples of the first run's split."""
     from vlsm.results.serve import Bank, serve
 
-    bank = Bank({run_name(path): path for path in options.ckpt}, options)
-    predictor = bank.predictor(run_name(options.ckpt[0]))
+    names = run_names(options.ckpt)
+    bank = Bank(dict(zip(names, options.ckpt)), options)
+    predictor = bank.predictor(names[0])
     about = predictor.about
     try:
         data, texts = open_split(

@@ -227,7 +227,7 @@ def test_comparison_on_the_same_records(cli, quick, group, tmp_path):
     assert "seed1 - decoder: " in said and " points, p = " in said and "over 6 records" in said
     assert Image.open(out).width == 4 * 228 + 8
     code, said, err = cli("evaluate", "--compare", *[group / "dense" / "seed1"] * 2, "--out", out)
-    assert code == 0 and "dense/seed1 - dense/seed1: +0.00 [+0.00, +0.00] points, p = 1 " in said, err
+    assert code == 0 and "dense/seed1 - dense/seed1 (2): +0.00 [+0.00, +0.00] points, p = 1 " in said, err
     code, said, err = cli("evaluate", "--compare", group / "decoder", group / "word", "--out", out)
     own = json.loads((group / "word" / "eval-test" / "metrics.json").read_text())["dsc"]["mean"]
     assert (
