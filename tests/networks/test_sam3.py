@@ -137,7 +137,7 @@ def test_counts_at_real_size():
                 counts[name] = sum(p.numel() for p in METHODS[name](network.config).parameters())
     assert counts == dict(
         decoder=10_917_633, full=817_304_321, dense=14_537_600, telescopic=2_464_193, lora=3_670_016,
-        coop=36_864,
+        coop=36_864, cocoop=783_936,
     )  # fmt: skip
 
 
@@ -154,7 +154,7 @@ def test_two_pictures_are_learnt_by_heart(method):
     target = torch.zeros(2, 1, 112, 112, dtype=torch.uint8)
     target[0, :, :56], target[1, :, 56:] = 1, 1
     model.eval()  # dropout off
-    rate = 3e-2 if method == "coop" else 3e-3
+    rate = 3e-2 if method in ("coop", "cocoop") else 3e-3
     optimizer = torch.optim.AdamW(model.tuned_parameters().values(), rate)
     losses = []
     for _ in range(60):
@@ -163,10 +163,10 @@ def test_two_pictures_are_learnt_by_heart(method):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < (0.98 if method == "coop" else 0.6) * losses[0], losses[::10]
+    assert losses[-1] < (0.98 if method in ("coop", "cocoop") else 0.6) * losses[0], losses[::10]
 
 
-@pytest.mark.parametrize("method", ["shallow", "cocoop", "vpt"])
+@pytest.mark.parametrize("method", ["shallow", "vpt", "maple"])
 def test_methods_that_cannot_act_say_why(method):
     with pytest.raises(ValueError, match="no pooled text"):
         vlsm.build("sam3", f"random:{TINY}", method)
@@ -191,7 +191,7 @@ def test_other_sizes_and_recomputing():
     assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
-@pytest.mark.parametrize("method", some_slow(("coop", "decoder", "dense"), ("coop",)))
+@pytest.mark.parametrize("method", some_slow(("coop", "cocoop", "decoder", "dense"), ("coop",)))
 def test_a_run(method, cli, quick, folder, tmp_path):
     """From training to scores; resumed, it is the same; what is frozen is kept."""
     options = ["--dataset", folder, "--model", "sam3", "--weights", f"random:{TINY}", "--peft", method]

@@ -227,10 +227,10 @@ class SAM3(Network):
     default_weights = "facebook/sam3"
     mean, std = [0.5] * 3, [0.5] * 3
     keeps_padding = True  # prompts have the window's length; padding is hidden by the mask
-    methods = ("none", "decoder", "full", "dense", "telescopic", "lora", "coop")
+    methods = ("none", "decoder", "full", "dense", "telescopic", "lora", "coop", "cocoop")
     unsupported_reason = (
         "SAM 3's prompt is all of its tokens, and its image tokens lie in windows: there is no pooled text "
-        "for shallow's sum, no image embedding for cocoop, no place for vision contexts."
+        "for shallow's sum, and no place for vision contexts."
     )
     Config = SAM3Config
 
@@ -275,7 +275,10 @@ class SAM3(Network):
         )
 
     def encode_image(self, pixel_values, tuner, contexts=()):
-        """Return the vision transformer's last tokens `[B, h * w, D]`, which the neck enlarges."""
+        """Return the vision transformer's last tokens `[B, h * w, D]`, which the neck enlarges.
+
+        The embedding is the mean of the neck's coarsest map.
+        """
         vision = self.vision_encoder.backbone
         patches = vision.embeddings.patch_embeddings.projection(pixel_values)  # [B, D, h, w]
         grid = tuple(patches.shape[-2:])
@@ -283,7 +286,11 @@ class SAM3(Network):
         x = vision.layer_norm(patches.flatten(2).transpose(1, 2) + positions)
         for i, block in enumerate(vision.layers):
             x = block(x, tuner.residual_ops("vision", i), grid, False, tuner.lora_deltas("vision", i))
-        return ImageFeatures([x], None, tuple(pixel_values.shape[-2:]))
+        embedding = None
+        if tuner.needs_image_embedding:
+            coarsest = self.vision_encoder.neck.fpn_layers[-1]
+            embedding = coarsest(x.transpose(1, 2).unflatten(2, grid)).mean((2, 3))
+        return ImageFeatures([x], embedding, tuple(pixel_values.shape[-2:]))
 
     def _tiled_positions(self, h, w):
         """Return position embeddings `[h * w, D]`: those of the pretraining's grid, repeated."""
