@@ -46,5 +46,10 @@ def _installed_package():
         __path__.append(str(Path(spec.origin).parent))
         spec = spec_from_file_location("kernels.installed", spec.origin)
         sys.modules[spec.name] = module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[spec.name])
+        try:
+            spec.loader.exec_module(sys.modules[spec.name])
+        except BaseException:  # nothing of half a package stays
+            del sys.modules[spec.name]
+            __path__.pop()
+            raise
     return sys.modules["kernels.installed"]

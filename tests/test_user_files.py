@@ -432,3 +432,18 @@ def test_another_package_named_kernels_is_no_obstacle(first, tmp_path):
         capture_output=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_half_of_another_package_named_kernels_does_not_stay(tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("import nothing_of_that_name\n")
+    code = (
+        "import kernels, sys\n"
+        "for _ in range(2):\n"
+        "    try:\n        kernels.get_kernel\n"
+        "    except ModuleNotFoundError as error:\n        print(error.name)\n"
+        "assert 'kernels.installed' not in sys.modules and len(kernels.__path__) == 1 and kernels.use_kernels"
+    )
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, text=True, capture_output=True)
+    assert done.returncode == 0 and done.stdout.split() == ["nothing_of_that_name"] * 2, done.stderr[-2000:]
