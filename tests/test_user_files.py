@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -447,3 +448,24 @@ def test_half_of_another_package_named_kernels_does_not_stay(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, text=True, capture_output=True)
     assert done.returncode == 0 and done.stdout.split() == ["nothing_of_that_name"] * 2, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    "name, text, said",
+    [
+        ("vocab.json", "{", "The tokenizer in .* cannot be read"),
+        ("vocab.json", "[]", "The tokenizer in .* cannot be read"),
+        ("preprocessor_config.json", '{"size": "big"}', "'size' should be a side in pixels, and is 'big'"),
+        ("preprocessor_config.json", '{"size": {"height": null}}', "'height' should be a side in pixels"),
+        ("preprocessor_config.json", '{"size": -8}', "a side of -8 pixels cannot be"),
+        ("preprocessor_config.json", "[1]", "should hold a JSON object"),
+    ],
+)
+def test_files_beside_the_weights_are_checked(name, text, said, cli, quick, tmp_path):
+    shutil.copytree(MINI, tmp_path / "base", ignore=shutil.ignore_patterns("*.py", "*.png", "*.md"))
+    (tmp_path / "base" / name).write_text(text)
+    options = [str(o) for o in quick]
+    at = options.index("--image-size")
+    options[options.index("mini")] = str(tmp_path / "base")
+    code, _, err = cli("train", *options[:at], *options[at + 2 :])
+    assert code == 2 and re.search(said, err), err

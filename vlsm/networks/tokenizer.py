@@ -28,6 +28,16 @@ def clip_bpe(model):
     return tokenizer
 
 
+def _read(vocab, merges, whole):
+    """Return the library's tokenizer of vocab.json and merges.txt, or else of tokenizer.json."""
+    if vocab.is_file() and merges.is_file():
+        return clip_bpe(BPE.from_file(str(vocab), str(merges), end_of_word_suffix="</w>", unk_token=END))
+    tokenizer = FastTokenizer.from_file(str(whole))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
 class Tokenizer:
     """Prompts to `input_ids` and `attention_mask`, padded to the longest of the batch, cut to `limit` tokens.
 
@@ -38,13 +48,13 @@ class Tokenizer:
     def __init__(self, folder, limit=77, pad_to_limit=False):
         folder = Path(folder)
         vocab, merges, whole = folder / "vocab.json", folder / "merges.txt", folder / "tokenizer.json"
-        if vocab.is_file() and merges.is_file():
-            bpe = BPE.from_file(str(vocab), str(merges), end_of_word_suffix="</w>", unk_token=END)
-            self.fast = clip_bpe(bpe)
-        elif whole.is_file():
-            self.fast = FastTokenizer.from_file(str(whole))
-            self.fast.no_padding()
-            self.fast.no_truncation()
+        if (vocab.is_file() and merges.is_file()) or whole.is_file():
+            try:
+                self.fast = _read(vocab, merges, whole)
+            except Exception as error:  # the library raises plain ones
+                raise ValueError(
+                    f"The tokenizer in '{folder}' cannot be read ({str(error)[:200]})."
+                ) from error
         else:
             raise FileNotFoundError(
                 f"'{folder}' holds no tokenizer (vocab.json and merges.txt, or tokenizer.json). "

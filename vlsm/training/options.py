@@ -15,6 +15,7 @@ from vlsm.methods.registry import (
 )
 from vlsm.model import NETWORKS, network_class
 from vlsm.system.device import MachineOptions
+from vlsm.system.files import field as field_of
 from vlsm.system.files import read_json
 from vlsm.system.options import Limits, add_options, check_fields, option, option_parser
 from vlsm.training.run_folder import restore_options
@@ -383,8 +384,15 @@ def image_side(model, asked):
     config, file = model.base.config, model.info["folder"] / "preprocessor_config.json"
     side = asked or getattr(config, "img_size", None)
     if side is None:
-        size = read_json(file).get("size", 352) if file.is_file() else 352
-        side = size if isinstance(size, int) else size.get("height", size.get("shortest_edge", 352))
+        found = read_json(file) if file.is_file() else {}
+        size = found.get("size", 352)
+        if isinstance(size, dict):
+            key = next((k for k in ("height", "shortest_edge") if k in size), "height")
+            side = field_of(file, size, key, kind=int, words="a side in pixels")
+        else:
+            side = field_of(file, dict(found, size=size), "size", kind=int, words="a side in pixels")
+        if not 1 <= side <= 8192:
+            raise ValueError(f"'{file}': a side of {side} pixels cannot be.")
     stride = config.stride
     if side % stride:
         fitting = round(side / stride) * stride or stride
