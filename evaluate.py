@@ -19,7 +19,7 @@ from vlsm.results import audit, blocks, report, risk, transfer
 from vlsm.results.evaluation import evaluate
 from vlsm.results.figures import draw_cases
 from vlsm.results.gallery import page_files, write_gallery
-from vlsm.results.intervals import DRAWS
+from vlsm.results.intervals import DRAWS, in_brackets
 from vlsm.results.options import parse_options
 from vlsm.results.predict import Ensemble, Predictor, mask_target, predict_folder
 from vlsm.results.scores import METRICS, describe, difference, score_folders, summarise, write_results
@@ -28,6 +28,11 @@ from vlsm.system.console import friendly_errors, say
 from vlsm.system.files import check_targets, write_json, write_text
 
 EXAMPLES = 24  # pictures of --serve
+
+
+def prompt_seed(options, about):
+    """Return the seed of random prompts: --seed, or that of the run with the metadata `about`."""
+    return about["recipe"]["seed"] if options.seed is None else options.seed
 
 
 def open_split(options, predictor, dataset, prompts, split=None):
@@ -40,7 +45,7 @@ def open_split(options, predictor, dataset, prompts, split=None):
         dataset, [split], predictor.size, root, options.cache_dir, about["split_seed"], prompts,
         shard=options.shard_cache,
     )[split]  # fmt: skip
-    seed = about["recipe"]["seed"] if options.seed is None else options.seed
+    seed = prompt_seed(options, about)
     return data, [choose_prompt(record, prompts, seed, i) for i, record in enumerate(data.records)]
 
 
@@ -76,7 +81,7 @@ def evaluate_run(checkpoint, options, members=()):
     data, texts = open_split(options, predictor, dataset, prompts)
     check_outputs(options, data.records, out)
     trained, total = predictor.count_parameters()
-    seed = about["recipe"]["seed"] if options.seed is None else options.seed
+    seed = prompt_seed(options, about)
     what = dict(
         ckpt=str(checkpoint), dataset=dataset, split=options.split, upsample=options.upsample, seed=seed,
         weights=about["weights"], method=about["method"], trained=trained, total=total, mirror=options.mirror,
@@ -105,8 +110,7 @@ def evaluate_run(checkpoint, options, members=()):
             say(blocks.describe_blocks(found))
     if options.risk:
         held_back = open_split(options, predictor, dataset, prompts, "val")
-        splits = (held_back[0], data), (held_back[1], texts)
-        found = risk.control(predictor, *splits[0], splits[1], options, options.risk[1], pattern)
+        found = risk.control(predictor, held_back, (data, texts), options, options.risk[1], pattern)
         if not parallel.rank():
             write_json(out / "risk.json", found)
             say(risk.describe(found))
@@ -200,8 +204,8 @@ def compare(options):
         data, texts = open_split(options, predictor, dataset, prompts)
         found.append(evaluate(predictor, data, texts, options, pattern, keep=True))
         d = summarise(found[-1][0])["dsc"]
-        ends = f"[{100 * d['ci95'][0]:.2f}, {100 * d['ci95'][1]:.2f}]" if d["ci95"] else ""
-        say(f"{name:30} DSC {100 * d['mean']:.2f} {ends} % over {d['n']} records, prompts: {prompts}")
+        mean = f"DSC {100 * d['mean']:.2f} {in_brackets(d['ci95'])} %"
+        say(f"{name:30} {mean} over {d['n']} records, prompts: {prompts}")
     for i, j in combinations(range(len(found)), 2):
         say(f"{names[i]} - {names[j]}: {difference(found[i][0], found[j][0])}")
     say(f"[...]: 95 % bootstrap intervals, groups ({words}) drawn {DRAWS:,} times")

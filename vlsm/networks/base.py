@@ -88,6 +88,12 @@ class TextEncoder(NamedTuple):
     positions: torch.Tensor
     blocks: nn.ModuleList
 
+    @classmethod
+    def of(cls, text):
+        """Return the parts of a `text_model`."""
+        embeddings = text.embeddings
+        return cls(embeddings.token_embedding, embeddings.position_embedding.weight, text.encoder.layers)
+
 
 def resize_positions(weight, h, w):
     """Return position embeddings `[h*w, D]` for a grid, resized bicubically from `[side*side, D]`."""

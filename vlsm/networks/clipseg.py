@@ -24,7 +24,7 @@ from vlsm.networks.base import (
     insert_context,
     patch_tokens,
 )
-from vlsm.networks.transformer import MLP, Attention, encoder_blocks, tree
+from vlsm.networks.transformer import MLP, Attention, encoder_blocks, initialise_embeddings, text_model, tree
 from vlsm.system.options import select_fields
 
 # Buffers that older transformers releases wrote; they hold 0, 1, 2, ... and are not needed.
@@ -93,14 +93,7 @@ def clip_encoders(c):
     text, vision, wide = c.text, c.vision, c.vision.hidden_size
     patches = (vision.image_size // vision.patch_size) ** 2
     return tree(
-        text_model=tree(
-            embeddings=tree(
-                token_embedding=nn.Embedding(text.vocab_size, text.hidden_size),
-                position_embedding=nn.Embedding(text.max_position_embeddings, text.hidden_size),
-            ),
-            encoder=tree(layers=encoder_blocks(text)),
-            final_layer_norm=nn.LayerNorm(text.hidden_size, eps=text.layer_norm_eps),
-        ),
+        text_model=text_model(text),
         vision_model=tree(
             embeddings=tree(
                 class_embedding=nn.Parameter(torch.zeros(wide)),
@@ -253,17 +246,11 @@ class CLIPSeg(Network):
         return {name: t for name, t in tensors.items() if name not in UNUSED_KEYS}
 
     def initialise(self):
-        for module in self.modules():
-            if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+        initialise_embeddings(self)
         nn.init.normal_(self.clip.vision_model.embeddings.class_embedding, std=0.02)
 
     def text_transformer(self):
-        text = self.clip.text_model
-        embeddings = text.embeddings
-        return TextEncoder(
-            embeddings.token_embedding, embeddings.position_embedding.weight, text.encoder.layers
-        )
+        return TextEncoder.of(self.clip.text_model)
 
     def decoder_names(self):
         return [name for name, _ in self.named_parameters() if name.startswith("decoder.")]

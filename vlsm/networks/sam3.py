@@ -16,7 +16,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from vlsm.networks.base import VISION_DEFAULTS, EncoderConfig, ImageFeatures, Network, TextEncoder
-from vlsm.networks.transformer import HUGGING_FACE, MLP, Attention, Block, encoder_blocks, tree
+from vlsm.networks.transformer import (
+    HUGGING_FACE,
+    MLP,
+    Attention,
+    Block,
+    initialise_embeddings,
+    text_model,
+    tree,
+)
 from vlsm.system.options import select_fields
 
 NAMES = HUGGING_FACE._replace(
@@ -253,15 +261,8 @@ class SAM3(Network):
             ),
             neck=tree(fpn_layers=nn.ModuleList(NeckLevel(v.hidden_size, width, k) for k in LEVELS)),
         )
-        text = tree(
-            embeddings=tree(
-                token_embedding=nn.Embedding(t.vocab_size, t.hidden_size),
-                position_embedding=nn.Embedding(t.max_position_embeddings, t.hidden_size),
-            ),
-            encoder=tree(layers=encoder_blocks(t)),
-            final_layer_norm=nn.LayerNorm(t.hidden_size, eps=t.layer_norm_eps),
-        )
-        self.text_encoder, self.text_projection = tree(text_model=text), nn.Linear(t.hidden_size, width)
+        self.text_encoder = tree(text_model=text_model(t))
+        self.text_projection = nn.Linear(t.hidden_size, width)
         self.detr_encoder = tree(layers=nn.ModuleList(FusionLayer(c) for _ in range(c.fusion_layers)))
         joins = len(LEVELS) - 1
         self.mask_decoder = tree(
@@ -340,17 +341,11 @@ class SAM3(Network):
         return renamed
 
     def initialise(self):
-        for module in self.modules():
-            if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+        initialise_embeddings(self)
         nn.init.normal_(self.vision_encoder.backbone.embeddings.position_embeddings, std=0.02)
 
     def text_transformer(self):
-        text = self.text_encoder.text_model
-        embeddings = text.embeddings
-        return TextEncoder(
-            embeddings.token_embedding, embeddings.position_embedding.weight, text.encoder.layers
-        )
+        return TextEncoder.of(self.text_encoder.text_model)
 
     def decoder_names(self):
         heads = ("detr_encoder.", "mask_decoder.")

@@ -190,6 +190,25 @@ def encoder_blocks(config, names=HUGGING_FACE):
     return nn.ModuleList(Block(*sizes, c.layer_norm_eps, names) for _ in range(c.num_hidden_layers))
 
 
+def initialise_embeddings(network):
+    """Give a network's embeddings a random start."""
+    for module in network.modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+
+
+def text_model(c):
+    """Return CLIP's text transformer of an `EncoderConfig`, in Hugging Face's tree of names."""
+    return tree(
+        embeddings=tree(
+            token_embedding=nn.Embedding(c.vocab_size, c.hidden_size),
+            position_embedding=nn.Embedding(c.max_position_embeddings, c.hidden_size),
+        ),
+        encoder=tree(layers=encoder_blocks(c)),
+        final_layer_norm=nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps),
+    )
+
+
 def tree(**children):
     """Return a module that only holds modules and parameters: what a checkpoint groups under a name."""
     module = nn.Module()

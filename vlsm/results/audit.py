@@ -7,8 +7,8 @@ import numpy as np
 from vlsm import metrics
 from vlsm.data.describe import COLOURS, NUMBERS
 from vlsm.data.prompts import prompt_texts
-from vlsm.results.evaluation import gather, predictions
-from vlsm.results.intervals import bootstrap_intervals, group_names
+from vlsm.results.evaluation import measure_records
+from vlsm.results.intervals import bootstrap_intervals, group_names, in_brackets
 from vlsm.results.predict import mask_at_size
 from vlsm.results.report import Cell
 from vlsm.system import plots
@@ -66,16 +66,17 @@ def audit(predictor, data, right, options, seed=0, group=None):
 
     Over the records whose truth is not empty; `foreground`: the predicted pixels for each true one.
     """
-    found = {}
+    found, groups = {}, group_names(data.records, group)
+
+    def measure(i, text, logits, truth):
+        if not truth.any():
+            return None
+        mask = mask_at_size(logits, truth.shape, options.upsample)
+        dsc = metrics.dsc(mask[None], truth[None]).item()
+        return groups[i], text, dsc, mask.sum().item(), truth.sum().item()
+
     for kind, prompts in audit_prompts(data.records, right, seed).items():
-        rows, groups = [], group_names(data.records, group)
-        for batch in predictions(predictor, data, prompts, options.batch_size):
-            for i, text, logits, truth in batch:
-                if truth.any():
-                    mask = mask_at_size(logits, truth.shape, options.upsample)
-                    dsc = metrics.dsc(mask[None], truth[None]).item()
-                    rows.append((i, groups[i], text, dsc, mask.sum().item(), truth.sum().item()))
-        rows = gather(rows)
+        rows = measure_records(predictor, data, prompts, options.batch_size, measure)
         if rows:
             names, texts, dsc, predicted, true = zip(*rows)
             found[kind] = dict(
@@ -104,8 +105,9 @@ def describe(found):
         f"{'prompt':15}{'DSC %':>7}  {'95 % interval':16}{'foreground %':>13}{'records':>9}   an example"
     ]
     for kind, s in found.items():
-        ends = f"[{100 * s['ci95'][0]:.2f}, {100 * s['ci95'][1]:.2f}]" if s["ci95"] else ""
-        numbers = f"{100 * s['mean']:7.2f}  {ends:16}{100 * s['foreground']:13.1f}{s['n']:9}"
+        numbers = (
+            f"{100 * s['mean']:7.2f}  {in_brackets(s['ci95']):16}{100 * s['foreground']:13.1f}{s['n']:9}"
+        )
         lines.append(f"{kind:15}{numbers}   {s['example'][:60]}")
     return "\n".join([*lines, verdict(found)])
 

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from vlsm import metrics
-from vlsm.results.evaluation import gather, predictions
-from vlsm.results.intervals import bootstrap_intervals, group_names
+from vlsm.results.evaluation import measure_records
+from vlsm.results.intervals import bootstrap_intervals, group_names, in_brackets
 from vlsm.results.predict import mask_at_size
 
 IN_BLOCK = re.compile(r"(?:^|\.)(vision|text)\.(\d+)\.(?:attn|mlp|[qkv]|out)\.")  # a tuned tensor's name
@@ -32,10 +32,7 @@ def switched_off(tuner, encoder, block):
 
 def tuned_blocks(tuner):
     """Return (encoder, block) of each block in which a tuner has adapters or LoRA, in order."""
-    found = (
-        re.search(r"(?:^|\.)(vision|text)\.(\d+)\.(?:attn|mlp|[qkv]|out)\.", n)
-        for n, _ in tuner.named_parameters()
-    )
+    found = (IN_BLOCK.search(name) for name, _ in tuner.named_parameters())
     return sorted({(m[1], int(m[2])) for m in found if m}, key=lambda at: (at[0] != "vision", at[1]))
 
 
@@ -51,13 +48,12 @@ def audit_blocks(predictor, data, prompts, options, group=None):
             "--audit-blocks is for runs with adapters or LoRA in blocks: dense, telescopic, lora."
         )
 
+    def dsc(i, text, logits, truth):
+        mask = mask_at_size(logits, truth.shape, options.upsample)
+        return metrics.dsc(mask[None], truth[None]).item()
+
     def scores():
-        rows = []
-        for batch in predictions(predictor, data, prompts, options.batch_size):
-            for i, _, logits, truth in batch:
-                mask = mask_at_size(logits, truth.shape, options.upsample)
-                rows.append((i, metrics.dsc(mask[None], truth[None]).item()))
-        return np.array([dsc for (dsc,) in gather(rows)])
+        return np.array(measure_records(predictor, data, prompts, options.batch_size, dsc))
 
     whole = scores()
     found = {"all": dict(mean=float(whole.mean()), lost=0.0, ci95=None)}
@@ -74,8 +70,6 @@ def describe_blocks(found):
     """Return the audit of blocks as a table."""
     lines = [f"{'without':12}{'DSC %':>7}{'lost':>8}  95 % interval"]
     for name, s in found.items():
-        ends = f"[{100 * s['ci95'][0]:.2f}, {100 * s['ci95'][1]:.2f}]" if s["ci95"] else ""
-        lines.append(
-            f"{'-' if name == 'all' else name:12}{100 * s['mean']:7.2f}{100 * s['lost']:8.2f}  {ends}"
-        )
+        without, ends = "-" if name == "all" else name, in_brackets(s["ci95"])
+        lines.append(f"{without:12}{100 * s['mean']:7.2f}{100 * s['lost']:8.2f}  {ends}")
     return "\n".join(lines)

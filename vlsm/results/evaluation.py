@@ -41,6 +41,14 @@ def gather(rows):
     return [row for _, *row in parallel.gather_sorted(rows)]
 
 
+def measure_records(predictor, data, prompts, batch_size, measure):
+    """Return measure(index, prompt, logits `[1, S, S]`, true mask) of each record, without those of None."""
+    rows = []
+    for batch in predictions(predictor, data, prompts, batch_size):
+        rows += [(item[0], value) for item in batch if (value := measure(*item)) is not None]
+    return [value for (value,) in gather(rows)]
+
+
 def evaluate(predictor, data, prompts, options, group=None, keep=False, write=False):
     """Return the scores of a split's records (dictionaries) and, where `keep`, their packed masks.
 
@@ -51,10 +59,14 @@ def evaluate(predictor, data, prompts, options, group=None, keep=False, write=Fa
     groups = group_names(records, group)
     for batch in predictions(predictor, data, prompts, options.batch_size):
         indices, texts, logits, truths = zip(*batch)
-        predicted = [mask_at_size(z, t.shape, options.upsample) for z, t in zip(logits, truths)]
+        enlarged = [logits_at_size(z, t.shape) for z, t in zip(logits, truths)]
+        if options.upsample == "logits":
+            predicted = [z > 0 for z in enlarged]
+        else:
+            predicted = [mask_at_size(z, t.shape, options.upsample) for z, t in zip(logits, truths)]
         found = score(list(zip(predicted, truths)), options.nsd_tolerance)
-        for i, text, z, truth, mask, row in zip(indices, texts, logits, truths, predicted, found):
-            probability = logits_at_size(z, truth.shape).sigmoid()
+        for i, text, z, truth, mask, row in zip(indices, texts, enlarged, truths, predicted, found):
+            probability = z.sigmoid()
             about = dict(image=records[i].name, mask=records[i].mask_name, group=groups[i], prompt=text)
             row = {**about, **row, **calibration_counts(probability, truth)}
             rows.append((i, row, np.packbits(mask.cpu().numpy()) if keep else None))

@@ -5,6 +5,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vlsm.data.images import read_image, read_mask
 from vlsm.system.files import owned_write
+from vlsm.system.plots import save_figure
 
 INK, GREY, GREEN, CYAN = (30, 30, 35), (90, 90, 100), (40, 200, 90), (0, 200, 255)
 
@@ -78,7 +79,7 @@ def vector_sheet(rows, path, names, kind):
             axis.set_axis_off()
             axis.set_title(title if not n and k else "", fontsize=8)
         figure.axes[n * across].set_title(f"{caption}\n“{prompt[:60]}”", fontsize=7, loc="left")
-    figure.savefig(path, format=kind, metadata={"pdf": dict(CreationDate=None), "svg": dict(Date=None)}[kind])
+    save_figure(figure, path, kind)
 
 
 def sheet(rows, path, names=("prediction",), cell=220):

@@ -7,25 +7,21 @@ import numpy as np
 from PIL import Image
 
 from vlsm.data.images import read_image, read_mask
+from vlsm.results.figures import CYAN, GREEN
 from vlsm.system.console import progress
 from vlsm.system.files import owned_write, write_text
 
 SIDE = 360  # of the small pictures, at most
 TEMPLATE = Path(__file__).with_name("gallery.html")
-TRUTH, PREDICTION = (40, 200, 90), (0, 200, 255)
-DIFFERENCE = ((255, 140, 30), (240, 50, 70), TRUTH)  # too much, missed, hit
+DIFFERENCE = ((255, 140, 30), (240, 50, 70), GREEN)  # too much, missed, hit
 
 
 def page_files(folder, count, runs=1):
     """Return the paths of all files of a gallery of `count` records under so many runs."""
     layers = ["truth", *(f"{kind}{k}" for k in range(runs) for kind in "pd")]
-    thumbs = [Path(folder) / "thumbs" / f"{i:05}" for i in range(count)]
-    pictures = [t.with_name(name) for t in thumbs for name in (f"{t.name}.jpg", *_names(t.name, layers))]
-    return [Path(folder) / "index.html", *pictures]
-
-
-def _names(stem, layers):
-    return [f"{stem}-{layer}.png" for layer in layers]
+    endings = [".jpg", *(f"-{layer}.png" for layer in layers)]
+    thumbs = Path(folder) / "thumbs"
+    return [Path(folder) / "index.html", *(thumbs / f"{i:05}{end}" for i in range(count) for end in endings)]
 
 
 def write_gallery(folder, records, runs, title):
@@ -41,9 +37,9 @@ def write_gallery(folder, records, runs, title):
         thumb = folder / "thumbs" / f"{i:05}"
         size = _small(image.shape)
         _save(Image.fromarray(image).resize(size, Image.BILINEAR), thumb.with_suffix(".jpg"), "JPEG")
-        layers = {"truth": (truth.astype(np.uint8), [TRUTH])}
+        layers = {"truth": (truth.astype(np.uint8), [GREEN])}
         for k, mask in enumerate(masks):
-            layers[f"p{k}"] = mask, [PREDICTION]
+            layers[f"p{k}"] = mask, [CYAN]
             layers[f"d{k}"] = mask + 2 * truth.astype(np.uint8), DIFFERENCE
         for name, (codes, colours) in layers.items():
             _save(_layer(codes, colours, size), thumb.with_name(f"{thumb.name}-{name}.png"), "PNG")

@@ -12,10 +12,20 @@ DRAWS, SEED = 10_000, 0
 CHUNK = 1 << 22  # numbers drawn at a time
 
 
+def group_name(name, pattern=None):
+    """Return the group of a record of that name: what `pattern` finds in it, else the name itself."""
+    found = re.search(pattern, name) if pattern else None
+    return found[0] if found else name
+
+
 def group_names(records, pattern=None):
-    """Return the group of each record: what `pattern` finds in its image's name, else the name itself."""
-    found = (re.search(pattern, r.name) if pattern else None for r in records)
-    return [match[0] if match else r.name for match, r in zip(found, records)]
+    """Return the group of each record, by its image's name."""
+    return [group_name(r.name, pattern) for r in records]
+
+
+def in_brackets(ends, factor=100, sign=""):
+    """Return an interval as it is printed, "[1.20, 3.40]", times a factor; nothing for None."""
+    return "" if ends is None else "[{:{s}.2f}, {:{s}.2f}]".format(*(factor * end for end in ends), s=sign)
 
 
 def bootstrap_intervals(values, groups=None, draws=DRAWS, seed=SEED):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from vlsm.checkpoint import read_metadata
-from vlsm.results.intervals import bootstrap_intervals
+from vlsm.results.intervals import bootstrap_intervals, in_brackets
 from vlsm.results.scores import METRICS
 from vlsm.system import plots
 from vlsm.system.console import say
@@ -273,7 +273,7 @@ def _cell(cell, best, kind):
     if cell is None:
         return ""
     mean = f"{cell.mean:.2f}"
-    ends = "" if cell.ci95 is None else f" [{cell.ci95[0]:.2f}, {cell.ci95[1]:.2f}]"
+    ends = f" {in_brackets(cell.ci95, 1)}".rstrip()
     sign = {"csv": " +- ", "tex": r" $\pm$ ", "md": " ± "}[kind]
     spread = ("" if cell.std is None else f"{sign}{cell.std:.2f}") + ends
     if kind == "csv":

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from vlsm import metrics
-from vlsm.results.evaluation import gather, predictions
-from vlsm.results.intervals import bootstrap_intervals, group_names
+from vlsm.results.evaluation import measure_records
+from vlsm.results.intervals import bootstrap_intervals, group_names, in_brackets
 from vlsm.results.predict import logits_at_size
 
 THRESHOLDS = np.arange(1, 1000) / 1000
@@ -19,14 +19,16 @@ def missed_shares(predictor, data, prompts, options):
 
     Records whose truth is empty have nothing to miss and are left out.
     """
-    rows = []
-    for batch in predictions(predictor, data, prompts, options.batch_size):
-        for i, _, logits, truth in batch:
-            if truth.any():
-                probability = logits_at_size(logits, truth.shape).sigmoid()[truth].double().sort().values
-                below = torch.searchsorted(probability, torch.tensor(THRESHOLDS, device=truth.device))
-                rows.append((i, (below / len(probability)).cpu().numpy()))
-    return np.array([row for (row,) in gather(rows)]).reshape(-1, len(THRESHOLDS))
+
+    def missed(i, text, logits, truth):
+        if not truth.any():
+            return None
+        probability = logits_at_size(logits, truth.shape).sigmoid()[truth].double().sort().values
+        below = torch.searchsorted(probability, torch.tensor(THRESHOLDS, device=truth.device))
+        return (below / len(probability)).cpu().numpy()
+
+    rows = measure_records(predictor, data, prompts, options.batch_size, missed)
+    return np.array(rows).reshape(-1, len(THRESHOLDS))
 
 
 def fit_threshold(missed, level):
@@ -48,38 +50,38 @@ def fit_threshold(missed, level):
 
 def effect(predictor, data, prompts, options, threshold, group=None):
     """Return what a threshold does to the records of a split, beside the usual 0.5, with 95 % intervals."""
-    rows, groups = [], group_names(data.records, group)
-    for batch in predictions(predictor, data, prompts, options.batch_size):
-        for i, _, logits, truth in batch:
-            probability = logits_at_size(logits, truth.shape).sigmoid()
-            row = {}
-            for name, cut in (("dsc_at_half", 0.5), ("dsc", threshold)):
-                mask = probability >= cut
-                row[name] = metrics.dsc(mask[None], truth[None]).item()
-            row["missed"] = 1 - (mask & truth).sum().item() / truth.sum().item() if truth.any() else np.nan
-            rows.append((i, groups[i], row))
-    found = gather(rows)
+    groups = group_names(data.records, group)
+
+    def measure(i, text, logits, truth):
+        probability, row = logits_at_size(logits, truth.shape).sigmoid(), {}
+        for name, cut in (("dsc_at_half", 0.5), ("dsc", threshold)):
+            mask = probability >= cut
+            row[name] = metrics.dsc(mask[None], truth[None]).item()
+        row["missed"] = 1 - (mask & truth).sum().item() / truth.sum().item() if truth.any() else np.nan
+        return groups[i], row
+
+    found = measure_records(predictor, data, prompts, options.batch_size, measure)
     values = {name: [row[name] for _, row in found] for name in ("missed", "dsc", "dsc_at_half")}
-    ends = bootstrap_intervals(values, [group for group, _ in found])
+    ends = bootstrap_intervals(values, [name for name, _ in found])
     return {
         name: dict(mean=float(np.nanmean(v)), ci95=ends[name], n=int(np.isfinite(v).sum()))
         for name, v in values.items()
     }
 
 
-def control(predictor, held_back, test, prompts, options, level, group=None):
+def control(predictor, held_back, test, options, level, group=None):
     """Fit the threshold on a held-back split, and return what it is, promises and does to the test split.
 
-    held_back, test: `CachedSplit`; prompts: the texts of both, a list for each.
+    held_back, test: of each the `CachedSplit` and its records' prompts.
     """
-    missed = missed_shares(predictor, held_back, prompts[0], options)
+    missed = missed_shares(predictor, *held_back, options)
     threshold = fit_threshold(missed, level)
     guarantee = (
         f"Of a new record with foreground, exchangeable with the {len(missed)} that the threshold was fitted "
         f"on, the expected share of missed foreground is at most {level:g}. Validation records that also "
         "chose the checkpoint are exchangeable with new ones only nearly."
     )
-    test = effect(predictor, test, prompts[1], options, threshold, group)
+    test = effect(predictor, *test, options, threshold, group)
     fitted = dict(risk="fn", level=level, threshold=threshold, fitted_on=len(missed))
     return dict(**fitted, guarantee=guarantee, test=test)
 
@@ -89,8 +91,7 @@ def describe(found):
 
     def percent(name):
         s = found["test"][name]
-        ends = f" [{100 * s['ci95'][0]:.2f}, {100 * s['ci95'][1]:.2f}]" if s["ci95"] else ""
-        return f"{100 * s['mean']:.2f}{ends}"
+        return f"{100 * s['mean']:.2f} {in_brackets(s['ci95'])}".rstrip()
 
     return (
         f"Threshold {found['threshold']:.3f} keeps the expected share of missed foreground below "

@@ -5,7 +5,6 @@ approximation with correction for ties.
 """
 
 import math
-import re
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 
 from vlsm import metrics
 from vlsm.data.images import image_files, read_mask
-from vlsm.results.intervals import DRAWS, SEED, bootstrap_intervals
+from vlsm.results.intervals import DRAWS, SEED, bootstrap_intervals, group_name, in_brackets
 from vlsm.system.console import progress
 from vlsm.system.files import write_csv, write_json
 
@@ -130,8 +129,7 @@ def score_folders(pred, target, tolerance=2.0, group=None):
         if masks[0].shape != masks[1].shape:
             sizes = " and ".join(str(tuple(mask.shape)) for mask in masks)
             raise ValueError(f"'{files[0]}' and '{files[1]}' differ in size: {sizes} (height, width).")
-        found = re.search(group, stem) if group else None
-        about = dict(image="", mask=files[1].name, group=found[0] if found else stem, prompt="")
+        about = dict(image="", mask=files[1].name, group=group_name(stem, group), prompt="")
         scores.append({**about, **score([tuple(masks)], tolerance)[0]})
     return scores
 
@@ -158,9 +156,9 @@ def difference(a, b):
     """Return in words how the DSC of two runs' scores of the same records differ."""
     d = [x["dsc"] - y["dsc"] for x, y in zip(a, b)]
     ends = bootstrap_intervals({"dsc": d}, [s["group"] for s in a])["dsc"]
-    interval = f" [{100 * ends[0]:+.2f}, {100 * ends[1]:+.2f}]" if ends else ""
     p, n = signed_rank([s["dsc"] for s in a], [s["dsc"] for s in b])
-    return f"{100 * np.mean(d):+.2f}{interval} points, p = {p:.2g} (signed ranks of {n} pairs that differ)"
+    gap = f"{100 * np.mean(d):+.2f} {in_brackets(ends, sign='+')}".rstrip()
+    return f"{gap} points, p = {p:.2g} (signed ranks of {n} pairs that differ)"
 
 
 def describe(summary):
@@ -169,9 +167,8 @@ def describe(summary):
     def line(name, s, factor, unit):
         if not s["n"]:
             return f"{name:5}     n/a"
-        ends = s.get("ci95")
-        interval = f" [{factor * ends[0]:.2f}, {factor * ends[1]:.2f}]" if ends else ""
-        return f"{name:5} {factor * s['mean']:7.2f}{interval} +- {factor * s['std']:.2f} {unit}"
+        mean = f"{factor * s['mean']:7.2f} {in_brackets(s.get('ci95'), factor)}".rstrip()
+        return f"{name:5} {mean} +- {factor * s['std']:.2f} {unit}"
 
     h, empty, nonempty = summary["hd95"], summary["empty_correct"], summary["dsc_nonempty"]
     pairs = f"{h['n']}/{h['n'] + h['n_undefined']} pairs where it is defined"

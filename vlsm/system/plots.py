@@ -24,7 +24,7 @@ def _panels(count, across=3):
     return figure, axes
 
 
-def _save(figure, path, kind="png"):
+def save_figure(figure, path, kind="png"):
     """Write a figure as png, pdf or svg, without its date, so that equal figures are equal files."""
     undated = {"png": dict(Software=None), "pdf": dict(CreationDate=None), "svg": dict(Date=None)}
     figure.savefig(path, format=kind, metadata=undated[kind])
@@ -46,7 +46,7 @@ def curves(history, path):
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def scatter(columns, values, best, faint, title, path, log=()):
@@ -68,7 +68,7 @@ def scatter(columns, values, best, faint, title, path, log=()):
             colour = ORANGE if i == best else PALE if i in faint else BLUE
             axis.plot(x, y, "o", color=colour, zorder=3 if i == best else 2)
         axis.set(title=title, xlabel=name)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def bars(groups, title, path, kind="png"):
@@ -100,7 +100,7 @@ def bars(groups, title, path, kind="png"):
     if len(labels) > 1:
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
     axis.set_title(title)
-    _save(figure, path, kind)
+    save_figure(figure, path, kind)
 
 
 def _error(cell):
@@ -129,7 +129,7 @@ def against_parameters(groups, path, kind="png"):
             axis.annotate(label, (n or left, value), **how)
         axis.margins(y=0.12)
         axis.set(title=f"{name}: DSC in %", xlabel="trained parameters")
-    _save(figure, path, kind)
+    save_figure(figure, path, kind)
 
 
 def lines(groups, title, xlabel, path, kind="png"):
@@ -145,4 +145,4 @@ def lines(groups, title, xlabel, path, kind="png"):
             axis.errorbar(xs, means, list(reach), color=colour, label=label, marker="o", capsize=3)
         axis.set(title=f"{name}: {title}", xlabel=xlabel)
         axis.legend(frameon=False)
-    _save(figure, path, kind)
+    save_figure(figure, path, kind)

@@ -23,7 +23,7 @@ RESERVED = 0.08  # of a card: the driver's context and what its allocator cannot
 @dataclass
 class Need:
     """Bytes that a run takes. fixed: weights and what does not grow with the batch; each: an image of a step
-    more; kept: of an image's frozen features, by which training images are known.
+    more; kept: what is kept of an image for all epochs.
     """
 
     fixed: float
