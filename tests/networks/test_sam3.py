@@ -11,6 +11,7 @@ from transformers.models.sam3.modeling_sam3 import Sam3Model
 
 import vlsm
 from tests.conftest import ROOT, same_tensors
+from vlsm.methods.adapters import ShallowAdapters
 from vlsm.methods.registry import METHODS
 from vlsm.networks import weights
 from vlsm.networks.sam3 import SAM3, SAM3Config
@@ -98,6 +99,26 @@ def test_every_gradient_equals_transformers(pair):
         torch.testing.assert_close(parameter.grad, wanted[name], atol=1e-9, rtol=1e-6, msg=name)
 
 
+def test_shallow_acts_on_the_necks_maps_and_the_prompts_tokens(pair):
+    theirs, ours, images, ids, mask = pair
+    tuner = ShallowAdapters(ours.config, branches="vlc", dim=5).double()
+    maps = theirs.vision_encoder.neck.fpn_layers
+    for k, adapter in tuner.vision.items():
+
+        def adapt(module, given, out, adapter=adapter):
+            return adapter(out.movedim(1, -1)).movedim(-1, 1)
+
+        maps[int(k)].register_forward_hook(adapt)
+    theirs.text_projection.register_forward_hook(lambda module, given, out: tuner.text["0"](tuner.cond(out)))
+    theirs.double(), ours.double()
+    with torch.no_grad():
+        want = semantic(theirs, images.double(), ids, mask)
+        got = ours(images.double(), ids, mask, tuner)
+        assert (ours(images.double(), ids, mask) - got).abs().max() > 1e-4
+    assert sorted(tuner.vision) == ["0", "1", "2"]
+    torch.testing.assert_close(got, want, atol=1e-9, rtol=0)
+
+
 @pytest.mark.parametrize("prefix", ["", "detector_model."])
 def test_a_folder_of_transformers_loads(prefix, tmp_path):
     torch.manual_seed(0)
@@ -136,7 +157,7 @@ def test_counts_at_real_size():
             with torch.device("meta"):
                 counts[name] = sum(p.numel() for p in METHODS[name](network.config).parameters())
     assert counts == dict(
-        decoder=10_917_633, full=817_304_321, dense=14_537_600, telescopic=2_464_193, lora=3_670_016,
+        decoder=10_917_633, full=817_304_321, dense=14_537_600, shallow=1_051_648, telescopic=2_464_193, lora=3_670_016,
         coop=36_864, cocoop=783_936,
     )  # fmt: skip
 
@@ -166,9 +187,9 @@ def test_two_pictures_are_learnt_by_heart(method):
     assert losses[-1] < (0.98 if method in ("coop", "cocoop") else 0.6) * losses[0], losses[::10]
 
 
-@pytest.mark.parametrize("method", ["shallow", "vpt", "maple"])
+@pytest.mark.parametrize("method", ["vpt", "maple"])
 def test_methods_that_cannot_act_say_why(method):
-    with pytest.raises(ValueError, match="no pooled text"):
+    with pytest.raises(ValueError, match="no place for vision contexts"):
         vlsm.build("sam3", f"random:{TINY}", method)
 
 
@@ -191,7 +212,9 @@ def test_other_sizes_and_recomputing():
     assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
-@pytest.mark.parametrize("method", some_slow(("coop", "cocoop", "decoder", "dense"), ("coop",)))
+@pytest.mark.parametrize(
+    "method", some_slow(("coop", "cocoop", "decoder", "dense", "shallow"), ("coop", "shallow"))
+)
 def test_a_run(method, cli, quick, folder, tmp_path):
     """From training to scores; resumed, it is the same; what is frozen is kept."""
     options = ["--dataset", folder, "--model", "sam3", "--weights", f"random:{TINY}", "--peft", method]

@@ -196,19 +196,21 @@ class TelescopicAdapters(DenseAdapters):
 
 
 class ShallowAdapters(Adapters):
-    """Adapters on the extracted activations.
+    """Adapters on the activations that the decoder reads.
 
-    The text side's, of the end-of-text token's states, are added to the conditional embedding.
+    The text side's, of the end-of-text token's states, are added to the conditional embedding; where the
+    decoder reads the prompt's tokens instead (SAM 3), one adapter acts on these.
     """
 
     def __init__(self, config, branches="vl", dim=512, reference=False):
         super().__init__(config, branches, reference)
         check_width(dim)
         if "l" in branches:
-            self.check_text(config)
-            self.text = self.adapters(config.text.hidden_size, config, dim)
+            if config.pooled_states:
+                self.check_text(config)
+            self.text = self.adapters([config.projection_dim] * (config.pooled_states or 1), dim)
         if "v" in branches:
-            self.vision = self.adapters(config.vision.hidden_size, config, dim)
+            self.vision = self.adapters(config.activation_widths, dim)
         if "c" in branches:
             self.cond = Adapter(config.projection_dim, COND_DIM)
 
@@ -229,17 +231,19 @@ class ShallowAdapters(Adapters):
             )
 
     @staticmethod
-    def adapters(d, config, dim):
-        """Return an adapter for each extract layer of an encoder of width d."""
-        return nn.ModuleDict({str(k): Adapter(d, dim) for k in range(len(config.extract_layers))})
+    def adapters(widths, dim):
+        """Return an adapter for each of some widths, by their numbers."""
+        return nn.ModuleDict({str(k): Adapter(d, dim) for k, d in enumerate(widths)})
 
     def adapt_activation(self, k, x):
         return self.vision[str(k)](x) if str(k) in self.vision else x
 
     def adapt_conditional(self, cond, states):
         cond = super().adapt_conditional(cond, states)
-        if len(self.text):
+        if len(self.text) and states:
             cond = cond + torch.stack([self.text[str(k)](t) for k, t in enumerate(states)]).sum(0)
+        elif len(self.text):
+            cond = self.text["0"](cond)
         return cond
 
 

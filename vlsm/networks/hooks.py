@@ -75,13 +75,16 @@ class Tuner(nn.Module):
         return None
 
     def adapt_activation(self, k, x):
-        """Return the activation `[B, 1+N, D]` of the k-th extract layer on its way to the decoder."""
+        """Return the k-th activation that the decoder reads, `[B, 1+N, D]`.
+
+        Of SAM 3 that is a map of the neck, `[B, N, D]`.
+        """
         return x
 
     def adapt_conditional(self, cond, states):
-        """Return the conditional embedding `[B, P]`.
+        """Return the conditional embedding `[B, P]` (SAM 3: the prompt's tokens `[B, T, P]`).
 
-        states: the end-of-text token's state `[B, D]` after each extract layer.
+        states: the end-of-text token's state `[B, D]` after each extract layer (SAM 3: none).
         """
         return cond
 

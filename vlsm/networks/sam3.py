@@ -58,6 +58,7 @@ class SAM3Config:
     dropout: float = 0.1
     mask_heads: int = 8
 
+    pooled_states = 0  # the decoder reads the prompt's tokens
     upsampler_sizes = None
     published_coop_ignores_upsampler = False
 
@@ -114,6 +115,11 @@ class SAM3Config:
     def extract_layers(self):
         """The layer whose output the rest of the network reads: the last one."""
         return (self.vision.num_hidden_layers - 1,)
+
+    @property
+    def activation_widths(self):
+        """Widths of the neck's maps."""
+        return [self.width] * len(LEVELS)
 
     @property
     def projection_dim(self):
@@ -196,6 +202,12 @@ class NeckLevel(nn.Module):
         return self.proj2(self.proj1(x))
 
 
+def adapted(tuner, k, x):
+    """Return the neck's k-th map `[B, P, h, w]` as the tuner has it."""
+    tokens = tuner.adapt_activation(k, x.flatten(2).transpose(1, 2))
+    return tokens.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
 def sine_positions(h, w, width, device):
     """Return DETR's positions `[h * w, width]` of a grid: sines and cosines of rows, then of columns."""
     i = torch.arange(width // 2, device=device)
@@ -235,11 +247,8 @@ class SAM3(Network):
     default_weights = "facebook/sam3"
     mean, std = [0.5] * 3, [0.5] * 3
     keeps_padding = True  # prompts have the window's length; padding is hidden by the mask
-    methods = ("none", "decoder", "full", "dense", "telescopic", "lora", "coop", "cocoop")
-    unsupported_reason = (
-        "SAM 3's prompt is all of its tokens, and its image tokens lie in windows: there is no pooled text "
-        "for shallow's sum, and no place for vision contexts."
-    )
+    methods = ("none", "decoder", "full", "dense", "shallow", "telescopic", "lora", "coop", "cocoop")
+    unsupported_reason = "Its image tokens lie in windows, which leave no place for vision contexts."
     Config = SAM3Config
 
     def __init__(self, config, reference=False):
@@ -313,7 +322,10 @@ class SAM3(Network):
         words, mask = tuner.adapt_conditional(words, []), seen[:, None, None]  # [B, 1, 1, S]
         grid = tuple(side // self.config.stride for side in image_features.size)
         tokens = x.transpose(1, 2).unflatten(2, grid)  # [B, D, h, w]
-        maps = [level(tokens) for level in self.vision_encoder.neck.fpn_layers]  # finest first, [B, P, ., .]
+        levels = self.vision_encoder.neck.fpn_layers
+        maps = [
+            adapted(tuner, k, level(tokens)) for k, level in enumerate(levels)
+        ]  # finest first, [B, P, ., .]
         x = maps[-1].flatten(2).transpose(1, 2)
         positions = sine_positions(*grid, x.shape[-1], x.device).to(x.dtype)
         for layer in self.detr_encoder.layers:

@@ -1,38 +1,44 @@
-"""What a run needs of memory, measured on two small steps and extended to any batch: `train.py --dry-run`.
+"""What a run needs of memory, from two steps, extended to any batch: `train.py --dry-run`.
 
 The peak of a step is a + b x batch: weights, what is trained and its optimizer's state (on a CPU the whole
 process), then activations.
 """
 
 import re
+import weakref
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import kernels
 import vlsm
 from vlsm.system.device import autocast
 
 GB = 1 << 30
 CARDS = (8, 16, 24, 80)  # GB
-TRIED = (2, 6)  # images of the steps that are measured
+LEAST = 2  # images of a step: statistics of a batch need two values
+TRIED = (2, 6)  # images of the steps that are measured on a GPU
+HEAP = 32 << 20  # bytes up to which glibc takes a block from its heap: larger ones are given back at once
+GAPS = 0.65  # of the bytes on the heap: the room between blocks that cannot be used (fitted on ten peaks)
 RESERVED = 0.08  # of a card: the driver's context and what its allocator cannot use
 
 
 @dataclass
 class Need:
     """Bytes that a run takes. fixed: weights and what does not grow with the batch; each: an image of a step
-    more; kept: what is kept of an image for all epochs.
+    more; peak: of a step of this run; kept: what is kept of an image for all epochs.
     """
 
     fixed: float
     each: float
+    peak: float
     kept: int
-
-    def peak(self, batch):
-        """Return the bytes at the peak of a step."""
-        return self.fixed + self.each * batch
 
     def largest_batch(self, size):
         """Return how many images a step on a card of `size` bytes takes at most."""
@@ -61,38 +67,112 @@ def peak_bytes(device):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def step_peak(job, side, batch):
-    """Return the bytes at the peak of a training step on `batch` images of `side` pixels."""
-    model, options = job.model.train(), job.options
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations create, while they live: `now`, and at most `peak`.
+
+    gaps: what is added to those on the heap, a share.
+    """
+
+    def __init__(self, gaps):
+        super().__init__()
+        self.gaps, self.live = gaps, set()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
+        for tensor in filter(torch.is_tensor, tree_leaves(out)):
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            size += self.gaps * size if size <= HEAP else 0
+            if key not in given | self.live:  # no view, and not in place
+                self.live.add(key)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._forget, key, size)
+        return out
+
+    def _forget(self, key, size):
+        self.live.discard(key)
+        self.now -= size
+
+
+def run_step(job, optimizer, side, batch):
+    """Run a training step on `batch` images of `side` pixels."""
     images = torch.zeros(batch, 3, side, side, dtype=torch.uint8, device=job.device)
     target = torch.zeros(batch, 1, side, side, dtype=torch.uint8, device=job.device)
     target[..., : side // 2] = 1
     ids = job.tokenizer(["one small red object, located in top left of the image"] * batch)
-    reset_peak(job.device)
     pixel_values = job.normalise(images)
     with autocast(job.device, job.dtype):
         kept = job.frozen.part_for_step(pixel_values)
-        logits = model(pixel_values, *ids, image_features=kept)
-    vlsm.dice_bce_loss(logits, target, **options.loss()).backward()
-    job.optimizer.step()
-    job.optimizer.zero_grad(set_to_none=True)
-    return peak_bytes(job.device)
+        logits = job.model(pixel_values, *ids, image_features=kept)
+    vlsm.dice_bce_loss(logits, target, **job.options.loss()).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def measured_peak(job, side, batch):
+    """Return the bytes at the peak of a training step that is run; what is trained has changed."""
+    peaks = []
+    for _ in range(2):  # the optimizer's state is there in the second
+        reset_peak(job.device)
+        run_step(job, job.optimizer, side, batch)
+        peaks.append(peak_bytes(job.device))
+    return max(peaks)
+
+
+def forget_values(model):
+    """Replace a model's tensors, in place, by ones that have shapes, and no values to compute with."""
+    shapes = FakeTensorMode(allow_non_fake_inputs=True)
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(shapes.from_tensor(p.detach()), p.requires_grad))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, shapes.from_tensor(buffer))
+    return shapes
+
+
+def counted_peak(job, side, batch, gaps=GAPS):
+    """Return the bytes of a training step's tensors at its peak, without weights, after `forget_values`."""
+    optimizer = torch.optim.AdamW(job.model.tuned_parameters().values())
+    with LiveBytes(gaps) as counted, torch.compiler.set_stance("force_eager"):
+        for _ in range(2):
+            run_step(job, optimizer, side, batch)
+    return counted.peak
 
 
 def estimate(job, side):
-    """Return the `Need` of a run whose `Job` is there, before its data are; what is trained has changed."""
-    small, large = (max(step_peak(job, side, n) for _ in range(2)) for n in TRIED)
-    each = max((large - small) / (TRIED[1] - TRIED[0]), 1.0)
-    return Need(small - TRIED[0] * each, each, job.frozen.bytes_kept(side))
+    """Return the `Need` of a run whose `Job` is there, before its data are; its model is of no use after.
+
+    On a GPU two steps are measured. On a CPU, whose heap has gaps, one small step is, for the process; the
+    rest is counted from the shapes of the run's own batch, and of twice as many images.
+    """
+    job.model.train()
+    batch = job.options.part_size()
+    if job.device.type == "cuda":
+        batches, gaps = TRIED, 0.0
+        small, large = (measured_peak(job, side, n) for n in batches)
+    else:
+        batches, least = (batch, 2 * batch), job.model.base.smallest_side()
+        process = measured_peak(job, least, LEAST)
+        kernels.use_kernels("torch")  # an interpreted kernel reads values
+        forget_values(job.model)
+        process -= counted_peak(job, least, LEAST)
+        small, large = (process + counted_peak(job, side, n, gaps=0) for n in batches)
+        gaps = process + counted_peak(job, side, batch) - small
+    each = max((large - small) / (batches[1] - batches[0]), 1.0)
+    fixed = small - batches[0] * each
+    return Need(fixed, each, fixed + each * batch + gaps, job.frozen.bytes_kept(side))
 
 
 def describe(need, options, images):
     """Return a `Need` in words; images: of the training and validation splits together."""
-    batch = -(-options.batch_size // options.accumulate)
+    batch = options.part_size()
     cards = ", ".join(f"{size} GB: {need.largest_batch(size * GB)}" for size in CARDS)
     lines = [
         f"memory: {need.fixed / GB:.2f} GB for weights and the like, {need.each / GB:.3f} GB for each image "
-        f"of a step, {need.peak(batch) / GB:.2f} GB at {batch} images a part",
+        f"of a step, {need.peak / GB:.2f} GB at {batch} images a part",
         f"largest --batch-size (with --accumulate, of a part): {cards}",
     ]
     if need.kept:

@@ -267,6 +267,10 @@ class TrainOptions(
         own = {name: value for name, value in asdict(self).items() if name not in UNSAVED}
         return {**own, **{name: self.method_options.get(name) for name in OPTIONS}}
 
+    def part_size(self):
+        """Return how many images of a batch go through the network at once."""
+        return -(-self.batch_size // self.accumulate)
+
     def loss(self):
         """Return the loss's weights and its kind of cross entropy, as `dice_bce_loss` takes them."""
         return dict(dice_weight=self.dice_weight, bce_weight=self.bce_weight, ce=self.ce)
