@@ -249,6 +249,17 @@ def test_a_space_of_ones_own(cli, searched, tmp_path):
     )
 
 
+def test_widths_of_blocks_are_searched(cli, searched, tmp_path):
+    file, allocations = tmp_path / "space.json", [[4, 8, 16], [16, 8, 4]]
+    file.write_text(json.dumps({"dims": allocations}))
+    options = ["--peft", "telescopic", "--sweep-space", file, "--out", tmp_path / "s"]
+    code, said, err = cli("train", *searched, *options, "--sweep", 4)
+    assert code == 0 and "dims [4, 8, 16]" in said, err
+    for row in rows(tmp_path / "s" / "sweep.csv"):
+        config = json.loads((tmp_path / "s" / f"trial-{row['trial']}" / "config.json").read_text())
+        assert config["options"]["dims"] == json.loads(row["dims"]) and json.loads(row["dims"]) in allocations
+
+
 def test_studies_that_cannot_go_on(cli, searched, tmp_path):
     out = tmp_path / "s"
     assert cli("train", *searched, "--sweep", 1, "--out", out)[0] == 0

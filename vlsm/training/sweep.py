@@ -5,6 +5,7 @@ Table 2, for the prompt learners; other methods in its manner.
 """
 
 import copy
+import json
 import math
 import warnings
 from dataclasses import replace
@@ -45,6 +46,7 @@ SPACES = {
     "shallow": {"dim": [128, 256, 512]},
     "lora": {"dim": [4, 8, 16, 32]},
 }
+LISTS = ("dims", "intermediate_dim", "lora_targets")  # options of which a choice may be a list
 # Options of the recipe that a space may name.
 SEARCHABLE = (
     "lr", "weight_decay", "lr_factor", "lr_patience", "clip", "dice_weight", "bce_weight", "batch_size",
@@ -81,10 +83,14 @@ def default_space(options):
     return {name: entry for name, entry in space.items() if name not in options.given and entry != []}
 
 
-def _is_entry(entry):
-    """Tell whether a value describes what to search: a list of choices, or an interval."""
+def _is_entry(entry, lists=False):
+    """Tell whether a value describes what to search: a list of choices, or an interval.
+
+    lists: whether a choice may be a list.
+    """
     if isinstance(entry, list):
-        return bool(entry) and all(isinstance(v, (bool, int, float, str)) for v in entry)
+        kinds = (int, list) if lists else (bool, int, float, str)
+        return entry not in ([], [[]]) and all(isinstance(v, kinds) for v in entry)
     if not isinstance(entry, dict) or not set(entry) <= {"low", "high", "log"}:
         return False
     low, high = (entry.get(k) for k in ("low", "high"))
@@ -105,7 +111,7 @@ def read_space(path, options):
                 f"'{path}': --peft {options.peft} has no '{name}' to search; known are "
                 f"{', '.join(sorted(known))}."
             )
-        if not _is_entry(entry):
+        if not _is_entry(entry, name in LISTS):
             raise ValueError(
                 f"'{path}': '{name}' should be a list of choices, or an interval such as "
                 f'{{"low": 1e-5, "high": 1e-2, "log": true}} with low <= high (log: above 0); it is {entry}.'
@@ -117,8 +123,8 @@ def read_space(path, options):
 
 def _distribution(optuna, entry):
     kinds = optuna.distributions
-    if isinstance(entry, list):
-        return kinds.CategoricalDistribution(entry)
+    if isinstance(entry, list):  # Optuna has no choices that are lists
+        return kinds.CategoricalDistribution([json.dumps(c) if isinstance(c, list) else c for c in entry])
     whole = all(isinstance(entry[k], int) for k in ("low", "high"))
     kind = kinds.IntDistribution if whole else kinds.FloatDistribution
     return kind(entry["low"], entry["high"], log=entry.get("log", False))
@@ -208,11 +214,15 @@ def run_trial(optuna, study, trial, options, train):
     """Train with a trial's parameters in a folder of its own, to its end or to where the median prunes it."""
     folder = Path(options.out) / f"trial-{trial.number:03d}"
     own = replace(options, out=str(folder), sweep=None, sweep_folder=options.out, overwrite=False)
-    own = replace(own.updated(**trial.params), resume=(folder / "config.json").is_file())
+    parameters = {
+        name: json.loads(value) if name in LISTS and isinstance(value, str) else value
+        for name, value in trial.params.items()
+    }
+    own = replace(own.updated(**parameters), resume=(folder / "config.json").is_file())
     if not own.resume and folder.exists():  # killed before its first file was whole
         delete_run(folder)
-    parameters = ", ".join(f"{name} {_short(value)}" for name, value in trial.params.items())
-    say(f"\ntrial {trial.number + 1} of {options.sweep}: {parameters}")
+    said = ", ".join(f"{name} {_short(value)}" for name, value in parameters.items())
+    say(f"\ntrial {trial.number + 1} of {options.sweep}: {said}")
     reported = max(study.trials[trial.number].intermediate_values, default=0)  # epochs before an interruption
 
     def score(history):  # the published sweep goes by the last validation loss
