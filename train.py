@@ -5,7 +5,6 @@ one.
 """
 
 import os
-import platform
 import sys
 import time
 from dataclasses import replace
@@ -15,26 +14,22 @@ import torch
 
 import datasets
 import kernels
-from vlsm.checkpoint import load_state, save_state, save_tuned
+from vlsm.checkpoint import load_state
 from vlsm.data.augment import augment
 from vlsm.data.cache import chunks
 from vlsm.data.prompts import choose_prompt
 from vlsm.metrics import dsc, iou
 from vlsm.model import build
 from vlsm.networks.weights import is_random
-from vlsm.system import parallel, plots
+from vlsm.system import parallel
 from vlsm.system.console import Interrupt, friendly_errors, progress, say
 from vlsm.system.device import autocast, choose_device, multiplies_bf16
-from vlsm.system.files import atomic_write, write_csv
 from vlsm.training import memory, sweep
 from vlsm.training.job import EpochMeter, Job
-from vlsm.training.options import complete, default_folder, image_side, parse_options
+from vlsm.training.options import complete, default_folder, parse_options
 from vlsm.training.run_folder import check_records, fingerprint_records, held_folder, make_folder
+from vlsm.training.save import COLUMNS, describe_run, open_tensorboard, save_epoch, save_untrained
 
-COLUMNS = (
-    "epoch", "train_loss", "train_dsc", "val_loss", "val_dsc", "val_iou", "lr", "seconds",
-    "images_per_second",
-)  # fmt: skip
 LARGE = 20_000_000  # parameters, from which products are most of a step
 STRIDE = 1_000_003  # between the seeds of two epochs
 
@@ -217,19 +212,6 @@ def build_model(options):
     return model
 
 
-def describe_run(options, model):
-    """Return what config.json and the checkpoint's metadata say about a run."""
-    names = ("dataset", "data_root", "split_seed", "prompts")
-    return dict(
-        **{name: getattr(options, name) for name in names},
-        image_size=image_side(model, options.image_size),
-        mean=model.base.mean,
-        std=model.base.std,
-        recipe=options.recipe(),
-        versions=dict(python=platform.python_version(), torch=torch.__version__),
-    )
-
-
 def open_data(options, side):
     """Return {split: `CachedSplit`} of the run.
 
@@ -249,44 +231,6 @@ def open_data(options, side):
         )
     say(f"{name}: " + ", ".join(f"{len(d)} {s}" for s, d in data.items()) + f" records at {side} x {side}")
     return data
-
-
-def save_untrained(options, model, about):
-    """Write the checkpoint of --peft none."""
-    if not parallel.rank():
-        out = make_folder(options, about)
-        save_tuned(out / "best.safetensors", model, **about, best_val_dsc=None)
-        checkpoint = out / "best.safetensors"
-        say(f"Nothing to train. Wrote {checkpoint}; evaluate it with: python evaluate.py --ckpt {out}")
-
-
-def save_epoch(job, about, better, writer=None):
-    """Write every file of the run.
-
-    state.pt comes last: until it is there, a resumed run repeats this epoch and writes the same.
-    """
-    if parallel.rank():
-        return
-    for name in ["last", "best"] if better else ["last"]:
-        path = job.out / f"{name}.safetensors"
-        save_tuned(path, job.model, **about, best_val_dsc=job.best, epoch=len(job.history))
-    rows = [COLUMNS, *([row[name] for name in COLUMNS] for row in job.history)]
-    write_csv(job.out / "log.csv", rows, atomic_write)
-    with atomic_write(job.out / "curves.png") as temporary:
-        plots.curves(job.history, temporary)
-    if writer:
-        for name in COLUMNS[1:]:
-            writer.add_scalar(name, job.history[-1][name], len(job.history))
-    save_state(job.out / "state.pt", job.state())
-
-
-def open_tensorboard(out, done):
-    """Return a writer; what was logged after epoch `done`, by a run that then was killed, is left out."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError("--tensorboard needs a package that is not here: pip install tensorboard.") from None
-    return SummaryWriter(str(out / "tensorboard"), purge_step=done + 1, flush_secs=20)
 
 
 def train_each_seed(options):

@@ -12,6 +12,7 @@ import vlsm
 from tests.conftest import ROOT, normalise, rows, same_tensors, same_tensors_nearly
 from tests.training.test_frozen_cache import cache_of, cached_logits, split
 from vlsm.data.images import read_mask
+from vlsm.training import options as run_options
 
 TINY = {name: f"random:{ROOT / 'tests' / 'tiny' / name}.json" for name in ("cris", "san")}
 CPU = torch.device("cpu")
@@ -126,7 +127,7 @@ def test_defaults_are_the_papers(cli, tmp_path, model):
 
     args = train.complete(train.parse_options([str(o) for o in options]))
     assert args.lr == dict(cris=1e-4, san=3e-4)[model] and args.peft == "full"
-    assert train.image_side(vlsm.build(model, TINY[model]), None) == 96
+    assert run_options.image_side(vlsm.build(model, TINY[model]), None) == 96
     assert train.complete(train.parse_options(["--model", model])).out == f"runs/demo-{model}-full-seed42"
 
 

@@ -1,17 +1,15 @@
-"""Adapters, LoRA, and the methods that train the network's own weights: decoder and full.
+"""Adapters: dense, before residual additions of an encoder's blocks, and shallow, on what the decoder reads.
 
-Sources: adapters: Dhakal et al., "VLSM-Adapter" (MICCAI 2024), Eq. 1 and Section 3; LoRA: Hu et al. (ICLR
-2022).
+Source: Dhakal et al., "VLSM-Adapter" (MICCAI 2024), Eq. 1 and Section 3.
 """
 
 import re
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import kernels
-from vlsm.networks.hooks import PROJECTIONS, Tuner
+from vlsm.networks.hooks import Tuner
 
 COND_DIM = 256  # width of the adapter on the conditional embedding, whatever `dim` is (as published)
 BRANCHES = dict(v="vision", l="language", c="conditional")
@@ -150,51 +148,6 @@ class DenseAdapters(Adapters):
         return adapters[str(layer)]["attn"], adapters[str(layer)]["mlp"]
 
 
-class TelescopicAdapter(nn.Module):
-    """x + scale * up(dropout(silu(norm(down(x))))), without biases; the learnt scale starts at 0.1."""
-
-    def __init__(self, d, dim):
-        super().__init__()
-        self.down, self.norm = nn.Linear(d, dim, bias=False), nn.LayerNorm(dim)
-        self.up, self.scale = nn.Linear(dim, d, bias=False), nn.Parameter(torch.tensor(0.1))
-
-    def forward(self, x, residual=None):
-        """Return the adapted x `[..., d]`, plus `residual` where there is one."""
-        hidden = F.dropout(F.silu(self.norm(self.down(x))), 0.1, self.training)
-        out = x + self.scale * self.up(hidden)
-        return out if residual is None else out + residual
-
-
-class TelescopicAdapters(DenseAdapters):
-    """Dense adapters whose width grows with depth (arXiv 2512.13855): in the vision encoder 8 to 32, in the
-    last three text blocks and on the conditional embedding `dim`.
-
-    dims: the widths of the vision blocks (default: the published nine, of another number the nearest).
-    """
-
-    kind = TelescopicAdapter
-    WIDTHS = (8, 8, 10, 14, 17, 21, 24, 28, 32)
-
-    def __init__(self, config, branches="vlc", dim=16, dims=None, blocks=None, reference=False):
-        super().__init__(config, branches, dim, dims, blocks, reference)
-
-    def default_blocks(self, encoder, config):
-        if encoder == "v":
-            return super().default_blocks(encoder, config)
-        layers = config.text.num_hidden_layers
-        return range(max(0, layers - 3), layers)
-
-    def cond_width(self, dim):
-        return dim
-
-    def widths(self, encoder, count, dim, dims):
-        if encoder == "l":
-            return [dim] * count
-        last = len(self.WIDTHS) - 1
-        nearest = [self.WIDTHS[round(k * last / max(count - 1, 1))] for k in range(count)]
-        return super().widths(encoder, count, dim, dims or nearest)
-
-
 class ShallowAdapters(Adapters):
     """Adapters on the activations that the decoder reads.
 
@@ -245,80 +198,3 @@ class ShallowAdapters(Adapters):
         elif len(self.text):
             cond = self.text["0"](cond)
         return cond
-
-
-class LowRankDelta(nn.Module):
-    """A change of rank `dim` of a projection d -> d: alpha / dim * up(down(x)).
-
-    `up` starts at zero, so that nothing changes at first.
-    """
-
-    def __init__(self, d, dim, alpha):
-        super().__init__()
-        self.scale = alpha / dim
-        self.down = nn.Linear(d, dim, bias=False)
-        self.up = nn.Linear(dim, d, bias=False)
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, x):
-        return self.scale * self.up(self.down(x))
-
-    def weight(self):
-        """Return the change as a weight `[d, d]`."""
-        return self.scale * self.up.weight @ self.down.weight
-
-
-class LoRA(Tuner):
-    """Low-rank changes of the attention projections of every block that the logits depend on."""
-
-    def __init__(
-        self, config, branches="vl", dim=16, lora_alpha=32.0, lora_targets=("q", "v"), blocks=None,
-        reference=False,
-    ):  # fmt: skip
-        super().__init__(config, reference)
-        check_branches(branches, "vl", "lora")
-        if dim < 1:
-            raise ValueError(f"--dim {dim} leaves an update without a rank; give 1 or more (default 16).")
-        wrong = sorted(set(lora_targets) - set(PROJECTIONS))
-        if wrong or not lora_targets:
-            names = " ".join(wrong) or "without a name"
-            raise ValueError(f"--lora-targets {names}: give one or more of {', '.join(PROJECTIONS)}.")
-        targets = [t for t in PROJECTIONS if t in lora_targets]
-
-        def deltas(letter, encoder, count):
-            chosen = choose_blocks(blocks, letter, range(count), count) if letter in branches else ()
-            d, found = encoder.hidden_size, nn.ModuleDict()
-            for i in chosen:
-                found[str(i)] = nn.ModuleDict({t: LowRankDelta(d, dim, lora_alpha) for t in targets})
-            return found
-
-        self.vision = deltas("v", config.vision, max(config.extract_layers) + 1)
-        self.text = deltas("l", config.text, config.text.num_hidden_layers)
-
-    def lora_deltas(self, encoder, layer):
-        deltas = self.vision if encoder == "vision" else self.text
-        return deltas[str(layer)] if str(layer) in deltas else None
-
-    @torch.no_grad()
-    def merge_into(self, network):
-        if self.upsampler is not None:
-            super().merge_into(network)
-        for encoder in ("vision", "text"):
-            layers = getattr(network.clip, f"{encoder}_model").encoder.layers
-            for i, deltas in getattr(self, encoder).items():
-                for target, delta in deltas.items():
-                    getattr(layers[int(i)].self_attn, f"{target}_proj").weight += delta.weight()
-
-
-class DecoderTuner(Tuner):
-    """Trains what stands on the network's encoders, nothing else."""
-
-    def trained_network_parameters(self, network):
-        return network.decoder_names()
-
-
-class FullTuner(DecoderTuner):
-    """Trains the network itself, as its `full_tuning_names` have it."""
-
-    def trained_network_parameters(self, network):
-        return network.full_tuning_names()

@@ -4,14 +4,9 @@ import inspect
 from argparse import BooleanOptionalAction
 from itertools import combinations
 
-from vlsm.methods.adapters import (
-    DecoderTuner,
-    DenseAdapters,
-    FullTuner,
-    LoRA,
-    ShallowAdapters,
-    TelescopicAdapters,
-)  # fmt: skip
+from vlsm.methods.adapters import DenseAdapters, ShallowAdapters
+from vlsm.methods.lora import LoRA
+from vlsm.methods.own_weights import DecoderTuner, FullTuner
 from vlsm.methods.prompt_learners import (
     DEFAULT_DEPTH,
     VPT,
@@ -22,6 +17,7 @@ from vlsm.methods.prompt_learners import (
     SharedAttention,
     SharedSeparate,
 )  # fmt: skip
+from vlsm.methods.telescopic import TelescopicAdapters
 from vlsm.methods.upsampler import Upsampler
 from vlsm.networks.hooks import PLAIN_ADDITIONS, PROJECTIONS, Contexts, Tuner
 

@@ -14,16 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlsm.networks.base import (
-    VISION_DEFAULTS,
-    EncoderConfig,
-    FrozenBlocks,
-    ImageFeatures,
-    Network,
-    TextEncoder,
-    insert_context,
-    patch_tokens,
-)
+from vlsm.networks.base import FrozenBlocks, ImageFeatures, Network, TextEncoder, insert_context, patch_tokens
+from vlsm.networks.encoder_config import VISION_DEFAULTS, EncoderConfig
 from vlsm.networks.transformer import MLP, Attention, encoder_blocks, initialise_embeddings, text_model, tree
 from vlsm.system.options import select_fields
 

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlsm.networks.base import EOS_IS_MAX_ID, EncoderConfig, ImageFeatures, Network, resize_positions
+from vlsm.networks.base import EOS_IS_MAX_ID, ImageFeatures, Network, resize_positions
 from vlsm.networks.clip import CLIP, CLIP_MEAN, CLIP_STD
+from vlsm.networks.encoder_config import EncoderConfig
 from vlsm.networks.transformer import HUGGING_FACE, OPENAI, Attention, noise
 from vlsm.system.options import select_fields
 

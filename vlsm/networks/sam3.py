@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlsm.networks.base import VISION_DEFAULTS, EncoderConfig, ImageFeatures, Network, TextEncoder
+from vlsm.networks.base import ImageFeatures, Network, TextEncoder
+from vlsm.networks.encoder_config import VISION_DEFAULTS, EncoderConfig
 from vlsm.networks.transformer import (
     HUGGING_FACE,
     MLP,

@@ -14,15 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlsm.networks.base import (
-    EOS_IS_MAX_ID,
-    VISION_DEFAULTS,
-    EncoderConfig,
-    ImageFeatures,
-    Network,
-    resize_positions,
-)
+from vlsm.networks.base import EOS_IS_MAX_ID, ImageFeatures, Network, resize_positions
 from vlsm.networks.clip import CLIP, CLIP_MEAN, CLIP_STD, SIZE_TENSORS, VisionTransformer, from_hugging_face
+from vlsm.networks.encoder_config import VISION_DEFAULTS, EncoderConfig
 from vlsm.networks.transformer import TIMM, Block, noise
 
 SIDE, CLIP_PART = "side_adapter_network.", "clip_model."

@@ -16,7 +16,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import kernels
 import vlsm
 from vlsm.system.device import autocast
 
@@ -156,7 +155,7 @@ def estimate(job, side):
     else:
         batches, least = (batch, 2 * batch), job.model.base.smallest_side()
         process = measured_peak(job, least, LEAST)
-        kernels.use_kernels("torch")  # an interpreted kernel reads values
+        job.model.place_on(job.device, None, "torch", "off")  # an interpreted kernel would read values
         forget_values(job.model)
         process -= counted_peak(job, least, LEAST)
         small, large = (process + counted_peak(job, side, n, gaps=0) for n in batches)

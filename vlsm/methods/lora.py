@@ -1,0 +1,73 @@
+"""LoRA: updates of low rank of attention's projections.
+
+Source: Hu et al., "LoRA" (ICLR 2022).
+"""
+
+import torch
+from torch import nn
+
+from vlsm.methods.adapters import check_branches, choose_blocks
+from vlsm.networks.hooks import PROJECTIONS, Tuner
+
+
+class LowRankDelta(nn.Module):
+    """A change of rank `dim` of a projection d -> d: alpha / dim * up(down(x)).
+
+    `up` starts at zero, so that nothing changes at first.
+    """
+
+    def __init__(self, d, dim, alpha):
+        super().__init__()
+        self.scale = alpha / dim
+        self.down = nn.Linear(d, dim, bias=False)
+        self.up = nn.Linear(dim, d, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x):
+        return self.scale * self.up(self.down(x))
+
+    def weight(self):
+        """Return the change as a weight `[d, d]`."""
+        return self.scale * self.up.weight @ self.down.weight
+
+
+class LoRA(Tuner):
+    """Low-rank changes of the attention projections of every block that the logits depend on."""
+
+    def __init__(
+        self, config, branches="vl", dim=16, lora_alpha=32.0, lora_targets=("q", "v"), blocks=None,
+        reference=False,
+    ):  # fmt: skip
+        super().__init__(config, reference)
+        check_branches(branches, "vl", "lora")
+        if dim < 1:
+            raise ValueError(f"--dim {dim} leaves an update without a rank; give 1 or more (default 16).")
+        wrong = sorted(set(lora_targets) - set(PROJECTIONS))
+        if wrong or not lora_targets:
+            names = " ".join(wrong) or "without a name"
+            raise ValueError(f"--lora-targets {names}: give one or more of {', '.join(PROJECTIONS)}.")
+        targets = [t for t in PROJECTIONS if t in lora_targets]
+
+        def deltas(letter, encoder, count):
+            chosen = choose_blocks(blocks, letter, range(count), count) if letter in branches else ()
+            d, found = encoder.hidden_size, nn.ModuleDict()
+            for i in chosen:
+                found[str(i)] = nn.ModuleDict({t: LowRankDelta(d, dim, lora_alpha) for t in targets})
+            return found
+
+        self.vision = deltas("v", config.vision, max(config.extract_layers) + 1)
+        self.text = deltas("l", config.text, config.text.num_hidden_layers)
+
+    def lora_deltas(self, encoder, layer):
+        deltas = self.vision if encoder == "vision" else self.text
+        return deltas[str(layer)] if str(layer) in deltas else None
+
+    @torch.no_grad()
+    def merge_into(self, network):
+        if self.upsampler is not None:
+            super().merge_into(network)
+        for encoder in ("vision", "text"):
+            layers = getattr(network.clip, f"{encoder}_model").encoder.layers
+            for i, deltas in getattr(self, encoder).items():
+                for target, delta in deltas.items():
+                    getattr(layers[int(i)].self_attn, f"{target}_proj").weight += delta.weight()
