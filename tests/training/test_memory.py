@@ -86,7 +86,9 @@ def test_resume_is_exact_with_blocks_and_recomputing(cli, quick, tmp_path):
 
 
 def test_live_bytes():
+    weight = torch.zeros(1000)
     with LiveBytes(gaps=0.5) as counted:
+        weight.view(10, 100).add_(1)  # there before
         a = torch.zeros(1000)  # 4,000 bytes, and the half
         a.view(10, 100).add_(1)
         b = a + a

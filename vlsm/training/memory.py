@@ -74,25 +74,22 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, gaps):
         super().__init__()
-        self.gaps, self.live = gaps, set()
-        self.now = self.peak = 0
+        self.gaps, self.now, self.peak = gaps, 0, 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         out = operation(*args, **(kwargs or {}))
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
         for tensor in filter(torch.is_tensor, tree_leaves(out)):
             storage = tensor.untyped_storage()
-            key, size = storage._cdata, storage.nbytes()
-            size += self.gaps * size if size <= HEAP else 0
-            if key not in given | self.live:  # no view, and not in place
-                self.live.add(key)
+            if storage._cdata not in given:  # no view, and not in place
+                size = storage.nbytes()
+                size += self.gaps * size if size <= HEAP else 0
                 self.now += size
                 self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._forget, key, size)
+                weakref.finalize(storage, self._forget, size)
         return out
 
-    def _forget(self, key, size):
-        self.live.discard(key)
+    def _forget(self, size):
         self.now -= size
 
 
