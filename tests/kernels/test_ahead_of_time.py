@@ -28,6 +28,7 @@ def check_adapter(launches, dtype, precision, gpus):
         assert (f["matrix"] > 0) == (dtype != "fp32" or precision == "tf32"), (launch, f)
 
 
+@pytest.mark.slow
 def test_adapter_kernels_in_the_default_precision():
     launches = list(adapter_launches("bf16"))
     assert len(launches) == 18

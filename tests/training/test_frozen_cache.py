@@ -310,6 +310,7 @@ def test_what_cannot_be_on_a_cpu(cli, quick, monkeypatch):
     assert code == 2 and "C++ compiler" in err
 
 
+@pytest.mark.slow
 def test_compiled_training_agrees(cli, quick, tmp_path, graphs):
     """The same run, its layers compiled: few graphs for all of them, and the same numbers. (No C++ is built, which takes minutes.)"""
     for mode in ("off", "on"):

@@ -105,9 +105,9 @@ def test_live_bytes():
     [
         ("clipseg", "dense", None),
         ("clipseg", "dense", torch.bfloat16),
-        ("clipseg", "cocoop", None),
-        ("cris", "full", None),
-        ("san", "full", None),
+        pytest.param("clipseg", "cocoop", None, marks=pytest.mark.slow),
+        pytest.param("cris", "full", None, marks=pytest.mark.slow),
+        pytest.param("san", "full", None, marks=pytest.mark.slow),
         ("sam3", "shallow", None),
     ],
 )
