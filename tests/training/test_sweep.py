@@ -249,6 +249,13 @@ def test_a_space_of_ones_own(cli, searched, tmp_path):
     )
 
 
+@pytest.mark.parametrize("choices", ['[["a"]]', "[[]]", '["8 8"]', "[[8, true]]"])
+def test_widths_that_mean_nothing(tmp_path, choices):
+    (tmp_path / "space.json").write_text(f'{{"dims": {choices}}}')
+    with pytest.raises(ValueError, match="'dims' should be a list of choices"):
+        sweep.read_space(tmp_path / "space.json", arguments(tmp_path, "--peft", "telescopic"))
+
+
 def test_widths_of_blocks_are_searched(cli, searched, tmp_path):
     file, allocations = tmp_path / "space.json", [[4, 8, 16], [16, 8, 4]]
     file.write_text(json.dumps({"dims": allocations}))

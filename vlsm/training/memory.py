@@ -31,13 +31,17 @@ RESERVED = 0.08  # of a card: the driver's context and what its allocator cannot
 @dataclass
 class Need:
     """Bytes that a run takes. fixed: weights and what does not grow with the batch; each: an image of a step
-    more; peak: of a step of this run; kept: what is kept of an image for all epochs.
+    more; kept: what is kept of an image for all epochs; gaps: of the heap, at the run's own batch.
     """
 
     fixed: float
     each: float
-    peak: float
     kept: int
+    gaps: float = 0
+
+    def peak(self, batch):
+        """Return the bytes at the peak of a step."""
+        return self.fixed + self.each * batch + self.gaps
 
     def largest_batch(self, size):
         """Return how many images a step on a card of `size` bytes takes at most."""
@@ -126,16 +130,18 @@ def forget_values(model):
             setattr(module, name, nn.Parameter(shapes.from_tensor(p.detach()), p.requires_grad))
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, shapes.from_tensor(buffer))
-    return shapes
 
 
-def counted_peak(job, side, batch, gaps=GAPS):
-    """Return the bytes of a training step's tensors at its peak, without weights, after `forget_values`."""
+def counted_peak(job, side, batch):
+    """Return the bytes of a training step's tensors at its peak, without weights, after `forget_values`.
+
+    Twice: as they are, and with the gaps of the heap.
+    """
     optimizer = torch.optim.AdamW(job.model.tuned_parameters().values())
-    with LiveBytes(gaps) as counted, torch.compiler.set_stance("force_eager"):
+    with LiveBytes(0) as plain, LiveBytes(GAPS) as with_gaps, torch.compiler.set_stance("force_eager"):
         for _ in range(2):
             run_step(job, optimizer, side, batch)
-    return counted.peak
+    return plain.peak, with_gaps.peak
 
 
 def estimate(job, side):
@@ -145,21 +151,21 @@ def estimate(job, side):
     rest is counted from the shapes of the run's own batch, and of twice as many images.
     """
     job.model.train()
-    batch = job.options.part_size()
+    process = gaps = 0
     if job.device.type == "cuda":
-        batches, gaps = TRIED, 0.0
+        batches = TRIED
         small, large = (measured_peak(job, side, n) for n in batches)
     else:
-        batches, least = (batch, 2 * batch), job.model.base.smallest_side()
+        least, batch = job.model.base.smallest_side(), job.options.part_size()
         process = measured_peak(job, least, LEAST)
         job.model.place_on(job.device, None, "torch", "off")  # an interpreted kernel would read values
         forget_values(job.model)
-        process -= counted_peak(job, least, LEAST)
-        small, large = (process + counted_peak(job, side, n, gaps=0) for n in batches)
-        gaps = process + counted_peak(job, side, batch) - small
+        process -= counted_peak(job, least, LEAST)[1]
+        batches = batch, 2 * batch
+        (small, with_gaps), (large, _) = (counted_peak(job, side, n) for n in batches)
+        gaps = with_gaps - small
     each = max((large - small) / (batches[1] - batches[0]), 1.0)
-    fixed = small - batches[0] * each
-    return Need(fixed, each, fixed + each * batch + gaps, job.frozen.bytes_kept(side))
+    return Need(process + small - batches[0] * each, each, job.frozen.bytes_kept(side), gaps)
 
 
 def describe(need, options, images):
@@ -168,7 +174,7 @@ def describe(need, options, images):
     cards = ", ".join(f"{size} GB: {need.largest_batch(size * GB)}" for size in CARDS)
     lines = [
         f"memory: {need.fixed / GB:.2f} GB for weights and the like, {need.each / GB:.3f} GB for each image "
-        f"of a step, {need.peak / GB:.2f} GB at {batch} images a part",
+        f"of a step, {need.peak(batch) / GB:.2f} GB at {batch} images a part",
         f"largest --batch-size (with --accumulate, of a part): {cards}",
     ]
     if need.kept:

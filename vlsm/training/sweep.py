@@ -46,7 +46,7 @@ SPACES = {
     "shallow": {"dim": [128, 256, 512]},
     "lora": {"dim": [4, 8, 16, 32]},
 }
-LISTS = ("dims", "intermediate_dim", "lora_targets")  # options of which a choice may be a list
+LISTS = dict(dims=int, intermediate_dim=int, lora_targets=str)  # options that may be lists: what these hold
 # Options of the recipe that a space may name.
 SEARCHABLE = (
     "lr", "weight_decay", "lr_factor", "lr_patience", "clip", "dice_weight", "bce_weight", "batch_size",
@@ -83,14 +83,17 @@ def default_space(options):
     return {name: entry for name, entry in space.items() if name not in options.given and entry != []}
 
 
-def _is_entry(entry, lists=False):
-    """Tell whether a value describes what to search: a list of choices, or an interval.
+def _is_choice(name, value):
+    """Tell whether an option may have a value: a list of what `LISTS` says, or a single number or text."""
+    if isinstance(value, list):
+        return bool(value) and all(type(v) is LISTS.get(name) for v in value)
+    return isinstance(value, (bool, int, float) if name in LISTS else (bool, int, float, str))
 
-    lists: whether a choice may be a list.
-    """
+
+def _is_entry(name, entry):
+    """Tell whether a value describes what to search of an option: a list of choices, or an interval."""
     if isinstance(entry, list):
-        kinds = (int, list) if lists else (bool, int, float, str)
-        return entry not in ([], [[]]) and all(isinstance(v, kinds) for v in entry)
+        return bool(entry) and all(_is_choice(name, value) for value in entry)
     if not isinstance(entry, dict) or not set(entry) <= {"low", "high", "log"}:
         return False
     low, high = (entry.get(k) for k in ("low", "high"))
@@ -111,7 +114,7 @@ def read_space(path, options):
                 f"'{path}': --peft {options.peft} has no '{name}' to search; known are "
                 f"{', '.join(sorted(known))}."
             )
-        if not _is_entry(entry, name in LISTS):
+        if not _is_entry(name, entry):
             raise ValueError(
                 f"'{path}': '{name}' should be a list of choices, or an interval such as "
                 f'{{"low": 1e-5, "high": 1e-2, "log": true}} with low <= high (log: above 0); it is {entry}.'
