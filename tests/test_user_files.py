@@ -4,10 +4,8 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -274,38 +272,6 @@ def test_prompt_keys_are_no_paths(tmp_path):
 
 
 # Processes and disks
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
-def test_workers_end_with_their_parent(how, tmp_path):
-    code = (
-        "import multiprocessing, time\n"
-        "from concurrent.futures import ProcessPoolExecutor\n"
-        "from vlsm.data.cache import _follow_parent\n"
-        "pool = ProcessPoolExecutor(2, multiprocessing.get_context('fork'), _follow_parent)\n"
-        "jobs = [pool.submit(time.sleep, 60) for _ in range(2)]\n"
-        "time.sleep(1)\n"
-        "print(*pool._processes, flush=True)\n"
-        "time.sleep(60)\n"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    workers = [int(pid) for pid in parent.stdout.readline().split()]
-    assert len(workers) == 2
-    parent.send_signal(how)
-    parent.wait()
-    for _ in range(100):
-        left = [w for w in workers if Path(f"/proc/{w}").exists() and _state(w) != "Z"]
-        if not left:
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"workers {left} outlive their parent")
-
-
-def _state(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
-        return "Z"
 
 
 def test_temporary_files_of_the_dead_are_swept(tmp_path):

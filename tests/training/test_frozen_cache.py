@@ -41,7 +41,7 @@ def split(count=11, side=32):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (count, side, side, 3)).astype(np.uint8)
     records = [Record(f"{i}", f"{i}", image, image[..., 0] > 127) for i, image in enumerate(pixels)]
-    return open_split([*records, records[3]], side, None, "noise", workers=1)
+    return open_split([*records, records[3]], side, None, "noise")
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,9 @@ import glob
 import hashlib
 import json
 import math
-import multiprocessing
 import os
-import signal
-import sys
-import threading
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +20,7 @@ from vlsm.system.console import ADVICE, progress
 from vlsm.system.files import atomic_write, reserve, sweep_temporary
 
 FORMAT = 2  # of what the readers make of a file
+THREADS = min(16, os.cpu_count() or 1)  # that decode: Pillow and numpy let others run meanwhile
 
 
 def default_cache():
@@ -143,8 +140,8 @@ def _decode(job):
     return i, (small, resize_mask(mask, size))
 
 
-def decode(records, images, masks, workers, label):
-    """Read, check and resize all records into the arrays, in parallel processes.
+def decode(records, images, masks, label):
+    """Read, check and resize all records into the arrays, in several threads.
 
     Raises DataError, all problems at once.
     """
@@ -152,8 +149,8 @@ def decode(records, images, masks, workers, label):
     size = masks.shape[-1]
     owners, problems = set(first), defaultdict(list)
     jobs = [(i, r, size, i in owners) for i, r in enumerate(records)]
-    with progress(len(jobs), f"reading {label}") as bar:
-        for i, result in _in_processes(jobs, workers):
+    with ThreadPoolExecutor(THREADS) as pool, progress(len(jobs), f"reading {label}") as bar:
+        for i, result in pool.map(_decode, jobs):
             bar.update()
             if isinstance(result[0], str):
                 problems[result[0]].append((i, result[1]))
@@ -163,28 +160,6 @@ def decode(records, images, masks, workers, label):
                 images[image_of[i]] = image
     if problems:
         raise DataError(problems, len(records))
-
-
-def _in_processes(jobs, workers):
-    if workers < 2 or len(jobs) < 16:
-        yield from map(_decode, jobs)
-        return
-    # a forked child needs no second import of torch; it runs Pillow and numpy only
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent) as pool:
-        yield from pool.map(_decode, jobs, chunksize=8)
-
-
-def _follow_parent():
-    """Have this worker end with its parent, however that ends; leave Ctrl-C to the parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handler was copied by the fork
-
-    def wait():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def refuse_empty(has_foreground, count, label):
@@ -199,36 +174,35 @@ def refuse_empty(has_foreground, count, label):
 # The files
 
 
-def open_split(records, size, folder, label, workers=None):
+def open_split(records, size, folder, label):
     """Return the `CachedSplit`, from the cache in `folder` where it is there and fits, else decoded and
     cached.
 
     folder: None for no cache. Raises DataError for records that cannot be used, ValueError where no mask has
     foreground at this size, or the folder cannot be written.
     """
-    data = open_cached(records, size, folder, label, workers)
+    data = open_cached(records, size, folder, label)
     refuse_empty(data.has_foreground(), len(data), label)
     return data
 
 
-def open_cached(records, size, folder, label, workers=None):
+def open_cached(records, size, folder, label):
     """Do as `open_split`, but for its look at the masks; there may be no records.
 
     The key covers every file's name, size and modification time and the size asked for. A broken file is made
     anew.
     """
-    workers = workers if workers is not None else min(16, os.cpu_count() or 1)
     _, image_of = index_images(records)
     shapes = [(max(image_of, default=-1) + 1, 3, size, size), (len(records), size, size)]
     in_memory = any(isinstance(r.image, np.ndarray) for r in records)
     if folder is None or not records or in_memory:
         arrays = [np.empty(shape, np.uint8) for shape in shapes]
-        decode(records, *arrays, workers, label)
+        decode(records, *arrays, label)
         return CachedSplit(records, *arrays, image_of)
     stem, key = _cache_name(records, size, label)
     files = [Path(folder) / f"{stem}-{key}.{kind}.npy" for kind in ("images", "masks")]
     if _open_arrays(files, shapes) is None:
-        _write_arrays(files, shapes, records, workers, label)
+        _write_arrays(files, shapes, records, label)
         for old in Path(folder).glob(f"{glob.escape(stem)}-*.npy"):  # of earlier states of the same files
             if old not in files:
                 old.unlink(missing_ok=True)
@@ -254,13 +228,13 @@ def _stamp(path):
         return [str(path), -1, -1]
 
 
-def _write_arrays(files, shapes, records, workers, label):
+def _write_arrays(files, shapes, records, label):
     try:
         Path(files[0]).parent.mkdir(parents=True, exist_ok=True)
         sweep_temporary(files[0].parent)
         with atomic_write(files[0]) as images, atomic_write(files[1]) as masks:
             arrays = [_array_on_disk(f, shape) for f, shape in zip((images, masks), shapes)]
-            decode(records, *arrays, workers, label)
+            decode(records, *arrays, label)
             for array in arrays:
                 array.flush()
     except OSError as error:
