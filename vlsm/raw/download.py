@@ -96,20 +96,27 @@ class Download:
                 f"'{self.path}' holds pictures with masks in {named}. Name one of them with --src."
             )
         for ours, theirs in found.values():
-            for stem in sorted(set(ours) | set(theirs)):
-                if stem not in ours or stem not in theirs:
-                    lone, what = (
-                        (ours, "image without mask") if stem in ours else (theirs, "mask without image")
-                    )
-                    self.skip(lone[stem], what)
-                else:
-                    yield stem, ours[stem], theirs[stem]
+            yield from self.join(ours, theirs)
+
+    def join(self, images, masks):
+        """Yield (stem, image, mask) of two {stem: name}; a file without a partner is skipped."""
+        for stem in sorted(images.keys() | masks.keys()):
+            if stem not in masks:
+                self.skip(images[stem], "image without mask")
+            elif stem not in images:
+                self.skip(masks[stem], "mask without image")
+            else:
+                yield stem, images[stem], masks[stem]
 
     def by_stem(self, pattern):
-        """{stem: name} of the files that match; of equal stems the first counts."""
+        """Return {stem: name} of the files that match; of equal stems the first counts.
+
+        The stem is what the pattern's group of that name finds, else the file's.
+        """
         found = {}
-        for name, _ in self.find(pattern):
-            if found.setdefault(PurePosixPath(name).stem, name) != name:
+        for name, match in self.find(pattern):
+            stem = match.groupdict().get("stem") or PurePosixPath(name).stem
+            if found.setdefault(stem, name) != name:
                 self.skip(name, "a second file of that stem")
         return found
 

@@ -25,24 +25,25 @@ VOC = (
 ).split()
 
 
-def _pairs(d, images, masks, word, split=None):
-    """Samples of two sets of files with equal stems, one mask each."""
-    for stem, image, mask in d.pairs(images, masks):
+def _samples(d, pairs, word, split=None):
+    """Yield a `Sample` of one mask for each (stem, image, mask)."""
+    for _, image, mask in pairs:
         with d.skipping(mask):
-            yield Sample(PurePosixPath(image).name, image, [(f"{stem}.png", d.mask(mask), word)], split)
+            masks = [(f"{PurePosixPath(mask).stem}.png", d.mask(mask), word)]
+            yield Sample(PurePosixPath(image).name, image, masks, split)
 
 
 PICTURE = r"[^/]+\.(?:jpe?g|png|tiff?|bmp)"
 
 
 def kvasir(d):
-    return _pairs(d, rf"images/{PICTURE}", rf"masks/{PICTURE}", "polyp")
+    return _samples(d, d.pairs(rf"images/{PICTURE}", rf"masks/{PICTURE}"), "polyp")
 
 
 def clinicdb(d):
-    """PNG and TIF may both be there; TIFs become PNGs."""
+    """Read PNGs or TIFs, whose folders may both be there; TIFs become PNGs."""
     kind = r"[^/]+\.png" if d.find(r"Original/[^/]+\.png") else r"[^/]+\.tiff?"
-    for sample in _pairs(d, rf"Original/{kind}", rf"Ground[ _]Truth/{kind}", "polyp"):
+    for sample in _samples(d, d.pairs(rf"Original/{kind}", rf"Ground[ _]Truth/{kind}"), "polyp"):
         with d.skipping(sample.name):
             if not sample.name.lower().endswith(".png"):
                 sample.name, sample.image = f"{PurePosixPath(sample.name).stem}.png", d.image(sample.image)
@@ -50,40 +51,27 @@ def clinicdb(d):
 
 
 def bkai(d):
-    """Red for neoplastic, green for other polyps: polyps, all of them."""
-    return _pairs(d, rf"(?:train/)?train/{PICTURE}", rf"(?:train_gt/)?train_gt/{PICTURE}", "polyp")
+    """Read masks in red (neoplastic) and green (other) as polyps, all of them."""
+    images, masks = rf"(?:train/)?train/{PICTURE}", rf"(?:train_gt/)?train_gt/{PICTURE}"
+    return _samples(d, d.pairs(images, masks), "polyp")
 
 
 def isic(d):
     for part, split in (("Training", None), ("Test", "test")):
         images = d.by_stem(rf"ISBI2016_ISIC_Part1_{part}_Data/{PICTURE}")
-        masks = d.by_stem(rf"ISBI2016_ISIC_Part1_{part}_GroundTruth/[^/]+_Segmentation\.png")
-        for stem, image in images.items():
-            if f"{stem}_Segmentation" not in masks:
-                d.skip(image, "image without mask")
-                continue
-            with d.skipping(masks[f"{stem}_Segmentation"]):
-                mask = d.mask(masks[f"{stem}_Segmentation"])
-                yield Sample(
-                    PurePosixPath(image).name,
-                    image,
-                    [(f"{stem}_Segmentation.png", mask, "skin lesion")],
-                    split,
-                )
+        masks = rf"ISBI2016_ISIC_Part1_{part}_GroundTruth/(?P<stem>[^/]+)_Segmentation\.png"
+        yield from _samples(d, d.join(images, d.by_stem(masks)), "skin lesion", split)
 
 
 def dfu(d):
-    return _pairs(
-        d,
-        rf"(?:DFUC2022_train_)?images/{PICTURE}",
-        rf"(?:DFUC2022_train_)?(?:masks|labels)/{PICTURE}",
-        "foot ulcer",
-    )
+    below = r"(?:DFUC2022_train_)?"
+    pairs = d.pairs(rf"{below}images/{PICTURE}", rf"{below}(?:masks|labels)/{PICTURE}")
+    return _samples(d, pairs, "foot ulcer")
 
 
 def busi(d):
-    """benign/, malignant/, normal/: "benign (3).png" with "benign (3)_mask.png", "_mask_1.png", ...: one
-    lesion a file, all in one mask.
+    """Read benign/, malignant/ and normal/: "benign (3).png" with "benign (3)_mask.png", "_mask_1.png", ...,
+    one lesion a file, all in one mask.
     """
     masks = defaultdict(list)
     for name, match in d.find(r"(benign|malignant|normal)/(\1 \(\d+\))_mask(?:_\d+)?\.png"):
@@ -99,7 +87,7 @@ def busi(d):
 
 
 def camus(d):
-    """patient0001/patient0001_2CH_ED.nii.gz (or .mhd) with ..._gt; three classes.
+    """Read patient0001/patient0001_2CH_ED.nii.gz (or .mhd) with ..._gt; three classes.
 
     Patients below testing/ are the test split.
     """
@@ -121,8 +109,8 @@ def camus(d):
 
 
 def chexlocalize(d):
-    """gt_segmentations_{val,test}.json: {"patient1_study1_view1_frontal": {"Edema": {"size", "counts"}}};
-    images in CheXpert's folders.
+    """Read gt_segmentations_{val,test}.json: {"patient1_study1_view1_frontal": {"Edema": {"size",
+    "counts"}}}; images in CheXpert's folders.
     """
     images = {
         "_".join(m.groups()): name
@@ -163,34 +151,33 @@ def _segmentations(d, name):
 
 def _test_polyps(folder):
     def reader(d):
-        return _pairs(d, rf"{folder}/images/{PICTURE}", rf"{folder}/masks/{PICTURE}", "polyp", "test")
+        pairs = d.pairs(rf"{folder}/images/{PICTURE}", rf"{folder}/masks/{PICTURE}")
+        return _samples(d, pairs, "polyp", "test")
 
     return reader
 
 
 def _present(labels, words, stem):
-    """A mask for each class that a picture of class numbers holds."""
+    """Return a mask for each class that a picture of class numbers holds."""
     found = set(np.unique(labels).tolist())
     return [(f"{word}/{stem}.png", labels == k, word) for k, word in words.items() if k in found]
 
 
 def cityscapes(d):
-    """leftImg8bit/{train,val}/CITY/*_leftImg8bit.png with gtFine/...gtFine_labelIds.png; a mask for each of
-    19 classes that is there.
+    """Read leftImg8bit/{train,val}/CITY/*_leftImg8bit.png with gtFine/...gtFine_labelIds.png; a mask for each
+    of 19 classes that is there.
     """
-    truths = {m[2]: name for name, m in d.find(r"(?:gtFine/)?(train|val)/[^/]+/([^/]+)_gtFine_labelIds\.png")}
-    for name, match in d.find(r"(train|val)/[^/]+/([^/]+)_leftImg8bit\.png"):
-        if match[2] not in truths:
-            d.skip(name, "image without mask")
-            continue
-        with d.skipping(truths[match[2]]):
-            masks = _present(d.labels(truths[match[2]]), CITYSCAPES, match[2])
-            yield Sample(f"{match[2]}.png", name, masks, "test" if match[1].lower() == "val" else None)
+    for part, split in (("train", None), ("val", "test")):
+        images = d.by_stem(rf"{part}/[^/]+/(?P<stem>[^/]+)_leftImg8bit\.png")
+        truths = d.by_stem(rf"{part}/[^/]+/(?P<stem>[^/]+)_gtFine_labelIds\.png")
+        for stem, image, truth in d.join(images, truths):
+            with d.skipping(truth):
+                yield Sample(f"{stem}.png", image, _present(d.labels(truth), CITYSCAPES, stem), split)
 
 
 def voc(d):
-    """SegmentationClass's palette indices, 255 the void border; a mask for each class that is there; the
-    lists are ImageSets' own.
+    """Read SegmentationClass's palette indices, 255 the void border; a mask for each class that is there; the
+    splits are ImageSets' lists.
     """
     images, truths = d.by_stem(r"JPEGImages/[^/]+\.jpg"), d.by_stem(r"SegmentationClass/[^/]+\.png")
     for part, split in (("train", None), ("val", "test")):
@@ -205,16 +192,13 @@ def voc(d):
 
 
 def etis(d):
-    """As PraNet's authors ship it, or its publisher: ETIS-LaribPolypDB/1.tif, Ground Truth/p1.tif."""
+    """Read what PraNet's authors ship, or its publisher: ETIS-LaribPolypDB/1.tif, Ground Truth/p1.tif."""
     yield from _test_polyps("ETIS-LaribPolypDB")(d)
-    images, masks = d.by_stem(r"ETIS-LaribPolypDB/\d+\.tiff?"), d.by_stem(r"Ground[ _]Truth/p\d+\.tiff?")
-    for stem, image in images.items():
-        if f"p{stem}" not in masks:
-            d.skip(image, "image without mask")
-            continue
+    images = d.by_stem(r"ETIS-LaribPolypDB/\d+\.tiff?")
+    masks = d.by_stem(r"Ground[ _]Truth/p(?P<stem>\d+)\.tiff?")
+    for stem, image, mask in d.join(images, masks):
         with d.skipping(image):
-            mask = d.mask(masks[f"p{stem}"])
-            yield Sample(f"{stem}.png", d.image(image), [(f"{stem}.png", mask, "polyp")], "test")
+            yield Sample(f"{stem}.png", d.image(image), [(f"{stem}.png", d.mask(mask), "polyp")], "test")
 
 
 READERS = {
