@@ -128,7 +128,7 @@ class ImageFolder:
     def __init__(self, root):
         self.root = root
         self.by_name, self.by_stem = {}, {}
-        for path in image_files(root) if root.is_dir() else []:
+        for path in image_files(root):
             name = path.relative_to(root).as_posix()
             self.by_name[name] = path
             self.by_stem.setdefault(_stem(name), []).append(path)

@@ -125,7 +125,8 @@ def check_outputs(options, records, out):
         folders = [out / key for key in dict.fromkeys(k for r in records for k in r.prompts)]
     names = ["metrics.csv", "metrics.json", f"figure.{options.figure_format}"]
     names += audit.files(options.figure_format) if options.audit_prompts else []
-    names += ["risk.json"] * bool(options.risk) + ["blocks.json"] * options.audit_blocks
+    names += ["risk.json"] if options.risk else []
+    names += ["blocks.json"] if options.audit_blocks else []
     targets = [folder / name for folder in folders for name in names] if options.out else []
     for folder in filter(None, (options.save_masks, options.save_probabilities)):
         targets += [mask_target(folder, r.mask_name) for r in records]

@@ -25,15 +25,15 @@ from .dispatch import dot_precision, launcher, runs_triton, tl, triton
 
 
 def reference(h, residual, down_weight, down_bias, up_weight, up_bias):
-    """The formula in plain torch, as eager code writes it; arguments as in `adapter_bottleneck`."""
+    """Compute the formula in plain torch, as eager code writes it; arguments as in `adapter_bottleneck`."""
     out = h + F.linear(F.linear(h, down_weight, down_bias).relu(), up_weight, up_bias).relu()
     return out if residual is None else residual + out
 
 
 @triton.jit
 def _load(base, rows, cols, stride, row_end: tl.constexpr, col_end: tl.constexpr, n_rows, n_cols):
-    """A tile of a row-major matrix; rows and columns are checked where `row_end`, `col_end` say that the tile
-    may reach over.
+    """Load a tile of a row-major matrix; rows and columns are checked where `row_end`, `col_end` say that the
+    tile may reach over.
 
     `base` points to the block's first row, by a 64-bit step; within a block 32 bits do, at half the
     registers.
@@ -60,7 +60,7 @@ def _store(base, values, rows, cols, stride, n_rows, n_cols):
 
 @triton.jit
 def _vector(base, at, size):
-    """Some entries of a bias, in float32."""
+    """Load some entries of a bias, in float32."""
     return tl.load(base + at, mask=at < size, other=0.0).to(tl.float32)
 
 
@@ -70,7 +70,7 @@ def forward_kernel(
     D: tl.constexpr, R: tl.constexpr, HAS_RESIDUAL: tl.constexpr, KEEP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of rows a program; h comes from the L2 cache when it is read for the second time."""
+    """Compute one block of rows a program; h comes from the L2 cache when it is read again."""
     first = tl.program_id(0).to(tl.int64) * BLOCK_N
     n = tl.minimum(N - first, BLOCK_N).to(tl.int32)
     rows = tl.arange(0, BLOCK_N)
@@ -103,7 +103,7 @@ def backward_rows_kernel(
     D: tl.constexpr, R: tl.constexpr, WITH_H: tl.constexpr, WITH_WEIGHTS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dz1 and dh of one block of rows."""
+    """Compute dz1 and dh of one block of rows."""
     first = tl.program_id(0).to(tl.int64) * BLOCK_N
     n = tl.minimum(N - first, BLOCK_N).to(tl.int32)
     rows = tl.arange(0, BLOCK_N)
@@ -137,8 +137,8 @@ def backward_weights_kernel(
     D: tl.constexpr, R: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums over `rows_each` rows of the gradients of some columns: a row `[dW1 | db1 | dW2 | db2]` of
-    `partial` a program.
+    """Sum the gradients of some columns over `rows_each` rows: a row `[dW1 | db1 | dW2 | db2]` of `partial` a
+    program.
     """
     part = tl.program_id(1).to(tl.int64)
     cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -196,7 +196,7 @@ PROGRAMS = 264  # of the weights' gradient: two waves on a GPU of 132 processors
 
 
 def blocks(kernel, r, element_size):
-    """Launch sizes of one of `KERNELS` for a bottleneck of `r` units, as keywords."""
+    """Return the launch sizes of one of `KERNELS` for a bottleneck of `r` units, as keywords."""
     block_r = max(16, triton.next_power_of_2(r))
     n, d, warps, stages = BLOCKS[element_size, block_r][KERNELS.index(kernel)]
     return dict(BLOCK_N=n, BLOCK_D=d, BLOCK_R=block_r, num_warps=warps, num_stages=stages)
@@ -204,7 +204,7 @@ def blocks(kernel, r, element_size):
 
 @torch.compiler.assume_constant_result
 def _shared_memory(device):
-    """Bytes of shared memory that a program may ask for on a GPU."""
+    """Return the bytes of shared memory that a program may ask for on a GPU."""
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
@@ -232,7 +232,7 @@ def _forward(
     up_bias: torch.Tensor,
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out `[N, d]`, a `[N, r]`) of contiguous `h` and `residual` `[N, d]`; a is empty unless `keep`."""
+    """Return (out `[N, d]`, a `[N, r]`) of contiguous `h`, `residual` `[N, d]`; a is empty unless `keep`."""
     (n, d), r = h.shape, len(down_weight)
     dtype = h.dtype if residual is None else torch.promote_types(h.dtype, residual.dtype)
     out, a = torch.empty_like(h, dtype=dtype), h.new_empty((n, r) if keep else 0)
@@ -257,7 +257,7 @@ def _backward(
     with_h: bool,
     with_weights: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dh `[N, d]`, `[dW1 | db1 | dW2 | db2]` flat and float32); what is not wanted is empty."""
+    """Return (dh `[N, d]`, `[dW1 | db1 | dW2 | db2]` flat and float32); what is not wanted is empty."""
     w1, w2 = down_weight.to(h.dtype), up_weight.to(h.dtype)
     (n, d), r = h.shape, len(w1)
     dh, dz1 = h.new_empty(h.shape if with_h else 0), h.new_empty(a.shape if with_weights else 0)

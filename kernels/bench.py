@@ -60,7 +60,7 @@ class Bench:
         )
 
     def time(self, sides, runs=None, warm=3):
-        """Median seconds of each of some functions, run in turn."""
+        """Return the median seconds of each of some functions, run in turn."""
         runs, taken = runs or self.args.runs, {name: [] for name in sides}
         for k in range(warm + runs):
             for name, f in sides.items():
@@ -82,7 +82,7 @@ class Bench:
         return start.elapsed_time(end) / 1e3
 
     def sides(self, ours, plain):
-        """Ours, the plain code in eager mode and, where there is a compiler, the plain code compiled."""
+        """Return ours, the plain code in eager mode and, where there is a compiler, compiled."""
         return dict(ours=ours, eager=plain, **({"compile": torch.compile(plain)} if self.compiles else {}))
 
     def floor(self, bytes_moved, flops=0):

@@ -27,7 +27,7 @@ COLUMN_COST = 6  # a step of the search by columns costs as much as so many pair
 
 
 def boundary(mask):
-    """Boundary pixels of bool masks `[..., H, W]`, as such masks."""
+    """Return the boundary pixels of bool masks `[..., H, W]`, as such masks."""
     inner = mask.clone()
     inner[..., 1:, :] &= mask[..., :-1, :]
     inner[..., :-1, :] &= mask[..., 1:, :]
@@ -39,9 +39,7 @@ def boundary(mask):
 
 
 def reference(pred, target):
-    """Squared distances of one pair of masks `[H, W]`, by their definition: (of pred's points, of target's),
-    int64.
-    """
+    """Return (of pred's points, of target's) int64 squared distances of masks `[H, W]`, by definition."""
     a, b = boundary(pred).nonzero(), boundary(target).nonzero()
     squared = (a[:, None] - b).square().sum(2)
     return squared.amin(1), squared.amin(0)
@@ -61,8 +59,9 @@ def _min(a, b):
 def columns_kernel(
     masks, edge, gap, H, W, FAR, WHOLE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr
 ):
-    """Boundary (WHOLE: all pixels) and gaps of some columns of one mask. FAR is beyond any distance in the
-    image.
+    """Find the boundary (WHOLE: all pixels) and the gaps of some columns of one mask.
+
+    FAR is beyond any distance in the image.
     """
     plane = tl.program_id(1).to(tl.int64) * H * W
     cols = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
@@ -101,8 +100,8 @@ def columns_kernel(
 
 @triton.jit
 def nearest_kernel(points, gap, squared, pixels, half, W, FAR, BLOCK: tl.constexpr):
-    """Squared distance of one boundary pixel, given by its place among all masks, to the other mask's
-    boundary.
+    """Find the squared distance of one boundary pixel, given by its place among all masks, to the other
+    mask's boundary.
     """
     point = tl.load(points + tl.program_id(0))
     other = tl.where(point < half, point + half, point - half)
@@ -133,7 +132,7 @@ def _on_gpu(pred, target, whole):
 
 
 def _pairs(a, b):
-    """All distances between points `[n, 2]` and `[m, 2]`, in chunks; each side's minima."""
+    """Return each side's minima of all squared distances between points `[n, 2]` and `[m, 2]`, in chunks."""
     (n, m), centre = (len(a), len(b)), a[:1]
     a, b = (a - centre).double(), (b - centre).double()
     left = torch.cat([-2 * a, a.square().sum(1, keepdim=True), torch.ones(n, 1)], 1)
@@ -147,7 +146,7 @@ def _pairs(a, b):
 
 
 def _by_columns(points, to, shape):
-    """Distances of points `[n, 2]` to the nearest of `to`, both inside an image of that shape."""
+    """Return squared distances of points `[n, 2]` to the nearest of `to`, in an image of that shape."""
     H, W = shape
     far = H + W
     there = torch.zeros(shape, dtype=torch.bool)
@@ -164,10 +163,9 @@ def _by_columns(points, to, shape):
 
 
 def _on_cpu(pred, target, whole):
-    """One pair: squared distances of pred's points, of target's; nothing to measure where either is empty."""
-    either = (pred | target).view(
-        torch.uint8
-    )  # whose largest value is found many times faster than `any` of bool
+    """Return squared distances of one pair: of pred's points, of target's; zeros where either is empty."""
+    # bytes: their largest value is found many times faster than `any` of bool
+    either = (pred | target).view(torch.uint8)
     y, x = (either.amax(dim).nonzero() for dim in (1, 0))
     if len(y):
         box = slice(int(y[0]), int(y[-1]) + 1), slice(int(x[0]), int(x[-1]) + 1)
@@ -200,8 +198,8 @@ def _(pred, target, whole):
 
 
 def surface_distances(pred, target, whole=False):
-    """Squared distances from every boundary pixel of a mask to the other mask's nearest one, for bool masks
-    `[H, W]` or `[B, H, W]`; whole: from every pixel to the nearest pixel.
+    """Compute squared distances from every boundary pixel of a mask to the other mask's nearest one, for bool
+    masks `[H, W]` or `[B, H, W]`; whole: from every pixel to the nearest pixel.
 
     Returns (squared int32 `[n]`, counts int64 `[2, B]`): first the boundary pixels of the B predictions, then
     those of the targets, in reading order; `counts` says how many each has. Where one mask of a pair is

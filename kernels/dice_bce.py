@@ -31,7 +31,7 @@ CE_CHOICES = ("logits", "reference")
 
 
 def reference(logits, target, dice_weight=1.5, bce_weight=1.0, smooth=1e-5, ce="logits"):
-    """The formula in plain torch, as eager code writes it; arguments as in `dice_bce_loss`."""
+    """Compute the formula in plain torch, as eager code writes it; arguments as in `dice_bce_loss`."""
     exact = torch.promote_types(logits.dtype, torch.float32)  # half precision would lose the sums
     z, y = logits.to(exact).flatten(1), target.to(exact).flatten(1)  # [B, pixels]
     p = torch.sigmoid(z)
@@ -80,7 +80,7 @@ def finish_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """The loss, and (A, B) of every sample, from the tiles' sums; one program."""
+    """Compute the loss, and (A, B) of every sample, from the tiles' sums; one program."""
     # scalars arrive as float64 under torch.compile
     dice_weight, bce_weight = tl.cast(dice_weight, tl.float32), tl.cast(bce_weight, tl.float32)
     smooth = tl.cast(smooth, tl.float32)
@@ -107,7 +107,7 @@ def finish_kernel(
 
 @triton.jit
 def gradient_kernel(g, z, y, terms, dz, P, bce_scale, TWICE: tl.constexpr, BLOCK: tl.constexpr):
-    """dloss/dz times the incoming gradient `g`, of one tile of one sample."""
+    """Compute dloss/dz times the incoming gradient `g`, of one tile of one sample."""
     sample = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < P
@@ -129,7 +129,7 @@ def gradient_kernel(g, z, y, terms, dz, P, bce_scale, TWICE: tl.constexpr, BLOCK
 def _forward(
     logits: torch.Tensor, target: torch.Tensor, dice_weight: float, bce_weight: float, smooth: float, ce: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss, (A, B) of each sample `[B, 2]`) of contiguous `[B, pixels]` tensors."""
+    """Return (loss, (A, B) of each sample `[B, 2]`) of contiguous `[B, pixels]` tensors."""
     samples, pixels = logits.shape
     tiles = triton.cdiv(pixels, PASS["BLOCK"])
     sums = torch.empty(samples, tiles, 4, dtype=torch.float32, device=logits.device)
@@ -152,9 +152,7 @@ def _backward(
     bce_weight: float,
     ce: str,
 ) -> torch.Tensor:
-    """Gradient by the logits `[B, pixels]`, in their dtype; `g` is the loss's own gradient, on the same
-    device.
-    """
+    """Return the gradient by the logits `[B, pixels]`, in their dtype; g: the loss's own, on the device."""
     samples, pixels = logits.shape
     dz = torch.empty_like(logits)
     scale = bce_weight / (samples * pixels)

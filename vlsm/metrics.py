@@ -22,7 +22,7 @@ import kernels
 
 
 def _batches(pred, target):
-    """The masks as pairs of bool `[n, H, W]` tensors, checked: one pair for a batch, one a mask for lists."""
+    """Return checked pairs of bool `[n, H, W]` tensors: one pair of a batch, one for each mask of lists."""
     if len(pred) != len(target):
         raise ValueError(f"{len(pred)} predictions came with {len(target)} targets.")
     if torch.is_tensor(pred) and torch.is_tensor(target):
@@ -48,8 +48,8 @@ def _as_bool(masks):
 
 
 def _ratio(pred, target, numerator, denominator):
-    """numerator/denominator of (|P∧T|, |P|, |T|) in float64, counted in integers; 1 where both masks are
-    empty.
+    """Return numerator/denominator of (|P∧T|, |P|, |T|) in float64, counted in integers; 1 where both masks
+    are empty.
     """
     batches = _batches(pred, target)
     counts = [torch.stack([m.sum((1, 2)) for m in (p & t, p, t)]) for p, t in batches]  # [3, n] each
@@ -59,7 +59,7 @@ def _ratio(pred, target, numerator, denominator):
 
 
 def dsc(pred, target):
-    """Dice similarity coefficient 2|P∧T| / (|P|+|T|) of each pair, float64 `[N]` in [0, 1].
+    """Compute the Dice similarity coefficient 2|P∧T| / (|P|+|T|) of each pair, float64 `[N]` in [0, 1].
 
     Raises ValueError for unequal shapes.
     """
@@ -67,7 +67,7 @@ def dsc(pred, target):
 
 
 def iou(pred, target):
-    """Intersection over union |P∧T| / |P∨T| of each pair, float64 `[N]` in [0, 1].
+    """Compute the intersection over union |P∧T| / |P∨T| of each pair, float64 `[N]` in [0, 1].
 
     Raises ValueError for unequal shapes.
     """
@@ -75,8 +75,8 @@ def iou(pred, target):
 
 
 def hd95(pred, target):
-    """95th-percentile Hausdorff distance of each pair in pixels, float64 `[N]`: the larger of both
-    directions' percentiles.
+    """Compute the 95th-percentile Hausdorff distance of each pair in pixels, float64 `[N]`: the larger of
+    both directions' percentiles.
 
     Boundary: mask pixels with one of four neighbours outside the mask or the image. Distances: Euclidean,
     from each boundary pixel to the other boundary's nearest, exact. Percentile: linear interpolation, its
@@ -87,7 +87,7 @@ def hd95(pred, target):
 
 
 def _hd95(pred, target):
-    """HD95 of masks `[B, H, W]`.
+    """Compute HD95 of masks `[B, H, W]`.
 
     Percentile: linear, of the roots of integer squares, its rank 0.95 (n-1) taken in integers: exact.
     """
@@ -106,8 +106,8 @@ def _hd95(pred, target):
 
 
 def nsd(pred, target, tolerance=2.0):
-    """Normalised surface distance of each pair, float64 `[N]` in [0, 1]: the share of both masks' contours
-    that lies within `tolerance` pixels of the other's.
+    """Compute the normalised surface distance of each pair, float64 `[N]` in [0, 1]: the share of both masks'
+    contours that lies within `tolerance` pixels of the other's.
 
     As DeepMind's surface-distance defines it in two dimensions (Nikolov et al. 2018): the contour runs
     between pixels, through the corners where the four pixels differ; a corner counts with the length of the
@@ -129,11 +129,10 @@ CONTOUR = [
 
 
 def _nsd(pred, target, tolerance):
-    """NSD of masks `[B, H, W]`."""
+    """Compute NSD of masks `[B, H, W]`."""
     padded = (F.pad(masks.byte(), (1, 1, 1, 1)) for masks in (pred, target))  # beyond the image is outside
-    codes = [
-        8 * m[:, :-1, :-1] + 4 * m[:, :-1, 1:] + 2 * m[:, 1:, :-1] + m[:, 1:, 1:] for m in padded
-    ]  # [B, H + 1, W + 1] each
+    # [B, H + 1, W + 1] each
+    codes = [8 * m[:, :-1, :-1] + 4 * m[:, :-1, 1:] + 2 * m[:, 1:, :-1] + m[:, 1:, 1:] for m in padded]
     corners = [(code > 0) & (code < 15) for code in codes]
     squared, counts = kernels.surface_distances(*corners, whole=True)
     code = torch.cat([c[at] for c, at in zip(codes, corners)]).long()
@@ -148,13 +147,12 @@ def _nsd(pred, target, tolerance):
 
 
 def summarise(dsc_values, iou_values, hd95_values, diagonals, target_empty, pred_empty, **others):
-    """Means over images, as a dictionary ready for JSON; all arguments `[N]`.
+    """Return means over images, as a dictionary ready for JSON; all arguments `[N]`.
 
     `dsc`, `iou`, `hd95`, and each of `others` (nsd=...): mean, std (population) and n. For hd95 n counts the
-    defined pairs; `n_undefined`
-    those with exactly one empty mask, and `mean_with_diagonal` puts the image's diagonal in their place.
-    `dsc_nonempty`: over images whose truth is not empty; `empty_correct`: the share of empty truths predicted
-    exactly empty. Where nothing is to be averaged the value is None.
+    defined pairs, `n_undefined` those with exactly one empty mask, and `mean_with_diagonal` puts the image's
+    diagonal in their place. `dsc_nonempty`: over images whose truth is not empty; `empty_correct`: the share
+    of empty truths predicted exactly empty. Where nothing is to be averaged the value is None.
     """
 
     def stats(values):
@@ -165,10 +163,7 @@ def summarise(dsc_values, iou_values, hd95_values, diagonals, target_empty, pred
 
     d, h = torch.as_tensor(dsc_values, dtype=torch.float64), torch.as_tensor(hd95_values, dtype=torch.float64)
     diagonals = torch.as_tensor(diagonals, dtype=torch.float64)
-    empty, pred_empty = (
-        torch.as_tensor(target_empty, dtype=torch.bool),
-        torch.as_tensor(pred_empty, dtype=torch.bool),
-    )
+    empty, pred_empty = (torch.as_tensor(t, dtype=torch.bool) for t in (target_empty, pred_empty))
     defined = ~h.isnan()
     hd = stats(h[defined])
     hd["n_undefined"] = int((~defined).sum())

@@ -122,9 +122,8 @@ class VLSM(nn.Module):
 
     def count_parameters(self):
         """Return (trained, total) numbers of parameters."""
-        return sum(p.numel() for p in self.tuned_parameters().values()), sum(
-            p.numel() for p in self.parameters()
-        )
+        trained, every = self.tuned_parameters().values(), self.parameters()
+        return sum(p.numel() for p in trained), sum(p.numel() for p in every)
 
     def check_gradients(self):
         """Return a line on the gradients: each trained tensor needs a finite one, no frozen one has any.

@@ -43,13 +43,11 @@ def augment(images, masks, generator, total=None, part=slice(None)):
     alpha, beta = uniform(n, 0.9, 1.1, generator)[part], uniform(n, -0.1, 0.1, generator)[part]
     if moved.any():
         rows = moved.nonzero()[:, 0].to(device)
-        grid = F.affine_grid(
-            matrices[moved].to(device), [len(rows), 1, *images.shape[2:]], align_corners=False
-        )
+        size = [len(rows), 1, *images.shape[2:]]
+        grid = F.affine_grid(matrices[moved].to(device), size, align_corners=False)
         how = dict(padding_mode="border", align_corners=False)
-        images[rows] = F.grid_sample(images[rows], grid, mode="bicubic", **how).clamp(
-            0, 255
-        )  # bicubic overshoots
+        turned = F.grid_sample(images[rows], grid, mode="bicubic", **how)
+        images[rows] = turned.clamp(0, 255)  # bicubic overshoots
         masks[rows] = F.grid_sample(masks[rows].float(), grid, mode="nearest", **how).to(masks.dtype)
     alpha, beta = torch.where(lit, alpha, 1.0), torch.where(lit, 255 * beta, 0.0)
     alpha, beta = (t.to(device)[:, None, None, None] for t in (alpha, beta))

@@ -19,7 +19,7 @@ COLOURS = {
 
 
 def components(mask):
-    """The 4-connected components of a bool mask, as a list of bool masks, the largest first."""
+    """Return the 4-connected components of a bool mask, as a list of bool masks, the largest first."""
     if not mask.any():
         return []
     box = tuple(slice(v.min(), v.max() + 1) for v in np.nonzero(mask))  # most masks fill a small part
@@ -51,7 +51,7 @@ def _flood(seed, allowed, axis, step):
 
 
 def location(cy, cx):
-    """The name of the cell of a 3 x 3 grid in which the point (in shares of height and width) lies."""
+    """Return the name of the cell of a 3 x 3 grid that holds a point (in shares of height and width)."""
     return LOCATIONS[3 * min(2, int(3 * cy)) + min(2, int(3 * cx))]
 
 
@@ -65,17 +65,16 @@ def locations(masks, shape):
 
 
 def shape_word(mask):
-    """circle, oval, round or irregular, by how much of its bounding ellipse the mask fills and by the ratio
-    of its axes.
+    """Return circle, oval, round or irregular, by how much of its bounding ellipse the mask fills and by the
+    ratio of its axes.
     """
     ys, xs = np.nonzero(mask)
     if len(ys) < 2:
         return "round"
     spread = np.linalg.eigvalsh(np.cov(np.stack([ys, xs])) + np.eye(2) / 12)
     ratio = np.sqrt(spread[0] / spread[1])
-    filled = len(ys) / (
-        4 * np.pi * np.sqrt(spread[0] * spread[1])
-    )  # 1 for an ellipse, less for a ragged outline
+    # 1 for an ellipse, less for a ragged outline
+    filled = len(ys) / (4 * np.pi * np.sqrt(spread[0] * spread[1]))
     if filled < 0.93:
         return "irregular"
     return "circle" if ratio > 0.88 else "round" if ratio > 0.72 else "oval"
@@ -90,15 +89,12 @@ def colour_word(image, mask):
 
 
 def describe(image, mask, word, descriptions=()):
-    """Prompts p0..p9 (p0..p6 without general `descriptions` of the class) for an image `[H, W, 3]` and its
-    bool mask.
+    """Return prompts p0..p9 (p0..p6 without general `descriptions` of the class) for an image `[H, W, 3]` and
+    its bool mask.
     """
     found = [m for m in components(mask) if m.mean() >= SPECK]
-    if not found:
-        return {
-            "p0": "",
-            **{f"p{i}": word for i in range(1, 10 if descriptions else 7)},
-        }  # saying "no" would give it away
+    if not found:  # saying "no" would give it away
+        return {"p0": "", **{f"p{i}": word for i in range(1, 10 if descriptions else 7)}}
     area = mask.mean()
     size = "small" if area < SMALL else "medium" if area < MEDIUM else "large"
     shape, colour, where = shape_word(found[0]), colour_word(image, mask), locations(found, mask.shape)

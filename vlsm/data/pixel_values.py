@@ -13,7 +13,8 @@ def normalise(images, mean, std, out=None):
     scale = (1 / (255 * std))[:, None, None]
     shift = (-torch.tensor(mean, device=images.device) / std)[:, None, None]
     out = torch.empty(images.shape, device=images.device) if out is None else out
-    for source, target in zip(images, out) if images.device.type == "cpu" else [(images, out)]:
+    parts = zip(images, out) if images.device.type == "cpu" else [(images, out)]
+    for source, target in parts:
         torch.mul(source, scale, out=target).add_(shift)
     return out
 

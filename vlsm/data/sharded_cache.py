@@ -33,9 +33,7 @@ class ShardedSplit:
         self.row = np.empty(len(records), np.int64)  # of a record in its owner's share
         for rank in range(parallel.world_size()):
             self.row[self.owner == rank] = np.arange((self.owner == rank).sum())
-        self.group = dist.new_group(
-            backend="gloo"
-        )  # between CPUs, from a thread that reads ahead of the steps
+        self.group = dist.new_group(backend="gloo")  # between CPUs, from a thread that reads ahead
 
     def __len__(self):
         return len(self.records)

@@ -17,13 +17,8 @@ STORAGES = {
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }  # fmt: skip
-INERT = (
-    "build_intlist",
-    "build_doublelist",
-    "build_boollist",
-    "build_tensorlist",
-    "restore_type_tag",
-)  # return a list
+# functions of an archive that only return a list
+INERT = ("build_intlist", "build_doublelist", "build_boollist", "build_tensorlist", "restore_type_tag")
 
 
 class Record:
@@ -74,7 +69,7 @@ def _tensor(storage, offset, size, stride, *_):
 
 
 def _named(record, prefix=""):
-    """The tensors below a record, by the path of attributes that leads to each."""
+    """Yield (name, tensor) below a record; the name is the path of attributes that leads there."""
     for name, value in vars(record).items():
         if isinstance(value, torch.Tensor):
             yield prefix + name, value
@@ -96,7 +91,7 @@ def _torchscript(archive):
 
 
 def _saved(path):
-    """The value in a file of torch.save's, if it is made of tensors and plain containers."""
+    """Return the value in a file of torch.save's, if it is made of tensors and plain containers."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -116,9 +111,10 @@ def _saved(path):
 
 
 def read(path):
-    """The tensors of a checkpoint by name: safetensors, a file of torch.save's (a state dictionary, alone or
-    under `state_dict` or `model`), or a TorchScript archive. Raises FileNotFoundError, or ValueError for what
-    is damaged, holds no tensors or wants to run code.
+    """Return the tensors of a checkpoint by name: of safetensors, a file of torch.save's (a state dictionary,
+    alone or under `state_dict` or `model`), or a TorchScript archive.
+
+    Raises FileNotFoundError, or ValueError for what is damaged, holds no tensors or wants to run code.
     """
     path = Path(path)
     if not path.is_file():

@@ -16,9 +16,8 @@ from vlsm.system.console import friendly_errors
 from vlsm.system.files import atomic_write, is_filled, read_json, write_json, write_text
 
 TOKENIZER_FILES = ("vocab.json", "merges.txt")
-OPENAI_RN50 = (
-    "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762"  # SHA-256 of RN50.pt, from its address
-)
+# SHA-256 of RN50.pt, from its address
+OPENAI_RN50 = "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762"
 
 
 def own_names(given):
@@ -46,9 +45,8 @@ def convert(source, folder, config=None, tokenizer=None):
     own, tensors = network.state_dict(), {new: given[name] for name, new in names.items()}
     missing = [n for n in own if n not in tensors]
     added = [n for n in missing if openai and (not n.startswith("backbone.") or ".connect." in n)]
-    counters = [
-        n for n in missing if n.endswith("num_batches_tracked")
-    ]  # old files lack them; nothing reads them
+    # old files lack them; nothing reads them
+    counters = [n for n in missing if n.endswith("num_batches_tracked")]
     expected = {n: t for n, t in own.items() if n not in added + counters}
     mismatch = describe_mismatch(expected, tensors)
     if mismatch:
@@ -58,8 +56,9 @@ def convert(source, folder, config=None, tokenizer=None):
         print(f"{name} -> {new}")
     for name in added:
         print(f"(random) -> {name}")
-    for name in TOKENIZER_FILES if tokenizer else ():
-        write_text(folder / name, (Path(tokenizer) / name).read_text(encoding="utf-8"))
+    if tokenizer:
+        for name in TOKENIZER_FILES:
+            write_text(folder / name, (Path(tokenizer) / name).read_text(encoding="utf-8"))
     write_json(folder / "config.json", dict(model_type="cris", **asdict(network.config)))
     written = {name: tensors.get(name, t).to(t.dtype).contiguous() for name, t in own.items()}
     with atomic_write(folder / "model.safetensors") as temporary:

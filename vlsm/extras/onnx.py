@@ -27,9 +27,7 @@ class Segmenter(nn.Module):
             self.register_buffer(name, 255 * torch.tensor(values)[:, None, None])
         for name, value in zip(("ids", "mask"), model.tokenizer()([prompt])):
             self.register_buffer(name, value)
-        if (
-            not self.tuner.needs_image_embedding
-        ):  # the prompt means the same for every image: encoded here, once
+        if not self.tuner.needs_image_embedding:  # the prompt means the same for every image
             with torch.no_grad():
                 text = self.base.encode_prompts(self.ids, self.mask, self.tuner, self.tuner.contexts().text)
             self.text_count = len(text)

@@ -274,9 +274,8 @@ class SharedAttention(PromptLearner):
         self.mixer = self.module_per_layer(make, unified_proj, copies=True)
 
     def contexts(self):
-        mixed = self.apply_per_layer(
-            self.mixer, self.context[:, None]
-        )  # [1, n, width] each; one dropout draw
+        # [1, n, width] each: one dropout draw
+        mixed = self.apply_per_layer(self.mixer, self.context[:, None])
         vision, text = ([m[0, :, part] for m in mixed] for part in self.encoder_slices())
         return Contexts(vision, text)
 

@@ -211,7 +211,8 @@ def check_values(given, defaults):
             raise ValueError(
                 f"{flag} {value!r}: give {'yes or no' if isinstance(default, bool) else 'a number'}."
             )
-        for number in value if isinstance(value, (list, tuple)) and not scalar else [value]:
+        numbers = value if isinstance(value, (list, tuple)) and not scalar else [value]
+        for number in numbers:
             wrong = scalar and not isinstance(number, (int, float))
             if wrong or (isinstance(number, (int, float)) and not abs(number) <= LARGEST):
                 raise ValueError(f"{flag} {number!r}: give a number of at most {LARGEST}.")
@@ -244,9 +245,7 @@ class Combination(Tuner):
 
     def __init__(self, parts, config, reference=False):
         super().__init__(config, reference)
-        self.parts = (
-            parts  # a plain dictionary: the modules are registered below, so that names read "vpt.context"
-        )
+        self.parts = parts  # plain: the modules are registered below, so that names read "vpt.context"
         for name, part in parts.items():
             setattr(self, name, part)
         self.needs_image_embedding = any(part.needs_image_embedding for part in parts.values())

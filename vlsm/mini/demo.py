@@ -21,13 +21,13 @@ MUCOSA = ((0.78, 0.45, 0.35), (0.7, 0.36, 0.3), (0.82, 0.56, 0.42))
 
 
 def records(split, seed=0):
-    """The records of a split, pixels in memory; the same for ever for a seed."""
+    """Return the records of a split, pixels in memory; the same for ever for a seed."""
     offset = sum(list(COUNTS.values())[: list(COUNTS).index(split)])
     return [record(seed, offset + i) for i in range(COUNTS[split])]
 
 
 def record(seed, index):
-    """One picture.
+    """Return the record of one picture.
 
     About one in twelve shows no polyp: its mask is empty, and its prompts describe one that is not there.
     """
@@ -49,7 +49,7 @@ def record(seed, index):
 
 
 def mucosa(rng, y, x):
-    """The gut's wall: colour, folds as dark curved bands, fine vessels."""
+    """Paint the gut's wall: colour, folds as dark curved bands, fine vessels."""
     picture = np.empty((*SHAPE, 3), np.float32)
     picture[:] = np.array(MUCOSA[rng.integers(len(MUCOSA))]) + rng.normal(0, 0.04, 3)
     picture *= (1 + 0.08 * paint.noise(rng, SHAPE, 4))[..., None]
@@ -65,7 +65,7 @@ def mucosa(rng, y, x):
 
 
 def place(rng, others, y, x):
-    """Signed field of a blob that keeps clear of the others, or None where no room was found."""
+    """Return the signed field of a blob that keeps clear of the others, or None where no room was found."""
     for _ in range(10):
         radius = np.exp(rng.uniform(np.log(0.08), np.log(0.28)))
         cy, cx = rng.uniform(0.18, 0.82), rng.uniform(0.2, SHAPE[1] / SHAPE[0] - 0.2)
@@ -81,7 +81,7 @@ def place(rng, others, y, x):
 
 
 def paint_polyp(rng, picture, inside, y, x):
-    """A dome: lit from the lens, darker towards its rim, with a thin shadow around it and its own speckle."""
+    """Paint a dome: lit from the lens, darker towards its rim, with a thin shadow and its own speckle."""
     depth = (inside / inside.max()).clip(0, 1)
     tint = np.array(TINTS[rng.integers(len(TINTS))]) + rng.normal(0, 0.03, 3)
     paint.blend(picture, (0.3, 0.12, 0.1), 0.45 * np.exp(-((inside.clip(max=0) / 0.03) ** 2)))
@@ -92,7 +92,7 @@ def paint_polyp(rng, picture, inside, y, x):
 
 
 def finish(rng, picture, y, x):
-    """Light of the lens, wet highlights, the black surround of the tube, sensor noise."""
+    """Add the light of the lens, wet highlights, the black surround of the tube, sensor noise."""
     H, W = SHAPE
     ly, lx = rng.uniform(0.3, 0.7), rng.uniform(0.3, 0.7) * W / H
     picture = picture * (1.12 - 0.5 * np.hypot(y - ly, x - lx) ** 2)[..., None]

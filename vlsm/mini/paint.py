@@ -8,8 +8,8 @@ from PIL import Image
 
 
 def noise(rng, shape, cells, octaves=3):
-    """Smooth random field `shape` (H, W) of mean about 0 and amplitude about 1, `cells` bumps across, finer
-    octaves at half strength.
+    """Return a smooth random field `shape` (H, W) of mean about 0 and amplitude about 1, `cells` bumps
+    across, finer octaves at half strength.
     """
     H, W = shape
     field = np.zeros(shape, np.float32)
@@ -21,15 +21,15 @@ def noise(rng, shape, cells, octaves=3):
 
 
 def grid(shape):
-    """Pixel-centre coordinates y, x `[H, W]`, in units of the shorter side, from 0."""
+    """Return pixel-centre coordinates y, x `[H, W]`, in units of the shorter side, from 0."""
     H, W = shape
     y, x = np.mgrid[:H, :W].astype(np.float32)
     return (y + 0.5) / min(shape), (x + 0.5) / min(shape)
 
 
 def blob(rng, dy, dx, radius, wobble):
-    """Signed field, positive inside, of a star-shaped blob around dy = dx = 0 whose outline wobbles by a
-    share of its radius.
+    """Return the signed field, positive inside, of a star-shaped blob around dy = dx = 0 whose outline
+    wobbles by a share of its radius.
     """
     angle, r = np.arctan2(dy, dx), np.hypot(dy, dx)
     outline = np.ones_like(r)

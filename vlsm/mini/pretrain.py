@@ -96,7 +96,7 @@ def make_tokenizer(folder, size=1400):
 
 
 def initialise(base):
-    """The network's own start, and sines of the place for the patches' positions: "left" is learnt sooner."""
+    """Set a random start, with sines of the place as the patches' positions: "left" is learnt sooner."""
     base.initialise()
     vision = base.clip.vision_model.embeddings
     side, width = (
@@ -129,13 +129,12 @@ class Scenes(torch.utils.data.Dataset):
 
 
 def alignment_loss(base, tokens, cond, masks):
-    """Cosine of each projected patch token and each phrase, as a logit for the phrase's mask at patch
-    resolution.
+    """Return the loss of the cosines of each projected patch token and each phrase, as logits for the
+    phrase's mask at patch resolution.
     """
     clip = base.clip
-    patches = F.normalize(
-        clip.visual_projection(clip.vision_model.post_layernorm(tokens[:, 1:])), dim=-1
-    )  # [B, N, P]
+    patches = clip.visual_projection(clip.vision_model.post_layernorm(tokens[:, 1:]))
+    patches = F.normalize(patches, dim=-1)  # [B, N, P]
     cond = F.normalize(cond, dim=-1).unflatten(0, (len(tokens), -1))  # [B, 3, P]
     logits = clip.logit_scale.exp() * (cond @ patches.mT - 0.5)  # [B, 3, N]; a cosine above 0.5 means "here"
     cover = F.avg_pool2d(masks.float(), base.config.vision.patch_size).flatten(1).view_as(logits)
@@ -160,8 +159,8 @@ def step_loss(network, tokenizer, batch):
 
 @torch.no_grad()
 def listening(base, tokenizer, seed, count):
-    """On `count` scenes: mean DSC with the right phrase, and with another object's phrase against the first
-    object's mask.
+    """Return the mean DSC on `count` scenes, with the right phrase, and with another object's phrase against
+    the first object's mask.
     """
     right, wrong, index, found = [], [], 0, 0
     while found < count:
@@ -171,9 +170,8 @@ def listening(base, tokenizer, seed, count):
             if pair:
                 pairs.append(pair)
                 found += 1
-        pixels = normalise(
-            torch.stack([torch.from_numpy(p[0]) for p in pairs]).permute(0, 3, 1, 2), base.mean, base.std
-        )
+        pictures = torch.stack([torch.from_numpy(p[0]) for p in pairs]).permute(0, 3, 1, 2)
+        pixels = normalise(pictures, base.mean, base.std)
         truth = torch.stack([torch.from_numpy(p[1][1]) for p in pairs])
         for which, scores in ((1, right), (2, wrong)):
             predicted = base(pixels, *tokenizer([p[which][0] for p in pairs]))[:, 0] > 0
@@ -182,12 +180,12 @@ def listening(base, tokenizer, seed, count):
 
 
 def schedule(step, steps, peak):
-    """Linear warm-up over 300 steps, then a cosine to 1 % of the peak."""
+    """Return the learning rate: a linear warm-up over 300 steps, then a cosine to 1 % of the peak."""
     return peak * min((step + 1) / 300, 0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
 
 
 def export(out, base):
-    """The Hugging Face folder, without the optimizer's state."""
+    """Write the Hugging Face folder, without the optimizer's state."""
     with atomic_write(out / "model.safetensors") as temporary:
         save_file(
             {k: v.detach().contiguous() for k, v in base.state_dict().items()}, temporary, {"format": "pt"}
@@ -195,7 +193,7 @@ def export(out, base):
 
 
 def prepare(out):
-    """Configuration and tokenizer of a new run; returns (network with fresh weights, tokenizer)."""
+    """Write the configuration and tokenizer of a new run; returns (network with fresh weights, tokenizer)."""
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "vocab.json").is_file():
         make_tokenizer(out)

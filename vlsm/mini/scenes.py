@@ -20,11 +20,8 @@ COLOURS = {
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "oval", "ring", "cross", "star", "irregular")
 NOUNS = {"oval": ("oval", "ellipse"), "irregular": ("irregular shape", "blob"), "circle": ("circle", "disk")}
-SIZES = {
-    "small": (0.07, 0.105),
-    "medium": (0.13, 0.18),
-    "large": (0.21, 0.29),
-}  # radius, in sides of the picture
+# radius, in sides of the picture
+SIZES = {"small": (0.07, 0.105), "medium": (0.13, 0.18), "large": (0.21, 0.29)}
 TEXTURES = ("plain", "striped", "dotted", "checkered")
 NUMBERS = ("zero", "one", "two", "three", "four")
 GENERIC = ("object", "thing", "shape")
@@ -32,7 +29,7 @@ ATTRIBUTES = ("size", "colour", "texture", "shape", "location")
 
 
 def field(rng, shape, dy, dx, r):
-    """Signed field of a shape of radius r, positive inside, about in units of distance."""
+    """Return the signed field of a shape of radius r, positive inside, about in units of distance."""
     turn = rng.uniform(0, 2 * np.pi)
     u, v = dx * np.cos(turn) + dy * np.sin(turn), dy * np.cos(turn) - dx * np.sin(turn)
     if shape == "circle":
@@ -55,7 +52,7 @@ def field(rng, shape, dy, dx, r):
 
 
 def texture(rng, name, y, x):
-    """A pattern in -1..1 to brighten and darken an object with."""
+    """Return a pattern in -1..1 to brighten and darken an object with."""
     turn, period = rng.uniform(0, np.pi), rng.uniform(0.05, 0.08)
     u, v = (x * np.cos(turn) + y * np.sin(turn)) / period, (y * np.cos(turn) - x * np.sin(turn)) / period
     if name == "striped":
@@ -68,8 +65,8 @@ def texture(rng, name, y, x):
 
 
 def draw(seed, index, side=SIDE):
-    """Scene `index` of `seed`: picture uint8 `[side, side, 3]` and its objects, dictionaries of attributes
-    with a bool `mask`.
+    """Draw scene `index` of `seed`: picture uint8 `[side, side, 3]` and its objects, dictionaries of
+    attributes with a bool `mask`.
     """
     rng = np.random.default_rng([seed, index])
     shape = (side, side)
@@ -104,8 +101,8 @@ def draw(seed, index, side=SIDE):
 
 
 def place(rng, others, shared):
-    """Attributes of a new object that hardly touches the others, or None where no room was found; `shared`
-    ones are given.
+    """Return the attributes of a new object that hardly touches the others, or None where no room was found;
+    `shared` ones are given.
     """
     size = rng.choice(list(SIZES))
     r = rng.uniform(*SIZES[size])
@@ -159,9 +156,7 @@ def union(objects, side=SIDE):
 
 
 def phrase(rng, wanted, count):
-    """Words for the attributes `wanted`; `count` objects have them (0: a phrase for something that is not
-    there).
-    """
+    """Return words for the attributes `wanted`, which `count` objects have (0: for what is not there)."""
     noun = wanted.get("shape") or rng.choice(GENERIC)
     noun = str(rng.choice(NOUNS.get(noun, (noun,))))
     words = [wanted[k] for k in ("size", "colour", "texture") if k in wanted] + [noun]
@@ -173,22 +168,14 @@ def phrase(rng, wanted, count):
     text = " ".join(w for w in words if w)
     if "location" in wanted:
         where = wanted["location"]
-        text += str(
-            rng.choice(
-                [
-                    f", located in {where} of the image",
-                    f" in the {where}",
-                    f" at the {where}",
-                    f" on the {where}",
-                ]
-            )
-        )
+        located = f", located in {where} of the image"
+        text += str(rng.choice([located, f" in the {where}", f" at the {where}", f" on the {where}"]))
     return text
 
 
 def describe(rng, objects, target, first, more):
-    """A phrase that names attribute `first` of the target and `more` others drawn at random, and all objects
-    that it fits.
+    """Return a phrase that names attribute `first` of the target and `more` others drawn at random, and all
+    objects that it fits.
     """
     others = [k for k in rng.permutation(ATTRIBUTES) if k != first]
     wanted = {k: target[k] for k in [first, *others[:more]]}
@@ -197,7 +184,7 @@ def describe(rng, objects, target, first, more):
 
 
 def absent(rng, objects):
-    """A phrase that fits no object of the scene: most often an object's own, with one attribute changed."""
+    """Return a phrase that fits no object of the scene: most often one's own with an attribute changed."""
     choices = dict(size=list(SIZES), colour=list(COLOURS), texture=TEXTURES, shape=SHAPES, location=LOCATIONS)
     while True:
         base = (
@@ -213,7 +200,7 @@ def absent(rng, objects):
 
 
 def sample(seed, index, side=SIDE):
-    """A training sample: picture, three phrases and their masks bool `[3, side, side]`.
+    """Return a training sample: picture, three phrases and their masks bool `[3, side, side]`.
 
     The first two phrases are of two objects (where there are two) and name an attribute in which these
     differ, half the time that one alone, so that each attribute must be listened to; the third is of nothing
@@ -239,8 +226,9 @@ def sample(seed, index, side=SIDE):
 
 
 def distinct_pair(seed, index, fewest=2, side=SIDE):
-    """For the test of listening: picture, and (phrase, mask) of two objects that their phrases, of `fewest`
-    to five attributes, tell apart from all others in the scene. None for scenes without."""
+    """Return, for the test of listening, a picture, and (phrase, mask) of two objects that their phrases, of
+    `fewest` to five attributes, tell apart from all others in the scene; None for scenes without.
+    """
     picture, objects = draw(seed, index, side)
     rng = np.random.default_rng([seed, index, 2])
     rng.shuffle(objects)

@@ -12,11 +12,7 @@ from vlsm.networks.base import TextEncoder, patch_tokens
 from vlsm.networks.transformer import OPENAI, encoder_blocks, noise, tree
 
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-SIZE_TENSORS = (
-    "input_resolution",
-    "context_length",
-    "vocab_size",
-)  # that OpenAI's files hold besides weights
+SIZE_TENSORS = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's files besides weights
 
 
 class VisionTransformer(nn.Module):

@@ -60,22 +60,22 @@ class CLIPSegConfig:
 
     @property
     def stride(self):
-        """Sides of images are multiples of this."""
+        """Return what sides of images are multiples of."""
         return self.vision.patch_size
 
     @property
     def activation_widths(self):
-        """Widths of the activations that the decoder reads."""
+        """Return the widths of the activations that the decoder reads."""
         return [self.vision.hidden_size] * len(self.extract_layers)
 
     @property
     def pooled_states(self):
-        """How many states of the end-of-text token stand beside the conditional embedding."""
+        """Return how many states of the end-of-text token stand beside the conditional embedding."""
         return len(self.extract_layers)
 
     @property
     def upsampler_sizes(self):
-        """An upsampler's sizes: channels of the features, to how many they are reduced, its factor."""
+        """Return an upsampler's sizes: channels of the features, to how many they are reduced, its factor."""
         return self.reduce_dim, None, self.vision.patch_size
 
     def max_prompt_depth(self, encoders, reference=False):

@@ -83,12 +83,12 @@ class CRISConfig:
 
     @property
     def projection_dim(self):
-        """Width of the image embedding: the last map's."""
+        """Return the width of the image embedding: the last map's."""
         return self.embed_dim
 
     @property
     def upsampler_sizes(self):
-        """Channels of the decoder's last features, to how many an upsampler reduces them, its factor."""
+        """Return an upsampler's sizes: channels of the features, to how many they are reduced, its factor."""
         return self.text_width, min(64, self.text_width), 16
 
     def max_prompt_depth(self, encoders, reference=False):
@@ -219,14 +219,14 @@ class Neck(nn.Module):
 
 
 def sinusoids(length, d, device):
-    """Fixed positions `[length, d]`: sine and cosine in turn."""
+    """Return fixed positions `[length, d]`: sine and cosine in turn."""
     rate = 10000 ** (-torch.arange(0, d, 2, device=device) / d)
     angle = torch.arange(length, device=device)[:, None] * rate
     return torch.stack([angle.sin(), angle.cos()], 2).flatten(1)
 
 
 def pixel_positions(h, w, d, device):
-    """`[h*w, d]`: the first half of the channels from the column, the second from the row."""
+    """Return positions `[h*w, d]`: half of the channels from the column, then half from the row."""
     across, down = sinusoids(w, d // 2, device), sinusoids(h, d // 2, device)
     return torch.cat([across.expand(h, -1, -1), down[:, None].expand(-1, w, -1)], 2).flatten(0, 1)
 
@@ -285,9 +285,11 @@ class Projector(nn.Module):
         self.txt = nn.Linear(c.embed_dim, 9 * (d // 2) + 1)
 
     def forward(self, x, state):
-        """A 3 x 3 convolution for each sample: products over channels first, then the nine maps are shifted
-        and added, which takes an eighth of a grouped convolution's time (8 maps of 256 x 104 x 104 on a CPU,
-        with gradients).
+        """Return logits `[B, 1, 4h, 4w]` of features `[B, D, h, w]` and states `[B, P]`.
+
+        A 3 x 3 convolution for each sample: products over channels first, then the nine maps are shifted and
+        added, which takes an eighth of a grouped convolution's time (8 maps of 256 x 104 x 104 on a CPU, with
+        gradients).
         """
         x, kernels = self.vis(x), self.txt(state)
         weight, bias = kernels[:, :-1].unflatten(1, (-1, 3, 3)), kernels[:, -1]

@@ -104,27 +104,27 @@ class SAM3Config:
 
     @property
     def img_size(self):
-        """Side of the images that the network was trained on."""
+        """Return the side of the images that the network was trained on."""
         return self.vision.image_size
 
     @property
     def stride(self):
-        """Sides of images are multiples of this."""
+        """Return what sides of images are multiples of."""
         return self.vision.patch_size
 
     @property
     def extract_layers(self):
-        """The layer whose output the rest of the network reads: the last one."""
+        """Return the layer whose output the rest of the network reads: the last one."""
         return (self.vision.num_hidden_layers - 1,)
 
     @property
     def activation_widths(self):
-        """Widths of the neck's maps."""
+        """Return the widths of the neck's maps."""
         return [self.width] * len(LEVELS)
 
     @property
     def projection_dim(self):
-        """Width of a prompt's tokens as the fusion reads them."""
+        """Return the width of a prompt's tokens as the fusion reads them."""
         return self.width
 
     def max_prompt_depth(self, encoders, reference=False):
@@ -324,9 +324,8 @@ class SAM3(Network):
         grid = tuple(side // self.config.stride for side in image_features.size)
         tokens = x.transpose(1, 2).unflatten(2, grid)  # [B, D, h, w]
         levels = self.vision_encoder.neck.fpn_layers
-        maps = [
-            adapted(tuner, k, level(tokens)) for k, level in enumerate(levels)
-        ]  # finest first, [B, P, ., .]
+        # finest first, [B, P, ., .]
+        maps = [adapted(tuner, k, level(tokens)) for k, level in enumerate(levels)]
         x = maps[-1].flatten(2).transpose(1, 2)
         positions = sine_positions(*grid, x.shape[-1], x.device).to(x.dtype)
         for layer in self.detr_encoder.layers:

@@ -21,14 +21,9 @@ from vlsm.networks.transformer import TIMM, Block, noise
 
 SIDE, CLIP_PART = "side_adapter_network.", "clip_model."
 HIDDEN = -100.0  # the published bias of what a mask's token must not see
-FUSION, FUSION_REFERENCE = (
-    {0: 0, 1: 3, 2: 6, 3: 9},
-    {0: 0, 3: 1, 6: 2, 9: 3},
-)  # side block -> CLIP layer; the published code inverts it
-ALIASES = (
-    "clip_visual_extractor.",
-    "clip_rec_head.",
-)  # second names of CLIP's tensors in published checkpoints
+FUSION = {0: 0, 1: 3, 2: 6, 3: 9}  # side block -> CLIP layer
+FUSION_REFERENCE = {0: 0, 3: 1, 6: 2, 9: 3}  # the published code inverts it
+ALIASES = ("clip_visual_extractor.", "clip_rec_head.")  # second names of CLIP's tensors in published files
 SYNONYMS = dict(
     width="hidden_size",
     layers="num_hidden_layers",
@@ -55,9 +50,8 @@ class SANConfig:
     side_img_size: int = 640
     embed_channels: int = 256
     mlp_channels: int = 256
-    fusion_map: dict = field(
-        default_factory=dict
-    )  # side block -> CLIP layer; empty: as published, or as the published code has it
+    # side block -> CLIP layer; empty: as published, or as the published code has it
+    fusion_map: dict = field(default_factory=dict)
 
     upsampler_sizes = None  # the logits are a sum of masks, not made of features
 
@@ -103,7 +97,7 @@ class SANConfig:
 
     @property
     def stride(self):
-        """Sides of images are multiples of this: whole patches for the side network; CLIP's input is cut."""
+        """Return what sides of images are multiples of: the side network's patch; CLIP's input is cut."""
         return self.side_patch
 
 
@@ -138,9 +132,8 @@ class Fusion(nn.Module):
     def forward(self, tokens, into, out):
         norm, conv = self.input_proj
         x = conv(norm(tokens).transpose(1, 2).unflatten(2, into))  # [B, D, h, w]
-        return (
-            F.interpolate(x, size=out, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
-        )  # [B, H*W, D]
+        x = F.interpolate(x, size=out, mode="bilinear", align_corners=False)
+        return x.flatten(2).transpose(1, 2)  # [B, H*W, D]
 
 
 class MLP(nn.Module):
@@ -169,8 +162,9 @@ class MaskDecoder(nn.Module):
         self.bias_scaling = nn.Linear(1, 1)
 
     def forward(self, queries, pixels):
-        """Queries `[B, Q, D]`, pixels `[B, D, H, W]` -> (masks `[B, Q, H, W]`, attention biases `[B, heads,
-        Q, H, W]`).
+        """Return (masks `[B, Q, H, W]`, attention biases `[B, heads, Q, H, W]`).
+
+        queries: `[B, Q, D]`; pixels: `[B, D, H, W]`.
         """
         q = self.query_mlp(queries)
         masks = torch.einsum("bqc,bchw->bqhw", q, self.pix_mlp(pixels))
@@ -184,10 +178,7 @@ class SideNetwork(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.fusion_map = c.fusion_map
-        self.query_embed, self.query_pos_embed = (
-            noise(1, c.num_queries, c.side_width),
-            noise(1, c.num_queries, c.side_width),
-        )
+        self.query_embed, self.query_pos_embed = (noise(1, c.num_queries, c.side_width) for _ in range(2))
         self.vit_model = SideViT(c)
         self.fusion_layers = nn.ModuleDict({f"layer_{block}": Fusion(c) for block in c.fusion_map})
         self.mask_decoder = MaskDecoder(c)
@@ -279,9 +270,8 @@ class SAN(Network):
         """Return the prompts' embeddings, a tuple of one tensor `[B, P]`."""
         clip = self.clip_model
         with self.clip_gradients():
-            states, end, _ = self.run_text_blocks(
-                input_ids, None if self.reference else attention_mask, tuner
-            )
+            seen = None if self.reference else attention_mask
+            states, end, _ = self.run_text_blocks(input_ids, seen, tuner)
             pooled = states[-1][torch.arange(end.shape[0], device=end.device), end]
             return (clip.ln_final(pooled) @ clip.text_projection,)
 
@@ -317,9 +307,8 @@ class SAN(Network):
             weights = self.weigh_masks(self.embed_masks(bias, features, clip_grid), *text_features)
         # summed first: enlarging is linear
         logits = torch.einsum("bq,bqhw->bhw", weights.to(masks.dtype), masks)[:, None]
-        return tuner.adapt_logits(
-            F.interpolate(logits, size=size, mode="bilinear", align_corners=False), masks
-        )
+        logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        return tuner.adapt_logits(logits, masks)
 
     @classmethod
     def rename(cls, tensors):

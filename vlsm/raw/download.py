@@ -57,9 +57,8 @@ class Download:
             raise FileNotFoundError(
                 f"'{self.path}' is neither a folder nor a zip archive. Name the download with --src."
             )
-        self.names = sorted(
-            n for n in names if not any(part.startswith(".") for part in PurePosixPath(n).parts)
-        )  # such as macOS adds to archives
+        hidden = re.compile(r"(^|/)\.")  # such as macOS adds to archives
+        self.names = sorted(name for name in names if not hidden.search(name))
 
     def read(self, name):
         if self.archive is None:
@@ -71,7 +70,7 @@ class Download:
         return data
 
     def find(self, pattern):
-        """(name, match) of the files whose path ends in a pattern, at a folder's boundary; sorted.
+        """Return (name, match) of the files whose path ends in a pattern, at a folder's boundary; sorted.
 
         The path begins with the download's own name: --src may name the folder that a pattern begins with.
         """

@@ -12,7 +12,7 @@ MHD_TYPES = {"MET_UCHAR": "u1", "MET_CHAR": "i1", "MET_USHORT": "u2", "MET_SHORT
 
 
 def read_mhd(d, name):
-    """The pixels of a MetaImage (.mhd with its .raw or .zraw), first axis last."""
+    """Return the pixels of a MetaImage (.mhd with its .raw or .zraw), first axis last."""
     fields = dict(
         line.split("=", 1) for line in d.read(name).decode("ascii", "replace").splitlines() if "=" in line
     )
@@ -21,16 +21,13 @@ def read_mhd(d, name):
     data = d.read((PurePosixPath(name).parent / PurePosixPath(fields["ElementDataFile"]).name).as_posix())
     if fields.get("CompressedData", "False").lower() == "true":
         data = zlib.decompress(data)
-    order = (
-        ">"
-        if fields.get("BinaryDataByteOrderMSB", fields.get("ElementByteOrderMSB", "False")).lower() == "true"
-        else "<"
-    )
+    big = fields.get("BinaryDataByteOrderMSB", fields.get("ElementByteOrderMSB", "False"))
+    order = ">" if big.lower() == "true" else "<"
     return np.frombuffer(data, order + kind)[: int(np.prod(size))].reshape(size[::-1])
 
 
 def read_nifti(d, name):
-    """The pixels of a NIfTI file, rows first."""
+    """Return the pixels of a NIfTI file, rows first."""
     try:
         import nibabel
     except ImportError:
@@ -43,8 +40,8 @@ def read_nifti(d, name):
 
 
 def decode_run_lengths(text):
-    """The run lengths in a COCO string: numbers in groups of five bits, little end first, all but the first
-    three as differences.
+    """Return the run lengths in a COCO string: numbers in groups of five bits, little end first, all but the
+    first three as differences.
     """
     counts, at = [], 0
     while at < len(text):
@@ -62,7 +59,7 @@ def decode_run_lengths(text):
 
 
 def decode_mask(counts, size):
-    """bool `[H, W]` of run lengths, background first, down the columns.
+    """Return the mask bool `[H, W]` of run lengths, background first, down the columns.
 
     Raises ValueError where they do not fill the picture.
     """

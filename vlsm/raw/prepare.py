@@ -36,10 +36,7 @@ SIZES = {
     "chexlocalize": (1279, 446, 452), "cityscapes": (9, 1, 0), "voc": (9, 1, 0),
 }  # fmt: skip
 SEED = 0  # of these splits
-CLASS_WORD_ONLY = (
-    "cityscapes",
-    "voc",
-)  # TuneVLSeg's prompt for them; shapes and colours of streets say little
+CLASS_WORD_ONLY = ("cityscapes", "voc")  # TuneVLSeg's prompt; shapes and colours of streets say little
 
 
 class Writer:
@@ -74,7 +71,7 @@ class Writer:
         self.waiting.append(name)
 
     def png(self, name, pixels):
-        """Pixels uint8, or bool as 0 and 255."""
+        """Write pixels, uint8, or bool as 0 and 255."""
         data = io.BytesIO()
         image = mask_image(pixels) if pixels.dtype == bool else Image.fromarray(pixels)
         image.save(data, format="PNG")
@@ -186,7 +183,7 @@ def _write(name, download, writer, sample, descriptions, made, canonical):
 
 
 def split(name, entries):
-    """{part: entries}: the publisher's where it has one, else drawn from a fixed seed in the published
+    """Return {part: entries}: the publisher's where it has one, else drawn from a fixed seed in the published
     shares, group by group, so that no image (of CAMUS and CheXlocalize: no patient) is in two parts.
     """
     groups = defaultdict(list)
@@ -209,7 +206,7 @@ def split(name, entries):
 
 
 def published(folder, writer, entries):
-    """{part: records} of published annotation files, copied as they are.
+    """Return {part: records} of published annotation files, which are copied as they are.
 
     Raises ValueError where records lack their files.
     """
@@ -235,7 +232,7 @@ def published(folder, writer, entries):
 
 
 def read_descriptions(file):
-    """The texts of --describe: a JSON list of general descriptions of the class."""
+    """Return the texts of --describe, a JSON list of general descriptions of the class."""
     texts = read_json(file, list, "a list of texts")
     if not texts or not all(isinstance(t, str) and t.strip() for t in texts):
         raise ValueError(f"'{file}' should hold a list of texts, such as [\"an abnormal growth of tissue\"].")

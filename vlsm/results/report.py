@@ -64,8 +64,9 @@ def label_of(about):
 def _how(metrics):
     """Return what tells an evaluation from a plain one, for the label: " (mirrored, mean of 3)"."""
     members = metrics.get("ensemble") or []
-    how = ["mirrored"] * bool(metrics.get("mirror")) + [f"mean of {len(members)}"] * bool(members)
-    return f" ({', '.join(how)})" if how else ""
+    how = {"mirrored": metrics.get("mirror"), f"mean of {len(members)}": members}
+    said = ", ".join(words for words, holds in how.items() if holds)
+    return f" ({said})" if said else ""
 
 
 def collect(root, split="test", elsewhere=False):
@@ -87,9 +88,8 @@ def collect(root, split="test", elsewhere=False):
             outdated += 1
             continue
         scores = {name: _mean(file, metrics, name) for name in METRICS}
-        recipe = dict(
-            dict(limit_train=1.0), **about["recipe"], weights=about["weights"], image_size=about["image_size"]
-        )
+        base = dict(weights=about["weights"], image_size=about["image_size"])
+        recipe = {"limit_train": 1.0, **about["recipe"], **base}
         seed = field(folder / "best.safetensors", recipe, "seed", kind=int, words="a whole number")
         del recipe["seed"]
         name = Path(field(file, metrics, "dataset", kind=str, words="a name")).name
@@ -169,9 +169,8 @@ def _intervals(runs):
     if None in runs or any(run.keys() != runs[0].keys() for run in runs):
         return {}
     keys, found = list(runs[0]), {}
-    values = {
-        name: np.mean([[run[key][name] for key in keys] for run in runs], 0) for name in METRICS
-    }  # of a record undefined for one seed: undefined
+    # of a record that is undefined for one seed: undefined
+    values = {name: np.mean([[run[key][name] for key in keys] for run in runs], 0) for name in METRICS}
     found = bootstrap_intervals(values, [group for *_, group in keys])
     return {name: ends for name, ends in found.items() if ends}
 
@@ -256,15 +255,8 @@ def format_rows(rows, kind):
         for sign, escaped in (("%", r"\%"), ("_", r"\_"), (THEIRS, r"$^\dagger$")):
             body = body.replace(sign, escaped)
         head, _, rest = body.partition("\n")
-        lines = [
-            rf"\begin{{tabular}}{{ll{'r' * right}}}",
-            r"\toprule",
-            head,
-            r"\midrule",
-            rest,
-            r"\bottomrule",
-        ]
-        return "\n".join([*lines, r"\end{tabular}", ""])
+        begin, end = rf"\begin{{tabular}}{{ll{'r' * right}}}", r"\end{tabular}"
+        return "\n".join([begin, r"\toprule", head, r"\midrule", rest, r"\bottomrule", end, ""])
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "| --- | --- |" + " ---: |" * right, *lines[1:]]) + "\n"
 

@@ -51,7 +51,8 @@ def check_fields(options):
         choices = f.metadata.get("choices")
         if choices and value not in choices:
             raise ValueError(f"{flag} {value}: choose one of {', '.join(choices)}.")
-        for number in value if isinstance(value, list) else [value]:
+        numbers = value if isinstance(value, list) else [value]
+        for number in numbers:
             if isinstance(number, (int, float)) and not f.metadata["limits"].admit(number):
                 raise ValueError(f"{flag} {number}: give {f.metadata['limits']}.")
 

@@ -93,9 +93,8 @@ def bars(groups, title, path, kind="png"):
             label=label,
         )
     crowded = sum(map(len, groups)) > 12 * figure.get_figwidth()
-    axis.set_xticks(
-        range(len(groups)), list(groups), rotation=30 * crowded, ha="right" if crowded else "center"
-    )
+    turned = dict(rotation=30, ha="right") if crowded else {}
+    axis.set_xticks(range(len(groups)), list(groups), **turned)
     axis.grid(False, axis="x")
     if len(labels) > 1:
         figure.legend(loc="outside lower center", ncols=3, frameon=False)

@@ -177,9 +177,7 @@ class FrozenCache:
 
     def _budget(self):
         """Return the bytes that a store may take in each tier."""
-        mine = (
-            SHARE / parallel.local_world_size()
-        )  # RAM and disk are shared with the machine's other processes
+        mine = SHARE / parallel.local_world_size()  # the machine's processes share RAM and disk
         tiers = free_bytes(self.device, self.folder)
         tiers = {tier: (SHARE if tier == "GPU" else mine) * free for tier, free in tiers.items()}
         if self.cache_gb is None:
@@ -266,9 +264,8 @@ class FrozenCache:
 
     def _text_features(self, prompts):
         base, tuner = self.model.base, self.model.tuner
-        for prompt in set(prompts) - set(
-            self.texts
-        ):  # one by one: its bits shall not depend on its neighbours
+        # one by one: a prompt's bits shall not depend on its neighbours
+        for prompt in set(prompts) - set(self.texts):
             with torch.no_grad():
                 text = base.encode_prompts(*self.tokenizer([prompt]), tuner)
             self.texts[prompt] = [t[0] for t in text]

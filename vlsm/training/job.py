@@ -46,15 +46,8 @@ class Job:
         model.place_on(self.device, self.dtype, options.kernels, options.compile)
         model.recompute_activations(options.checkpoint_activations)
         self.normalise = Normaliser(model.base.mean, model.base.std, self.device)
-        self.frozen = FrozenCache(
-            model,
-            self.tokenizer,
-            self.normalise,
-            self.device,
-            self.dtype,
-            options.cache_gb,
-            options.cache_dir,
-        )
+        kept_in = options.cache_gb, options.cache_dir
+        self.frozen = FrozenCache(model, self.tokenizer, self.normalise, self.device, self.dtype, *kept_in)
         self.tuned = model.tuned_parameters()
         decayed, others = [], []
         for name, tensor in self.tuned.items():
@@ -199,12 +192,9 @@ class EpochMeter:
         (step, scalars, records), self.pending = self.pending, None
         loss, dsc_sum = scalars.tolist()
         self.job.refuse_nonfinite(loss, f"loss became {loss} in epoch {self.epoch}, step {step}")
-        self.loss, self.dsc, self.records = (
-            self.loss + loss * records,
-            self.dsc + dsc_sum,
-            self.records + records,
-        )
+        self.loss += loss * records
+        self.dsc += dsc_sum
+        self.records += records
         seen = max(self.records, 1)
-        self.bar.set_postfix(
-            loss=f"{self.loss / seen:.3f}", DSC=f"{100 * self.dsc / seen:.1f}", refresh=False
-        )
+        means = dict(loss=f"{self.loss / seen:.3f}", DSC=f"{100 * self.dsc / seen:.1f}")
+        self.bar.set_postfix(means, refresh=False)

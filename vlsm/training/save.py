@@ -46,7 +46,8 @@ def save_epoch(job, about, better, writer=None):
     """
     if parallel.rank():
         return
-    for name in ["last", "best"] if better else ["last"]:
+    names = ["last", "best"] if better else ["last"]
+    for name in names:
         path = job.out / f"{name}.safetensors"
         save_tuned(path, job.model, **about, best_val_dsc=job.best, epoch=len(job.history))
     rows = [COLUMNS, *([row[name] for name in COLUMNS] for row in job.history)]
