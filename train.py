@@ -28,7 +28,7 @@ from vlsm.training import memory, sweep
 from vlsm.training.job import EpochMeter, Job
 from vlsm.training.options import complete, default_folder, parse_options
 from vlsm.training.run_folder import check_records, fingerprint_records, held_folder, make_folder
-from vlsm.training.save import COLUMNS, describe_run, open_tensorboard, save_epoch, save_untrained
+from vlsm.training.save import describe_run, open_tensorboard, save_epoch, save_untrained
 
 LARGE = 20_000_000  # parameters, from which products are most of a step
 STRIDE = 1_000_003  # between the seeds of two epochs
@@ -116,18 +116,10 @@ def train_epochs(job, about, after_epoch=None):
             speed = records / seconds
             val_loss, val_dsc, val_iou = validate(job)
             job.refuse_nonfinite(val_loss, f"validation loss became {val_loss} after epoch {epoch}")
-            values = (
-                epoch,
-                loss,
-                train_dsc,
-                val_loss,
-                val_dsc,
-                val_iou,
-                lr,
-                round(seconds, 2),
-                round(speed, 1),
-            )
-            row = dict(zip(COLUMNS, values))
+            row = dict(
+                epoch=epoch, train_loss=loss, train_dsc=train_dsc, val_loss=val_loss, val_dsc=val_dsc,
+                val_iou=val_iou, lr=lr, seconds=round(seconds, 2), images_per_second=round(speed, 1),
+            )  # fmt: skip
             better = job.end_epoch(row)
             save_epoch(job, about, better, writer)
             say(

@@ -171,14 +171,8 @@ def _save_for_backward(ctx, inputs, output):
 def _gradients(ctx, g, _):
     logits, target, terms = ctx.saved_tensors
     wanted = g is not None and ctx.needs_input_grad[0]
-    return (
-        _backward(g, logits, target, terms, ctx.bce_weight, ctx.ce) if wanted else None,
-        None,
-        None,
-        None,
-        None,
-        None,
-    )
+    dz = _backward(g, logits, target, terms, ctx.bce_weight, ctx.ce) if wanted else None
+    return dz, None, None, None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_save_for_backward)

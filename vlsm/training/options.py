@@ -137,9 +137,7 @@ class Recipe:
         limits=Limits(1),
     )
     monitor: str | None = option(
-        None,
-        "what of the validation split is to progress (default dsc [loss])",
-        choices=["dsc", "loss"],
+        None, "what of the validation split is to progress (default dsc [loss])", choices=["dsc", "loss"]
     )
     batch_size: int = option(32, "images a step (default 32)", limits=Limits(1, 10**6))
     lr: float | None = option(
@@ -218,9 +216,7 @@ class MemoryOptions:
         limits=Limits(0),
     )
     accumulate: int = option(
-        1,
-        "compute a batch in so many parts, one step: less memory (default 1)",
-        limits=Limits(1, 4096),
+        1, "compute a batch in so many parts, one step: less memory (default 1)", limits=Limits(1, 4096)
     )
     checkpoint_activations: bool = option(
         False, "compute the layers' activations again in the backward pass: far less memory, slower"
