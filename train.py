@@ -51,7 +51,8 @@ def train_epoch(job, epoch, interrupt):
         for k, shares in enumerate(steps):
             job.optimizer.zero_grad(set_to_none=True)
             for share, (indices, images, masks) in zip(shares, batches):
-                changed = None  # images: uint8 [B, 3, S, S], None if what is kept will do; masks [B, 1, S, S]
+                # images: uint8 [B, 3, S, S], or None where what is kept will do; masks: uint8 [B, 1, S, S]
+                changed = None
                 if options.augment:
                     generator = torch.Generator().manual_seed(seed * STRIDE + k * options.batch_size)
                     size, part = share.batch_size, share.part
@@ -64,7 +65,7 @@ def train_epoch(job, epoch, interrupt):
                 loss = kernels.dice_bce_loss(logits, masks, **options.loss())
                 job.scaler.scale(loss * share.weight).backward()
                 scores = dsc(logits.detach()[:, 0] > 0, masks[:, 0] > 0)
-                meter.add(loss, scores.sum() * bool(share.count), share.count)
+                meter.add(loss, scores[: share.count].sum(), share.count)
             job.step(loss)
             bar.update(share.batch_size)
             interrupt.leave(f"Interrupted in epoch {epoch}; {job.describe_saved()}")
@@ -80,7 +81,7 @@ def validate(job):
     options, model, records = job.options, job.model.eval(), job.data["val"].records
     own = parallel.own_batches(chunks(list(range(len(records))), options.batch_size))
     found = []
-    # batches first: those of a sharded split go on, without records, while other processes want images
+    # job.batches is asked first: at its end a process with --shard-cache may still send images to others
     for (indices, images, masks), (number, _) in zip(job.batches("val", [batch for _, batch in own]), own):
         prompts = [choose_prompt(records[i], options.prompts, options.seed, i) for i in indices]
         pixel_values = job.normalise(images)
@@ -154,7 +155,7 @@ def train(options, after_epoch=None):
             say_memory(options, model, about, device, dtype)
         return None
     with held_folder(options):
-        parallel.barrier()
+        parallel.barrier()  # all have looked at the folder before the first one writes there
         if options.peft == "none":
             return save_untrained(options, model, about)
         job = start_job(options, model, about, device, dtype)
@@ -212,8 +213,8 @@ def open_data(options, side):
     name, root, seed = options.dataset, options.data_root, options.split_seed
     splits = datasets.available_splits(name, root, seed) or ["train", "val"]
     data = datasets.open_dataset(
-        name, splits, side, root, options.cache_dir, seed, options.prompts, options.skip_bad,
-        options.limit_train, options.shard_cache,
+        name, splits, side, root, options.cache_dir, seed, options.prompts, skip_bad=options.skip_bad,
+        limit_train=options.limit_train, shard=options.shard_cache,
     )  # fmt: skip
     if not {"train", "val"} <= set(data):
         raise ValueError(

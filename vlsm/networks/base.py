@@ -78,7 +78,7 @@ def insert_context(x, at, context, replace=0):
 
 
 class Network(nn.Module):
-    """Base class of CLIPSeg, CRIS and SAN.
+    """Base class of all networks.
 
     config: has `text` (an `EncoderConfig`) and `stride` (sides of images are multiples of it). reference: do
     as the published code does where it departs from its paper.
