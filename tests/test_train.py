@@ -1,13 +1,11 @@
-"""train.py and evaluate.py as a user runs them: whole small runs, resuming, results, mistakes."""
+"""train.py as a user runs it: whole small runs, recipes, options."""
 
 import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,8 +18,6 @@ from safetensors.torch import load_file
 import vlsm
 from tests.conftest import ROOT, rows, same_tensors, without_dim
 from vlsm.methods.registry import METHODS
-from vlsm.networks.tokenizer import Tokenizer
-from vlsm.networks.weights import MINI
 from vlsm.system import plots
 from vlsm.training.job import Job
 
@@ -84,164 +80,6 @@ def test_a_run_from_training_to_pictures(cli, quick, tmp_path, folder):
         assert again[metric] == pytest.approx(result[metric], nan_ok=True), (
             "scoring the saved masks gives the same figures"
         )
-
-
-def test_saved_run_gives_the_same_logits_in_a_new_model(trained):
-    torch.manual_seed(5)
-    pixels, ids = torch.randn(2, 3, 48, 48), Tokenizer(MINI)(["red disk"] * 2)[0]
-    logits = [vlsm.load(trained)(pixels, ids), vlsm.load(trained / "best.safetensors")(pixels, ids)]
-    assert torch.equal(*logits)
-    assert not torch.equal(logits[0], vlsm.build("clipseg", "mini", "none")(pixels, ids))
-
-
-def test_evaluation_is_reproducible_and_options_have_effects(cli, trained, tmp_path):
-    def result(*more):
-        out = tmp_path / "e"
-        code, printed, err = cli("evaluate", "--ckpt", trained, "--out", out, *more)
-        assert code == 0, err
-        return json.loads((out / "metrics.json").read_text()), rows(out / "metrics.csv"), printed
-
-    first, table, _ = result()
-    assert result()[1] == table
-    assert {r["prompt"] for r in result("--prompts", "class")[1]} == {"disk"}
-    assert {r["prompt"] for r in result("--prompts", "a bright thing")[1]} == {"a bright thing"}
-    assert [r["prompt"] for r in result("--seed", 7)[1]] != [r["prompt"] for r in table]
-    assert result("--upsample", "mask")[0]["dsc"] != first["dsc"]
-    assert result("--split", "train")[0]["dsc"]["n"] == 24
-    small = result("--batch-size", 2)[0]["dsc"]
-    assert small.pop("ci95") == pytest.approx(first["dsc"]["ci95"], abs=1e-6)
-    assert small == pytest.approx({k: v for k, v in first["dsc"].items() if k != "ci95"}, abs=1e-6)
-    printed = cli("evaluate", "--ckpt", trained, "--out", tmp_path / "all", "--all-prompts")[1]
-    assert [line.split()[0] for line in printed.splitlines()] == ["prompt", "p0", "p1", "p2", "p3"]
-    assert (tmp_path / "all" / "p2" / "metrics.csv").is_file()
-
-
-def test_prediction_without_ground_truth(cli, trained, folder, tmp_path):
-    out = tmp_path / "out"
-    Image.open(folder / "images" / "d0.png").resize((33, 71)).convert("L").save(
-        folder / "images" / "tall.jpg"
-    )
-    code, said, err = cli(
-        "evaluate",
-        "--ckpt",
-        trained,
-        "--images",
-        folder / "images",
-        "--prompt",
-        "red disk",
-        "--save-masks",
-        out,
-        "--overlay",
-    )
-    assert code == 0 and "Wrote 37 masks" in said, err
-    assert Image.open(out / "tall.png").size == (33, 71) and Image.open(out / "tall.overlay.png").size == (
-        33,
-        71,
-    )
-    one = tmp_path / "one"
-    assert (
-        cli(
-            "evaluate",
-            "--ckpt",
-            trained,
-            "--images",
-            folder / "images" / "d1.png",
-            "--prompt",
-            "red disk",
-            "--save-masks",
-            one,
-        )[0]
-        == 0
-    )
-    assert (np.asarray(Image.open(one / "d1.png")) == np.asarray(Image.open(out / "d1.png"))).mean() > 0.999
-    Image.open(folder / "images" / "d0.png").save(folder / "images" / "d0.bmp")
-    code, _, err = cli(
-        "evaluate", "--ckpt", trained, "--images", folder / "images", "--prompt", "x", "--save-masks", out
-    )
-    assert code == 2 and "Several pictures would be written to '" in err and "d0.png': rename" in err
-    code, _, err = cli("evaluate", "--ckpt", trained, "--images", folder / "images")
-    assert code == 2 and "--prompt" in err
-
-
-def test_four_epochs_are_two_and_two(cli, quick, tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    options = [*quick[:-1]]
-    assert cli("train", *options, whole, "--epochs", 4, "--augment")[0] == 0
-    assert cli("train", *options, parts, "--epochs", 2, "--augment")[0] == 0
-    code, out, err = cli("train", "--out", parts, "--resume", "--epochs", 4)
-    assert code == 0 and "after epoch 2" in out, err
-    assert same_tensors(whole / "last.safetensors", parts / "last.safetensors")
-    assert same_tensors(whole / "best.safetensors", parts / "best.safetensors")
-
-    def strip(path):
-        timed = ("seconds", "images_per_second")
-        return [{k: v for k, v in r.items() if k not in timed} for r in rows(path)]
-
-    assert strip(whole / "log.csv") == strip(parts / "log.csv")
-
-
-def test_equal_seeds_give_equal_runs_and_others_do_not(cli, quick, tmp_path):
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert cli("train", *quick[:-1], tmp_path / name, "--epochs", 1, "--seed", seed)[0] == 0
-    assert same_tensors(tmp_path / "a" / "last.safetensors", tmp_path / "b" / "last.safetensors")
-    assert not same_tensors(tmp_path / "a" / "last.safetensors", tmp_path / "c" / "last.safetensors")
-
-
-def start(*argv, **env):
-    return subprocess.Popen(
-        [sys.executable, "train.py", *map(str, argv)],
-        cwd=ROOT,
-        env={**os.environ, **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def wait_for_epoch(process, epoch):
-    for line in process.stdout:
-        if line.startswith(f"epoch {epoch:3d}/"):
-            return
-    raise AssertionError("the run ended early")
-
-
-def test_killed_run_resumes_bit_for_bit(quick, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    options = [*quick[:-1]]
-    process = start(*options, killed, "--epochs", 12)
-    wait_for_epoch(process, 2)
-    time.sleep(0.1)  # into a later epoch
-    process.kill()
-    process.wait()
-    done = len(rows(killed / "log.csv"))
-    assert 2 <= done < 12
-    again = start("--out", killed, "--resume")
-    text = again.communicate()[0]
-    assert again.returncode == 0 and "Resuming" in text, text
-    straight = start(*options, whole, "--epochs", 12)
-    straight.communicate()
-    assert same_tensors(whole / "last.safetensors", killed / "last.safetensors")
-    assert same_tensors(whole / "best.safetensors", killed / "best.safetensors")
-
-
-def test_ctrl_c_says_how_to_resume(quick, tmp_path):
-    process = start(*quick, "--epochs", 50)
-    wait_for_epoch(process, 1)
-    process.send_signal(signal.SIGINT)
-    text = process.communicate()[0]
-    assert process.returncode == 130
-    assert (
-        f"is saved. Go on with: python train.py --out {tmp_path / 'run'} --resume" in text
-        and "Traceback" not in text
-    )
-    assert load_file(tmp_path / "run" / "last.safetensors")
-
-
-def test_raising_epochs_of_a_finished_run_goes_on(cli, trained):
-    code, out, _ = cli("train", "--out", trained, "--resume", "--epochs", 3)
-    assert code == 0 and len(rows(trained / "log.csv")) == 3
-    code, out, _ = cli("train", "--out", trained, "--resume")
-    assert code == 0 and len(rows(trained / "log.csv")) == 3, "a finished run ends at once"
 
 
 def test_early_stop_and_plateau(cli, quick, tmp_path):
@@ -372,49 +210,6 @@ def test_what_is_monitored_is_what_must_progress(monitor, stalled, best):
     for dsc, loss in ((0.5, 1.0), (0.6, 0.99995), (0.7, 1.2)):
         assert Job.end_epoch(job, dict(val_dsc=dsc, val_loss=loss)) == best
     assert job.stalled == stalled and job.best == 0.7
-
-
-@pytest.mark.parametrize("method", ["lora", "decoder", "full", "none", "lora+decoder"])
-def test_merged_weights_are_a_plain_clipseg(cli, quick, folder, tmp_path, method):
-    from transformers import CLIPSegForImageSegmentation
-
-    options = without_dim(quick)
-    assert (
-        cli("train", *options, "--peft", method, "--epochs", 2, *["--lr", 5e-3] * (method != "none"))[0] == 0
-    )
-    code, said, err = cli("evaluate", "--ckpt", tmp_path / "run", "--merge", tmp_path / "merged")
-    assert code == 0 and "transformers loads it" in said, err
-    tuned, plain = vlsm.load(tmp_path / "run"), vlsm.build("clipseg", tmp_path / "merged")
-    theirs = CLIPSegForImageSegmentation.from_pretrained(tmp_path / "merged").eval()
-    pixels, (ids, mask) = torch.randn(2, 3, 96, 96), plain.tokenizer()(["red disk", "a blue thing"])
-    with torch.no_grad():
-        want = tuned(pixels, ids, mask)
-        torch.testing.assert_close(plain(pixels, ids, mask), want, atol=1e-4, rtol=0)
-        logits = theirs(pixel_values=pixels, input_ids=ids, attention_mask=mask).logits
-        torch.testing.assert_close(logits.reshape(want.shape), want, atol=1e-4, rtol=0)
-        moved = (want - vlsm.build("clipseg", "mini")(pixels, ids, mask)).abs().max()
-    assert (moved > 0.1) == (method != "none")
-    assert (
-        cli(
-            "train",
-            *options[:-1],
-            tmp_path / "again",
-            "--weights",
-            tmp_path / "merged",
-            "--peft",
-            "coop",
-            "--epochs",
-            1,
-        )[0]
-        == 0
-    )
-    code, _, err = cli("evaluate", "--ckpt", tmp_path / "run", "--merge", tmp_path / "merged")
-    assert code == 2 and "is not empty" in err
-
-
-def test_adapters_are_not_merged(cli, trained, tmp_path):
-    code, _, err = cli("evaluate", "--ckpt", trained, "--merge", tmp_path / "merged")
-    assert code == 2 and "possible for lora, decoder and full" in err and not (tmp_path / "merged").exists()
 
 
 def test_dry_run_prints_the_counts_and_writes_nothing(cli, quick, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.raw.test_prepare import Layout
+from tests.raw.layouts import Layout
 from vlsm.data.images import read_mask
 from vlsm.raw import download
 from vlsm.raw.prepare import prepare

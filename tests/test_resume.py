@@ -1,0 +1,92 @@
+"""Runs that are stopped, killed, and go on: bit for bit what one run would have been."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT, rows, same_tensors
+
+
+def test_four_epochs_are_two_and_two(cli, quick, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = [*quick[:-1]]
+    assert cli("train", *options, whole, "--epochs", 4, "--augment")[0] == 0
+    assert cli("train", *options, parts, "--epochs", 2, "--augment")[0] == 0
+    code, out, err = cli("train", "--out", parts, "--resume", "--epochs", 4)
+    assert code == 0 and "after epoch 2" in out, err
+    assert same_tensors(whole / "last.safetensors", parts / "last.safetensors")
+    assert same_tensors(whole / "best.safetensors", parts / "best.safetensors")
+
+    def strip(path):
+        timed = ("seconds", "images_per_second")
+        return [{k: v for k, v in r.items() if k not in timed} for r in rows(path)]
+
+    assert strip(whole / "log.csv") == strip(parts / "log.csv")
+
+
+def test_equal_seeds_give_equal_runs_and_others_do_not(cli, quick, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert cli("train", *quick[:-1], tmp_path / name, "--epochs", 1, "--seed", seed)[0] == 0
+    assert same_tensors(tmp_path / "a" / "last.safetensors", tmp_path / "b" / "last.safetensors")
+    assert not same_tensors(tmp_path / "a" / "last.safetensors", tmp_path / "c" / "last.safetensors")
+
+
+def start(*argv, **env):
+    return subprocess.Popen(
+        [sys.executable, "train.py", *map(str, argv)],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_epoch(process, epoch):
+    for line in process.stdout:
+        if line.startswith(f"epoch {epoch:3d}/"):
+            return
+    raise AssertionError("the run ended early")
+
+
+def test_killed_run_resumes_bit_for_bit(quick, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    options = [*quick[:-1]]
+    process = start(*options, killed, "--epochs", 12)
+    wait_for_epoch(process, 2)
+    time.sleep(0.1)  # into a later epoch
+    process.kill()
+    process.wait()
+    done = len(rows(killed / "log.csv"))
+    assert 2 <= done < 12
+    again = start("--out", killed, "--resume")
+    text = again.communicate()[0]
+    assert again.returncode == 0 and "Resuming" in text, text
+    straight = start(*options, whole, "--epochs", 12)
+    straight.communicate()
+    assert same_tensors(whole / "last.safetensors", killed / "last.safetensors")
+    assert same_tensors(whole / "best.safetensors", killed / "best.safetensors")
+
+
+def test_ctrl_c_says_how_to_resume(quick, tmp_path):
+    process = start(*quick, "--epochs", 50)
+    wait_for_epoch(process, 1)
+    process.send_signal(signal.SIGINT)
+    text = process.communicate()[0]
+    assert process.returncode == 130
+    assert (
+        f"is saved. Go on with: python train.py --out {tmp_path / 'run'} --resume" in text
+        and "Traceback" not in text
+    )
+    assert load_file(tmp_path / "run" / "last.safetensors")
+
+
+def test_raising_epochs_of_a_finished_run_goes_on(cli, trained):
+    code, out, _ = cli("train", "--out", trained, "--resume", "--epochs", 3)
+    assert code == 0 and len(rows(trained / "log.csv")) == 3
+    code, out, _ = cli("train", "--out", trained, "--resume")
+    assert code == 0 and len(rows(trained / "log.csv")) == 3, "a finished run ends at once"
