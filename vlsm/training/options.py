@@ -39,7 +39,7 @@ NETWORK_RATES = {"cris": 1e-4, "san": 3e-4, "sam3": 1e-4}  # of full and decoder
 COOP_INIT = "a photo of a"
 DEMO_EPOCHS = 40  # of --dataset demo, which is small
 # What a checkpoint's metadata call the recipe.
-RECIPE = (
+RECIPE_FIELDS = (
     "epochs", "min_epochs", "patience", "monitor", "batch_size", "lr", "weight_decay", "lr_factor",
     "lr_patience", "clip", "dice_weight", "bce_weight", "ce", "augment", "amp", "limit_train", "seed",
 )  # fmt: skip
@@ -273,7 +273,7 @@ class TrainOptions(
 
     def recipe(self):
         """Return the part that a checkpoint's metadata call recipe."""
-        return {name: getattr(self, name) for name in RECIPE}
+        return {name: getattr(self, name) for name in RECIPE_FIELDS}
 
 
 def parse_options(argv=None):
