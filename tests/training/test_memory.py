@@ -11,7 +11,17 @@ import vlsm
 from tests.conftest import ROOT, rows, same_tensors, same_tensors_nearly, tiny_batch, without_dim
 from vlsm.system import parallel
 from vlsm.training.job import Job
-from vlsm.training.memory import GB, HEAP, LiveBytes, Need, counted_peak, forget_values, run_step
+from vlsm.training.memory import (
+    GAPS,
+    GB,
+    HEAP,
+    LiveBytes,
+    Need,
+    counted_peak,
+    estimate,
+    forget_values,
+    run_step,
+)
 from vlsm.training.options import complete, parse_options
 
 CPU = torch.device("cpu")
@@ -87,17 +97,25 @@ def test_resume_is_exact_with_blocks_and_recomputing(cli, quick, tmp_path):
 
 def test_live_bytes():
     weight = torch.zeros(1000)
-    with LiveBytes(gaps=0.5) as counted:
+    with LiveBytes() as counted:
         weight.view(10, 100).add_(1)  # there before
-        a = torch.zeros(1000)  # 4,000 bytes, and the half
+        a = torch.zeros(1000)
         a.view(10, 100).add_(1)
         b = a + a
         del a
         c = b * 2
-    assert counted.now == 12_000 and counted.peak == 12_000 and len(c) == 1000
-    with LiveBytes(gaps=0.5) as counted:
+    assert counted.now == counted.heap == counted.peak == 8_000 and len(c) == 1000
+    assert counted.with_gaps == 8_000 * (1 + GAPS)
+    with LiveBytes() as counted:
         large = torch.empty(HEAP // 4 + 1)
-    assert counted.now == large.untyped_storage().nbytes()
+    assert counted.now == counted.with_gaps == large.untyped_storage().nbytes() and not counted.heap
+    with LiveBytes() as counted:
+        state = torch.zeros(1000)
+        counted.kept = counted.heap  # what stays has no gaps behind it
+        a = torch.zeros(2000)
+        del a
+    assert len(state) == 1000 and counted.now == 4_000 and counted.peak == 12_000
+    assert counted.with_gaps == 12_000 + GAPS * 8_000
 
 
 @pytest.mark.parametrize(
@@ -121,11 +139,25 @@ def test_shapes_alone_take_the_memory_of_a_step(model, method, dtype, tmp_path):
     job = Job(options, tmp_path, vlsm_model, tokenizer, {}, CPU, dtype)
     vlsm_model.train()
     side = vlsm_model.base.smallest_side()
-    with LiveBytes(gaps=0) as computed:
+    with LiveBytes() as computed:
         for _ in range(2):
             run_step(job, job.optimizer, side, 3)
     forget_values(vlsm_model)
     assert counted_peak(job, side, 3)[0] == pytest.approx(computed.peak, rel=0.01)
+
+
+@pytest.mark.slow
+def test_what_stays_has_no_gaps(tmp_path, monkeypatch):
+    """What a card must hold is not made smaller by the gaps of this machine's heap."""
+    fixed = []
+    for gaps in (0, 100):
+        monkeypatch.setattr("vlsm.training.memory.GAPS", gaps)
+        model = vlsm.build("clipseg", "mini", "full")
+        options = complete(
+            parse_options(["--peft", "full", "--batch-size", "2", "--cache-dir", str(tmp_path)])
+        )
+        fixed.append(estimate(Job(options, tmp_path, model, model.tokenizer(), {}, CPU, None), 48).fixed)
+    assert fixed[0] == pytest.approx(fixed[1], abs=200e6)
 
 
 def test_needs_in_words(cli, quick, tmp_path):

@@ -73,12 +73,13 @@ def peak_bytes(device):
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that operations create, while they live: `now`, and at most `peak`.
 
-    gaps: what is added to those on the heap, a share.
+    heap: those in small blocks; kept: of these, what is not freed within a step, and leaves no gaps.
+    with_gaps: the peak with the gaps between the others.
     """
 
-    def __init__(self, gaps):
+    def __init__(self):
         super().__init__()
-        self.gaps, self.now, self.peak = gaps, 0, 0
+        self.now = self.heap = self.kept = self.peak = self.with_gaps = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         out = operation(*args, **(kwargs or {}))
@@ -86,15 +87,15 @@ class LiveBytes(TorchDispatchMode):
         for tensor in filter(torch.is_tensor, tree_leaves(out)):
             storage = tensor.untyped_storage()
             if storage._cdata not in given:  # no view, and not in place
-                size = storage.nbytes()
-                size += self.gaps * size if size <= HEAP else 0
-                self.now += size
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._forget, size)
+                self._count(storage.nbytes())
+                weakref.finalize(storage, self._count, storage.nbytes(), -1)
         return out
 
-    def _forget(self, size):
-        self.now -= size
+    def _count(self, size, sign=1):
+        self.now += sign * size
+        self.heap += sign * size if size <= HEAP else 0
+        self.peak = max(self.peak, self.now)
+        self.with_gaps = max(self.with_gaps, self.now + GAPS * (self.heap - self.kept))
 
 
 def run_step(job, optimizer, side, batch):
@@ -137,11 +138,15 @@ def counted_peak(job, side, batch):
 
     Twice: as they are, and with the gaps of the heap.
     """
-    optimizer = torch.optim.AdamW(job.model.tuned_parameters().values())
-    with LiveBytes(0) as plain, LiveBytes(GAPS) as with_gaps, torch.compiler.set_stance("force_eager"):
-        for _ in range(2):
-            run_step(job, optimizer, side, batch)
-    return plain.peak, with_gaps.peak
+    tuned = job.model.tuned_parameters().values()
+    gradients = sum(p.numel() * p.element_size() for p in tuned if p.numel() * p.element_size() <= HEAP)
+    optimizer = torch.optim.AdamW(tuned)
+    with LiveBytes() as live, torch.compiler.set_stance("force_eager"):
+        run_step(job, optimizer, side, batch)
+        # the optimizer's state is there from now on; neither is freed within a step
+        live.kept, live.with_gaps = live.heap + gradients, 0
+        run_step(job, optimizer, side, batch)
+    return live.peak, live.with_gaps
 
 
 def estimate(job, side):
@@ -160,7 +165,7 @@ def estimate(job, side):
         process = measured_peak(job, least, LEAST)
         job.model.place_on(job.device, None, "torch", "off")  # an interpreted kernel would read values
         forget_values(job.model)
-        process -= counted_peak(job, least, LEAST)[1]
+        process -= counted_peak(job, least, LEAST)[0]
         batches = batch, 2 * batch
         (small, with_gaps), (large, _) = (counted_peak(job, side, n) for n in batches)
         gaps = with_gaps - small
