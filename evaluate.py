@@ -300,11 +300,11 @@ def evaluate_ensemble(options):
 
 def serve_page(options):
     """Serve the page to try pictures and prompts on, with examples of the first run's split."""
-    from vlsm.results.serve import Bank, serve
+    from vlsm.results.serve import Predictors, serve
 
     names = run_names(options.ckpt)
-    bank = Bank(dict(zip(names, options.ckpt)), options)
-    predictor = bank.predictor(names[0])
+    predictors = Predictors(dict(zip(names, options.ckpt)), options)
+    predictor = predictors.get(names[0])
     about = predictor.about
     try:
         data, texts = open_split(
@@ -314,7 +314,7 @@ def serve_page(options):
     except (OSError, ValueError):  # the data are not on this machine
         shown = []
     say(f"Serving on http://{options.share_host}:{options.port}; Ctrl-C ends it.")
-    serve(bank, shown)
+    serve(predictors, shown)
 
 
 def merge(checkpoint, options):

@@ -11,6 +11,7 @@ from transformers.models.sam3.modeling_sam3 import Sam3Model
 
 import vlsm
 from tests.conftest import ROOT, same_tensors
+from vlsm.checkpoint import save_merged
 from vlsm.methods.adapters import ShallowAdapters
 from vlsm.methods.registry import METHODS
 from vlsm.networks import weights
@@ -239,3 +240,20 @@ def test_gated_weights_say_what_to_do(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(FileNotFoundError, match="accept their licence.*hf auth login"):
         weights._download("facebook/sam3")
+
+
+@pytest.mark.parametrize("method", ["lora", "lora+decoder", "full"])
+def test_merged_weights_are_the_network(method, tmp_path):
+    torch.manual_seed(0)
+    model = vlsm.build("sam3", f"random:{TINY}", method)
+    with torch.no_grad():
+        for p in model.tuned_parameters().values():
+            p += 0.02 * torch.randn_like(p)
+    save_merged(tmp_path / "merged", model)
+    plain = vlsm.build("sam3", tmp_path / "merged")
+    pixels, ids = torch.randn(2, 3, 112, 112), model.tokenizer()(["a red disk", "x"])
+    with torch.no_grad():
+        want = model(pixels, *ids)
+        torch.testing.assert_close(plain(pixels, *ids), want, atol=1e-4, rtol=1e-4)
+        moved = want - vlsm.build("sam3", f"random:{TINY}")(pixels, *ids)
+    assert moved.abs().max() > 0.01

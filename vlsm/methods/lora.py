@@ -66,8 +66,9 @@ class LoRA(Tuner):
     def merge_into(self, network):
         if self.upsampler is not None:
             super().merge_into(network)
-        for encoder in ("vision", "text"):
-            layers = getattr(network.clip, f"{encoder}_model").encoder.layers
-            for i, deltas in getattr(self, encoder).items():
+        pairs = (self.vision, network.vision_blocks()), (self.text, network.text_transformer().blocks)
+        for tuned, blocks in pairs:
+            for i, deltas in tuned.items():
+                attention, *_ = blocks[int(i)].parts()
                 for target, delta in deltas.items():
-                    getattr(layers[int(i)].self_attn, f"{target}_proj").weight += delta.weight()
+                    attention.projection(target).weight += delta.weight()

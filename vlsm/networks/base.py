@@ -282,6 +282,10 @@ class Network(nn.Module):
         """Return the `TextEncoder`."""
         raise NotImplementedError
 
+    def vision_blocks(self):
+        """Return the vision encoder's layers, of networks whose methods act in them."""
+        raise NotImplementedError
+
     def decoder_names(self):
         """Return the names of the parameters that stand on the two encoders."""
         raise NotImplementedError

@@ -203,7 +203,7 @@ class CLIPSeg(Network):
 
     def encode_rest(self, blocks, tuner, contexts=()):
         vision, wanted = self.clip.vision_model, self.config.extract_layers
-        last = len(vision.encoder.layers) if tuner.needs_image_embedding else max(wanted) + 1
+        last = len(self.vision_blocks()) if tuner.needs_image_embedding else max(wanted) + 1
         done, embedding = self._run_vision_blocks(blocks, last, tuner, contexts), None
         if tuner.needs_image_embedding:
             embedding = self.clip.visual_projection(vision.post_layernorm(done.tokens[:, 0]))
@@ -215,7 +215,7 @@ class CLIPSeg(Network):
         x, activations = begun.tokens, list(begun.activations)
         n = contexts[0].shape[-2] if contexts else 0
         for i in range(begun.depth, last):
-            block = self.clip.vision_model.encoder.layers[i]
+            block = self.vision_blocks()[i]
             after = block(x, tuner.residual_ops("vision", i), deltas=tuner.lora_deltas("vision", i))
             if i + 1 < len(contexts):
                 after = insert_context(after, after.shape[1] - n, contexts[i + 1], replace=n)
@@ -254,6 +254,9 @@ class CLIPSeg(Network):
     def text_transformer(self):
         return TextEncoder.of(self.clip.text_model)
 
+    def vision_blocks(self):
+        return self.clip.vision_model.encoder.layers
+
     def decoder_names(self):
         return [name for name, _ in self.named_parameters() if name.startswith("decoder.")]
 
@@ -271,8 +274,4 @@ class CLIPSeg(Network):
         return [name for name, _ in self.named_parameters() if not name.startswith(tuple(unused))]
 
     def compilable_blocks(self):
-        return [
-            *self.clip.vision_model.encoder.layers,
-            *self.clip.text_model.encoder.layers,
-            *self.decoder.layers,
-        ]
+        return [*self.vision_blocks(), *self.text_transformer().blocks, *self.decoder.layers]

@@ -295,7 +295,7 @@ class SAM3(Network):
         grid = tuple(patches.shape[-2:])
         positions = self._tiled_positions(*grid).to(patches.dtype)
         x = vision.layer_norm(patches.flatten(2).transpose(1, 2) + positions)
-        for i, block in enumerate(vision.layers):
+        for i, block in enumerate(self.vision_blocks()):
             x = block(x, tuner.residual_ops("vision", i), grid, False, tuner.lora_deltas("vision", i))
         embedding = None
         if tuner.needs_image_embedding:
@@ -359,6 +359,9 @@ class SAM3(Network):
     def text_transformer(self):
         return TextEncoder.of(self.text_encoder.text_model)
 
+    def vision_blocks(self):
+        return self.vision_encoder.backbone.layers
+
     def decoder_names(self):
         heads = ("detr_encoder.", "mask_decoder.")
         return [name for name, _ in self.named_parameters() if name.startswith(heads)]
@@ -367,5 +370,4 @@ class SAM3(Network):
         return [name for name, _ in self.named_parameters()]
 
     def compilable_blocks(self):
-        text = self.text_encoder.text_model.encoder.layers
-        return [*self.vision_encoder.backbone.layers, *text, *self.detr_encoder.layers]
+        return [*self.vision_blocks(), *self.text_transformer().blocks, *self.detr_encoder.layers]

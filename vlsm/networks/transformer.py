@@ -98,6 +98,10 @@ class Attention(nn.Module):
                 setattr(self, name, nn.Linear(dim, 3 * dim // len(names.qkv)))
         setattr(self, names.out, nn.Linear(dim, out_dim or dim))
 
+    def projection(self, name):
+        """Return the linear layer of one of "q", "k", "v", "out", where these are not stacked."""
+        return getattr(self, dict(zip("qkv", self.names.qkv), out=self.names.out)[name])
+
     def stacked(self):
         """Return the weight `[3 D, D]` and bias `[3 D]` of the projections to q, k and v."""
         if self.names == OPENAI:

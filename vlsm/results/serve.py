@@ -26,13 +26,13 @@ def _gradio():
     return gradio
 
 
-class Bank:
+class Predictors:
     """The runs that can be chosen, each loaded when it is first asked for: {shown name: checkpoint}."""
 
     def __init__(self, names, options):
         self.names, self.options, self.loaded = names, options, {}
 
-    def predictor(self, name):
+    def get(self, name):
         """Return the `Predictor` of a run. Raises as `load`, KeyError for a name that is not there."""
         if name not in self.loaded:
             self.loaded[name] = Predictor(self.names[name], self.options, self.options.weights)
@@ -40,25 +40,25 @@ class Bank:
 
     def probability(self, name, image, prompt):
         """Return the probability of the foreground, float32 `[H, W]`, of an image uint8 `[H, W, 3]`."""
-        predictor = self.predictor(name)
+        predictor = self.get(name)
         small = torch.from_numpy(resize_image(image, predictor.size).transpose(2, 0, 1).copy())
         logits = predictor.logits(small[None], [prompt])[0]
         return logits_at_size(logits, image.shape[:2]).sigmoid().cpu().numpy()
 
 
-def segment(bank, run, image, prompt, threshold):
+def segment(predictors, run, image, prompt, threshold):
     """Return what the page shows: (picture with the mask, probability in grey, share in words, mask)."""
     if image is None or not prompt.strip():
         return None, None, "Choose a picture and say what to segment.", None
-    probability = bank.probability(run, image, prompt)
+    probability = predictors.probability(run, image, prompt)
     mask = probability >= threshold
     share = f"{100 * mask.mean():.1f} % of the picture; highest probability {probability.max():.3f}"
     grey = Image.fromarray((255 * probability).round().astype(np.uint8))
     return Image.fromarray(overlay(image, mask, CYAN)), grey, share, mask_image(mask)
 
 
-def build_page(bank, shown=()):
-    """Return the gradio page for the runs of a `Bank`; two prompts side by side.
+def build_page(predictors, shown=()):
+    """Return the gradio page for some `Predictors`; two prompts side by side.
 
     shown: (picture uint8 `[H, W, 3]`, prompt) of examples to choose from. Raises ValueError where gradio is
     not installed.
@@ -67,7 +67,7 @@ def build_page(bank, shown=()):
     with gradio.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 600)) as page:
         gradio.Markdown(f"## {TITLE}\nDrop a picture, type a prompt. Not a medical device.")
         with gradio.Row():
-            run = gradio.Dropdown(list(bank.names), value=next(iter(bank.names)), label="run")
+            run = gradio.Dropdown(list(predictors.names), value=next(iter(predictors.names)), label="run")
             threshold = gradio.Slider(0.01, 0.99, 0.5, step=0.01, label="threshold of the probability")
         image = gradio.Image(
             type="numpy", image_mode="RGB", sources=["upload", "clipboard"], label="picture", height=260
@@ -101,13 +101,13 @@ def build_page(bank, shown=()):
             gallery.select(choose, None, [image, columns[0][0]])
         for prompt, outputs in columns:
             events = [prompt.submit, image.change, threshold.release, run.change]
-            gradio.on(events, partial(segment, bank), [run, image, prompt, threshold], outputs)
+            gradio.on(events, partial(segment, predictors), [run, image, prompt, threshold], outputs)
     return page
 
 
-def serve(bank, shown):
+def serve(predictors, shown):
     """Serve the page until it is interrupted, to this machine alone unless --share-host says otherwise."""
-    page, options = build_page(bank, shown), bank.options
+    page, options = build_page(predictors, shown), predictors.options
     page.queue(max_size=16, default_concurrency_limit=1)
     page.launch(
         server_name=options.share_host, server_port=options.port or None, share=False, quiet=True,
