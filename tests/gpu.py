@@ -71,15 +71,22 @@ def graphs(device):
     import vlsm
     from tests.conftest import tiny_batch
 
-    networks = (("clipseg", "dense"), ("clipseg", "vpt"), ("cris", "full"), ("san", "full"))
+    networks = (
+        ("clipseg", "dense"),
+        ("clipseg", "vpt"),
+        ("cris", "full"),
+        ("san", "full"),
+        ("sam3", "dense"),
+    )
+    sides, backend = dict(san=72, sam3=70), {} if device == "cuda" else {"backend": "aot_eager"}
     for name, method in networks:
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         weights = "mini" if name == "clipseg" else f"random:{ROOT}/tests/tiny/{name}.json"
         model = vlsm.build(name, weights, method).place_on(torch.device(device), None).train()
         for block in model.base.compilable_blocks():
-            block.compile(dynamic=True, **({} if device == "cuda" else {"backend": "aot_eager"}))
-        images, ids = tiny_batch(2, 72 if name == "san" else 64)
+            block.compile(dynamic=model.base.compile_dynamic, **backend)
+        images, ids = tiny_batch(2, sides.get(name, 64))
         model(images.to(device), ids).square().mean().backward()
         breaks = dict(torch._dynamo.utils.counters["graph_break"])
         print(name, method, "graph breaks:", breaks or "none", flush=True)

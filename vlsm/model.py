@@ -184,12 +184,12 @@ class VLSM(nn.Module):
     def compile_blocks(self):
         """Have `torch.compile` build the transformer layers, once for each kind of layer; in place.
 
-        Sizes are left open, so that another batch or prompt length compiles nothing anew.
+        Where the network allows it sizes are left open: another batch or prompt length compiles nothing anew.
         """
         # a layer's variants: encoder, adapters or none, gradient on its input or none, training or not
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
         for block in self.base.compilable_blocks():
-            block.compile(dynamic=True)
+            block.compile(dynamic=self.base.compile_dynamic)
 
     def hold_frozen_weights_in(self, dtype):
         """Keep frozen matrices in the compute dtype; norms, positions and the trained stay float32."""

@@ -257,3 +257,14 @@ def test_merged_weights_are_the_network(method, tmp_path):
         torch.testing.assert_close(plain(pixels, *ids), want, atol=1e-4, rtol=1e-4)
         moved = want - vlsm.build("sam3", f"random:{TINY}")(pixels, *ids)
     assert moved.abs().max() > 0.01
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same():
+    model = vlsm.build("sam3", f"random:{TINY}", "dense")
+    pixels, (ids, mask) = torch.randn(3, 3, 112, 112), model.tokenizer()(["a red disk"] * 3)
+    want = model(pixels, ids, mask)
+    for block in model.base.compilable_blocks():
+        block.compile(dynamic=model.base.compile_dynamic, backend="eager")
+    for n in (3, 2):
+        torch.testing.assert_close(model(pixels[:n], ids[:n], mask[:n]), want[:n])

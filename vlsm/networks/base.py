@@ -92,6 +92,7 @@ class Network(nn.Module):
     unsupported_reason = ""  # why the others cannot, a sentence
     decoder_reads_pixels = False
     keeps_padding = False  # whether padding tokens take part
+    compile_dynamic = True  # `dynamic` of torch.compile: all sizes open; None: those that were seen to change
 
     def __init__(self, config, reference=False):
         super().__init__()

@@ -248,6 +248,7 @@ class SAM3(Network):
     default_weights = "facebook/sam3"
     mean, std = [0.5] * 3, [0.5] * 3
     keeps_padding = True  # prompts have the window's length; padding is hidden by the mask
+    compile_dynamic = None  # torch.compile takes minutes to reason about windows of an open grid
     methods = ("none", "decoder", "full", "dense", "shallow", "telescopic", "lora", "coop", "cocoop")
     unsupported_reason = "Its image tokens lie in windows, which leave no place for vision contexts."
     Config = SAM3Config
