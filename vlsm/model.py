@@ -275,10 +275,7 @@ def attach_tuner(base, method="none", options=None, about=None):
     """
     network = base.network
     check_model(method, type(network))
-    options, reference = dict(options or {}), network.reference
-    if network.config.upsampler_sizes is None:  # a method's own default is for networks that can have one
-        options.setdefault("upsampler", False)
-    options = complete_options(method, options)
+    reference, options = network.reference, complete_options(method, options or {}, network.config)
     tuner = make_tuner(method, network.config, reference, options)
     if not base.fresh <= set(tuner.trained_network_parameters(network)):
         raise ValueError(

@@ -12,6 +12,7 @@ import train
 from tests.conftest import ROOT, rows, without_dim
 from vlsm.methods.registry import METHODS
 from vlsm.model import read_config
+from vlsm.networks.sam3 import SAM3
 from vlsm.training import sweep
 from vlsm.training.job import Diverged
 
@@ -212,6 +213,13 @@ def test_the_space_of_cris(tmp_path, peft, depth):
     assert space.get("prompt_depth") == (depth and dict(low=1, high=depth))
     with pytest.raises(ValueError, match="cannot be used on CRIS"):
         sweep.default_space(arguments(tmp_path, *more, "--peft", "maple"))
+
+
+@pytest.mark.parametrize("method", [name for name in SAM3.methods if name != "none"] + ["dense+cocoop"])
+def test_every_method_on_sam3_has_a_space(tmp_path, method):
+    more = ["--model", "sam3", "--weights", f"random:{ROOT / 'tests' / 'tiny' / 'sam3.json'}"]
+    space = sweep.default_space(arguments(tmp_path, *more, "--peft", method))
+    assert {"lr", "weight_decay"} <= set(space) and ("prompt_depth" in space) == ("coop" in method)
 
 
 @pytest.mark.parametrize(

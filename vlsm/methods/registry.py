@@ -177,13 +177,16 @@ def check_model(method, network):
         )
 
 
-def complete_options(method, given):
+def complete_options(method, given, config=None):
     """Return all options of a method, defaults filled in.
 
     Of a combination: a dictionary for each part, and "upsampler"; an option is for all parts that take it,
-    and `vpt=dict(...)` for one. Raises ValueError for what is not known.
+    and `vpt=dict(...)` for one. config: the network's; without it, for a network that can have an upsampler.
+    Raises ValueError for what is not known.
     """
     names = split_methods(method)
+    if config is not None and config.upsampler_sizes is None:
+        given = {"upsampler": False, **given}
     known = {name: default_options(name) for name in names}
     for own in known.values():
         check_values({o: v for o, v in given.items() if o in own and v is not None}, own)

@@ -76,7 +76,7 @@ def default_space(options):
         width = config.text.hidden_size + config.vision.hidden_size
         space["heads"] = [h for h in space["heads"] if width % h == 0]
     with torch.device("meta"):
-        method_options = complete_options(options.peft, options.method_options)
+        method_options = complete_options(options.peft, options.method_options, config)
         tuner = make_tuner(options.peft, config, options.reference, method_options)
     if learners and not any(tuner.uses_weight_decay(*item) for item in tuner.named_parameters()):
         del space["weight_decay"]
