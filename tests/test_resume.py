@@ -56,17 +56,17 @@ def wait_for_epoch(process, epoch):
 def test_killed_run_resumes_bit_for_bit(quick, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     options = [*quick[:-1]]
-    process = start(*options, killed, "--epochs", 12)
+    process = start(*options, killed, "--epochs", 6)
     wait_for_epoch(process, 2)
     time.sleep(0.1)  # into a later epoch
     process.kill()
     process.wait()
     done = len(rows(killed / "log.csv"))
-    assert 2 <= done < 12
+    assert 2 <= done < 6
     again = start("--out", killed, "--resume")
     text = again.communicate()[0]
     assert again.returncode == 0 and "Resuming" in text, text
-    straight = start(*options, whole, "--epochs", 12)
+    straight = start(*options, whole, "--epochs", 6)
     straight.communicate()
     assert same_tensors(whole / "last.safetensors", killed / "last.safetensors")
     assert same_tensors(whole / "best.safetensors", killed / "best.safetensors")

@@ -306,7 +306,7 @@ def test_curves_of_any_values_are_drawn(tmp_path, values):
     assert all((half == orange).all(2).any() for half in np.split(pixels[40:340, 55:1105], 2, 1))
 
 
-@pytest.mark.parametrize("shadow", [False, True])
+@pytest.mark.parametrize("shadow", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_package_named_datasets_does_no_harm(tmp_path, shadow):
     """train.py's own datasets.py is meant, with and without the PyPI package of that name on the path."""
     if shadow:

@@ -285,7 +285,7 @@ def test_file_names_that_are_no_text(tmp_path, capsys):
         Tokenizer(MINI).encode("p\udcff")
 
 
-@pytest.mark.parametrize("first", ["vlsm", "transformers"])
+@pytest.mark.parametrize("first", ["vlsm", pytest.param("transformers", marks=pytest.mark.slow)])
 def test_another_package_named_kernels_is_no_obstacle(first, tmp_path):
     """transformers imports names of Hugging Face's `kernels` where its metadata is found."""
     (tmp_path / "kernels").mkdir()

@@ -242,7 +242,7 @@ def test_gated_weights_say_what_to_do(monkeypatch):
         weights._download("facebook/sam3")
 
 
-@pytest.mark.parametrize("method", ["lora", "lora+decoder", "full"])
+@pytest.mark.parametrize("method", some_slow(("lora", "lora+decoder", "full"), ("lora",)))
 def test_merged_weights_are_the_network(method, tmp_path):
     torch.manual_seed(0)
     model = vlsm.build("sam3", f"random:{TINY}", method)

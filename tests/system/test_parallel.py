@@ -59,7 +59,7 @@ def options(quick, *more):
 
 CASES = [
     pytest.param(["--batch-size", 23], False, marks=pytest.mark.slow),
-    (["--augment"], False),
+    pytest.param(["--augment"], False, marks=pytest.mark.slow),
     pytest.param(["--peft", "shallow"], False, marks=pytest.mark.slow),
     # (a seed under which no gradient lies so near zero that Adam's sign depends on its rounding)
     pytest.param(["--batch-size", 2, "--seed", 1], True, marks=pytest.mark.slow),

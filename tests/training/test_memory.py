@@ -205,5 +205,6 @@ def test_a_faster_type_is_named(amp, said, cli, quick, monkeypatch):
 
     monkeypatch.setattr(train, "LARGE", 1000)
     monkeypatch.setattr(train, "multiplies_bf16", lambda: True)
+    monkeypatch.setattr(train, "say_memory", lambda *_: None)
     code, out, err = cli("train", *quick, "--amp", amp, "--dry-run")
     assert code == 0 and ("--amp bf16 makes a step" in out) == said, err
