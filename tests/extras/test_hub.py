@@ -77,6 +77,7 @@ def test_tensorboard(cli, quick, tmp_path, monkeypatch):
             self.scalars.append((name, value, step))
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    monkeypatch.setattr("vlsm.training.options.find_spec", lambda name: name)
     assert cli("train", *quick, "--epochs", 2, "--tensorboard")[0] == 0
     assert cli("train", "--out", tmp_path / "run", "--resume", "--epochs", 3)[0] == 0
     first, second = Writer.made
@@ -88,9 +89,9 @@ def test_tensorboard(cli, quick, tmp_path, monkeypatch):
     assert logged == [
         (pytest.approx(float(r["val_dsc"])), int(r["epoch"])) for r in rows(tmp_path / "run" / "log.csv")
     ]
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setattr("vlsm.training.options.find_spec", lambda name: None)
     code, _, err = cli("train", *quick[:-1], tmp_path / "other", "--epochs", 1, "--tensorboard")
-    assert code == 2 and "pip install tensorboard" in err
+    assert code == 2 and "pip install tensorboard" in err and not (tmp_path / "other").exists()
 
 
 def test_a_share_of_the_training_records(cli, quick, tmp_path):

@@ -2,6 +2,7 @@
 
 from argparse import BooleanOptionalAction
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from vlsm.data.cache import default_cache
@@ -298,6 +299,8 @@ def check_options(options):
         raise ValueError('--prompts "": give random, class, a key such as p6, or a text.')
     if options.dice_weight == 0 and options.bce_weight == 0:
         raise ValueError("--dice-weight 0 and --bce-weight 0 leave no loss; give one of them more than 0.")
+    if options.tensorboard and find_spec("tensorboard") is None:
+        raise ValueError("--tensorboard needs a package that is not here: pip install tensorboard.")
     if options.resume and options.overwrite:
         raise ValueError("--resume goes on with a run and --overwrite deletes it; give one of them.")
     if options.shard_cache and options.data_device == "cuda":

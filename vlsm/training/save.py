@@ -62,8 +62,6 @@ def save_epoch(job, about, better, writer=None):
 
 def open_tensorboard(out, done):
     """Return a writer; what was logged after epoch `done`, by a run that then was killed, is left out."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError("--tensorboard needs a package that is not here: pip install tensorboard.") from None
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(out / "tensorboard"), purge_step=done + 1, flush_secs=20)
