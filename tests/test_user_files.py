@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
 import datasets
+from tests.conftest import ROOT
 from vlsm.checkpoint import load, read_tuned
 from vlsm.data.describe import components, describe
 from vlsm.data.images import ImageError, image_files, read_image, read_mask
@@ -26,7 +27,6 @@ from vlsm.training.run_folder import delete_run
 
 BLOB = np.zeros((40, 60), np.uint8)
 BLOB[10:30, 20:45] = 1
-ROOT = Path(__file__).parents[1]
 
 
 def palette(colours, numbers=BLOB):

@@ -46,11 +46,17 @@ def test_what_is_exported_is_the_model(tmp_path, name, weights, method):
 
 
 @pytest.mark.slow
-def test_what_differs_is_not_written(tmp_path, monkeypatch):
+def test_what_differs_is_not_written(cli, trained, tmp_path, monkeypatch):
     monkeypatch.setattr("vlsm.extras.onnx.TOLERANCE", -1)
-    with pytest.raises(ValueError, match="so '.*' was not written"):
-        to_onnx(vlsm.build("clipseg", "mini"), "a red disk", 64, tmp_path / "one.onnx", {})
-    assert not list(tmp_path.glob("*.onnx")) and not list(tmp_path.glob(".*.tmp"))
+    where = ["--export", tmp_path / "polyp.onnx", "--prompt", "red disk"]
+    code, _, err = cli("evaluate", "--ckpt", trained, *where)
+    assert (
+        code == 2
+        and "so '" in err
+        and "was not written" in err
+        and not list(tmp_path.glob("*.onnx"))
+        and not list(tmp_path.glob(".*.tmp"))
+    )
 
 
 def test_on_the_command_line(cli, folder, trained, tmp_path, monkeypatch):

@@ -4,16 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.conftest import ROOT
 from vlsm.system import files
 from vlsm.system.console import friendly_errors
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_temporary_files_of_the_dead_are_swept(tmp_path):

@@ -46,8 +46,10 @@ class Job:
         model.place_on(self.device, self.dtype, options.kernels, options.compile)
         model.recompute_activations(options.checkpoint_activations)
         self.normalise = Normaliser(model.base.mean, model.base.std, self.device)
-        kept_in = options.cache_gb, options.cache_dir
-        self.frozen = FrozenCache(model, self.tokenizer, self.normalise, self.device, self.dtype, *kept_in)
+        self.frozen = FrozenCache(
+            model, self.tokenizer, self.normalise, self.device, self.dtype, options.cache_gb,
+            options.cache_dir,
+        )  # fmt: skip
         self.tuned = model.tuned_parameters()
         decayed, others = [], []
         for name, tensor in self.tuned.items():

@@ -91,6 +91,10 @@ class LiveBytes(TorchDispatchMode):
                 weakref.finalize(storage, self._count, storage.nbytes(), -1)
         return out
 
+    def begin_step(self, gradients):
+        """Take what lives now, and so many bytes of gradients, for what a step does not free."""
+        self.kept, self.with_gaps = self.heap + gradients, 0
+
     def _count(self, size, sign=1):
         self.now += sign * size
         self.heap += sign * size if size <= HEAP else 0
@@ -139,12 +143,11 @@ def counted_peak(job, side, batch):
     Twice: as they are, and with the gaps of the heap.
     """
     tuned = job.model.tuned_parameters().values()
-    gradients = sum(p.numel() * p.element_size() for p in tuned if p.numel() * p.element_size() <= HEAP)
+    gradients = sum(p.nbytes for p in tuned if p.nbytes <= HEAP)
     optimizer = torch.optim.AdamW(tuned)
     with LiveBytes() as live, torch.compiler.set_stance("force_eager"):
         run_step(job, optimizer, side, batch)
-        # the optimizer's state is there from now on; neither is freed within a step
-        live.kept, live.with_gaps = live.heap + gradients, 0
+        live.begin_step(gradients)  # the optimizer's state is there from now on
         run_step(job, optimizer, side, batch)
     return live.peak, live.with_gaps
 
