@@ -334,7 +334,7 @@ def export(checkpoint, options):
         raise ValueError('--export builds one prompt into the file; name it: --prompt "polyp".')
     model = load(checkpoint, options.weights)
     names = ("model", "weights", "method", "dataset", "image_size")
-    about, size = {name: model.about[name] for name in names}, model.about["image_size"]
+    about, size = {name: model.metadata[name] for name in names}, model.metadata["image_size"]
     gap = to_onnx(model, options.prompt, size, options.export, dict(prompt=options.prompt, **about))
     difference = f"ONNX Runtime's logits differ from PyTorch's by at most {gap:.1g}"
     say(f"Wrote '{options.export}' for \"{options.prompt}\"; {difference}.")

@@ -70,7 +70,7 @@ def train_epoch(job, epoch, interrupt):
             bar.update(share.batch_size)
             interrupt.leave(f"Interrupted in epoch {epoch}; {job.describe_saved()}")
         meter.flush()
-    parallel.all_reduce_mean(model.base.get_buffer(name) for name in model.updated_buffers)
+    parallel.all_reduce_mean(model.network.get_buffer(name) for name in model.updated_buffers)
     loss_sum, dsc_sum, count = parallel.all_reduce_sum([meter.loss, meter.dsc, meter.records], job.device)
     return loss_sum / count, dsc_sum / count
 

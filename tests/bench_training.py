@@ -291,7 +291,7 @@ def _step(bench, label):
         bench.row(f"step {label}, attention fused", bench.time(both, bench.args.step_runs, warm=1))
     if method == "coop":  # as in epochs after the first, for pictures that augmentation leaves as they are
         with torch.no_grad(), autocast(bench.device, pair.amp):
-            kept = pair.model.base.encode_image(pixels, pair.model.tuner)
+            kept = pair.model.network.encode_image(pixels, pair.model.tuner)
 
         def loss_of_kept(ids, target):
             with autocast(bench.device, pair.amp):

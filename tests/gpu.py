@@ -84,8 +84,8 @@ def graphs(device):
         torch._dynamo.utils.counters.clear()
         weights = "mini" if name == "clipseg" else f"random:{ROOT}/tests/tiny/{name}.json"
         model = vlsm.build(name, weights, method).place_on(torch.device(device), None).train()
-        for block in model.base.compilable_blocks():
-            block.compile(dynamic=model.base.compile_dynamic, **backend)
+        for block in model.network.compilable_blocks():
+            block.compile(dynamic=model.network.compile_dynamic, **backend)
         images, ids = tiny_batch(2, sides.get(name, 64))
         model(images.to(device), ids).square().mean().backward()
         breaks = dict(torch._dynamo.utils.counters["graph_break"])

@@ -6,15 +6,12 @@ Names load when first asked for.
 from importlib import import_module
 
 _HOMES = dict(
-    Bank="vlsm.extras.multi_tuner",
     METHODS="vlsm.methods.registry",
     Tuner="vlsm.networks.hooks",
     VLSM="vlsm.model",
     build="vlsm.model",
     dice_bce_loss="kernels",
     load="vlsm.checkpoint",
-    load_many="vlsm.extras.multi_tuner",
-    push_to_hub="vlsm.extras.hub",
 )
 __all__ = [*_HOMES, "metrics"]
 

@@ -35,7 +35,7 @@ def test_what_is_exported_is_the_model(tmp_path, name, weights, method):
     with torch.no_grad():
         for p in model.tuned_parameters().values():
             p += 0.01 * torch.randn_like(p)
-        pixels = normalise(PICTURES, mean=model.base.mean, std=model.base.std)
+        pixels = normalise(PICTURES, mean=model.network.mean, std=model.network.std)
         want = {prompt: model(pixels, *model.tokenizer()([prompt] * 5)) for prompt in ("a red disk", "polyp")}
     gap = to_onnx(model, "a red disk", 64, tmp_path / "one.onnx", dict(prompt="a red disk", image_size=64))
     found, session = run(tmp_path / "one.onnx", PICTURES)

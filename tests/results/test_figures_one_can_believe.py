@@ -191,7 +191,7 @@ def test_the_embedded_base_listens():
 
     @torch.inference_mode()
     def logits(images, prompts):
-        return model(normalise(images, model.base.mean, model.base.std), *tokenizer(prompts))
+        return model(normalise(images, model.network.mean, model.network.std), *tokenizer(prompts))
 
     predictor = SimpleNamespace(device=torch.device("cpu"), logits=logits)
     options = SimpleNamespace(batch_size=32, upsample="logits")

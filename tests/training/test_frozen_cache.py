@@ -26,7 +26,7 @@ def wrap(method, tmp_path, cache_gb=None, **options):
 
 
 def cache_of(model, folder, cache_gb=1):
-    normaliser = Normaliser(model.base.mean, model.base.std, CPU)
+    normaliser = Normaliser(model.network.mean, model.network.std, CPU)
     return FrozenCache(model, model.tokenizer(), normaliser, CPU, None, cache_gb, folder)
 
 
@@ -169,9 +169,9 @@ def test_images_and_prompts_are_encoded_once(tmp_path, monkeypatch):
     f, data = wrap("shallow", tmp_path), split()
     seen = []
     for name in ("encode_image", "encode_text"):
-        encode = getattr(f.model.base, name)
+        encode = getattr(f.model.network, name)
         monkeypatch.setattr(
-            f.model.base,
+            f.model.network,
             name,
             lambda x, *rest, encode=encode, name=name: seen.append((name, len(x))) or encode(x, *rest),
         )

@@ -138,7 +138,7 @@ def test_shapes_alone_take_the_memory_of_a_step(model, method, dtype, tmp_path):
     options = complete(parse_options(arguments))
     job = Job(options, tmp_path, vlsm_model, tokenizer, {}, CPU, dtype)
     vlsm_model.train()
-    side = vlsm_model.base.smallest_side()
+    side = vlsm_model.network.smallest_side()
     with LiveBytes() as computed:
         for _ in range(2):
             run_step(job, job.optimizer, side, 3)

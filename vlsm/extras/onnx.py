@@ -22,8 +22,8 @@ class Segmenter(nn.Module):
 
     def __init__(self, model, prompt):
         super().__init__()
-        self.base, self.tuner, self.text_count = model.base, model.tuner, 0
-        for name, values in (("mean", model.base.mean), ("std", model.base.std)):
+        self.base, self.tuner, self.text_count = model.network, model.tuner, 0
+        for name, values in (("mean", model.network.mean), ("std", model.network.std)):
             self.register_buffer(name, 255 * torch.tensor(values)[:, None, None])
         for name, value in zip(("ids", "mask"), model.tokenizer()([prompt])):
             self.register_buffer(name, value)

@@ -34,7 +34,7 @@ class Predictor:
             model = load(checkpoint, weights)
         self.model = model.place_on(self.device, self.dtype, options.kernels, options.compile)
         self.mirror = options.mirror
-        self.about = model.about
+        self.about = model.metadata
         self.size = self.about["image_size"]
         self.tokenizer = model.tokenizer()
 

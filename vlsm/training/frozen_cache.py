@@ -139,7 +139,7 @@ class FrozenCache:
         self.model, self.tokenizer, self.normalise = model, tokenizer, normalise
         self.device, self.dtype, self.cache_gb, self.folder = device, dtype, cache_gb, folder
         self.splits, self.stores, self.texts = {}, {}, {}
-        base, tuner, side = model.base, model.tuner, model.base.smallest_side()
+        base, tuner, side = model.network, model.tuner, model.network.smallest_side()
         # sizes of one would be compiled apart
         with torch.enable_grad(), autocast(device, dtype), torch.compiler.set_stance("force_eager"):
             contexts = tuner.contexts()
@@ -207,7 +207,7 @@ class FrozenCache:
             return self._frozen_part(self.normalise(images))
 
     def _frozen_part(self, pixel_values):
-        base, tuner = self.model.base, self.model.tuner
+        base, tuner = self.model.network, self.model.tuner
         if self.images_frozen:
             return base.encode_image(pixel_values, tuner)
         return base.encode_blocks(pixel_values, tuner, depth=self.depth)
@@ -231,7 +231,7 @@ class FrozenCache:
     def needs_pixels(self, name):
         """Tell whether batches of a split need their pixels, unless augmentation changes them."""
         kept = name in self.stores and self.stores[name].held == self.splits[name].image_count
-        return self.model.base.decoder_reads_pixels or not kept
+        return self.model.network.decoder_reads_pixels or not kept
 
     def lookup(self, name, indices, prompts, pixel_values=None, changed=None):
         """Return what is kept of some records of a split, as keyword arguments of the model's forward pass.
@@ -263,7 +263,7 @@ class FrozenCache:
         return ImageFeatures(found, embedding, (data.side, data.side))
 
     def _text_features(self, prompts):
-        base, tuner = self.model.base, self.model.tuner
+        base, tuner = self.model.network, self.model.tuner
         # one by one: a prompt's bits shall not depend on its neighbours
         for prompt in set(prompts) - set(self.texts):
             with torch.no_grad():

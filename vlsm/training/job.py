@@ -45,7 +45,7 @@ class Job:
         options, model = self.options, self.model
         model.place_on(self.device, self.dtype, options.kernels, options.compile)
         model.recompute_activations(options.checkpoint_activations)
-        self.normalise = Normaliser(model.base.mean, model.base.std, self.device)
+        self.normalise = Normaliser(model.network.mean, model.network.std, self.device)
         self.frozen = FrozenCache(
             model, self.tokenizer, self.normalise, self.device, self.dtype, options.cache_gb,
             options.cache_dir,

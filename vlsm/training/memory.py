@@ -164,7 +164,7 @@ def estimate(job, side):
         batches = TRIED
         small, large = (measured_peak(job, side, n) for n in batches)
     else:
-        least, batch = job.model.base.smallest_side(), job.options.part_size()
+        least, batch = job.model.network.smallest_side(), job.options.part_size()
         process = measured_peak(job, least, LEAST)
         job.model.place_on(job.device, None, "torch", "off")  # an interpreted kernel would read values
         forget_values(job.model)

@@ -384,7 +384,7 @@ def image_side(model, asked):
 
     Raises ValueError for a side that is no multiple of the network's stride.
     """
-    config, file = model.base.config, model.info["folder"] / "preprocessor_config.json"
+    config, file = model.network.config, model.info["folder"] / "preprocessor_config.json"
     side = asked or getattr(config, "img_size", None)
     if side is None:
         found = read_json(file) if file.is_file() else {}

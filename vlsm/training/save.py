@@ -23,8 +23,8 @@ def describe_run(options, model):
     return dict(
         **{name: getattr(options, name) for name in names},
         image_size=image_side(model, options.image_size),
-        mean=model.base.mean,
-        std=model.base.std,
+        mean=model.network.mean,
+        std=model.network.std,
         recipe=options.recipe(),
         versions=dict(python=platform.python_version(), torch=torch.__version__),
     )
