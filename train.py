@@ -81,7 +81,6 @@ def validate(job):
     options, model, records = job.options, job.model.eval(), job.data["val"].records
     own = parallel.own_batches(chunks(list(range(len(records))), options.batch_size))
     found = []
-    # job.batches is asked first: at its end a process with --shard-cache may still send images to others
     for (indices, images, masks), (number, _) in zip(job.batches("val", [batch for _, batch in own]), own):
         prompts = [choose_prompt(records[i], options.prompts, options.seed, i) for i in indices]
         pixel_values = job.normalise(images)
@@ -214,7 +213,7 @@ def open_data(options, side):
     splits = datasets.available_splits(name, root, seed) or ["train", "val"]
     data = datasets.open_dataset(
         name, splits, side, root, options.cache_dir, seed, options.prompts, skip_bad=options.skip_bad,
-        limit_train=options.limit_train, shard=options.shard_cache,
+        limit_train=options.limit_train,
     )  # fmt: skip
     if not {"train", "val"} <= set(data):
         raise ValueError(

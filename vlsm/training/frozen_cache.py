@@ -167,7 +167,6 @@ class FrozenCache:
         dtype = self.dtype or torch.float32
         store = TieredStore(count, shapes, dtype, self.device, self._budget(), self.folder)
         self.stores[name] = store
-        store.held = data.min_over_ranks(store.held)
         with progress(store.held, f"encoding {name}") as bar:
             for start in range(0, store.held, batch_size):
                 rows = range(start, min(start + batch_size, store.held))

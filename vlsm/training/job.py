@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from vlsm.data.cache import device_batches
-from vlsm.data.pixel_values import Normaliser
+from vlsm.data.pixel_values import normalise
 from vlsm.model import VLSM
 from vlsm.networks.tokenizer import Tokenizer
 from vlsm.system import parallel
@@ -45,7 +45,8 @@ class Job:
         options, model = self.options, self.model
         model.place_on(self.device, self.dtype, options.kernels, options.compile)
         model.recompute_activations(options.checkpoint_activations)
-        self.normalise = Normaliser(model.base.mean, model.base.std, self.device)
+        mean, std = model.base.mean, model.base.std
+        self.normalise = lambda images: None if images is None else normalise(images, mean, std)
         self.frozen = FrozenCache(
             model, self.tokenizer, self.normalise, self.device, self.dtype, options.cache_gb,
             options.cache_dir,
