@@ -140,7 +140,7 @@ def test_all_problems_come_at_once_grouped(folder, capsys):
         "5 of 24 records cannot be used",
         "1 x image without file: d0.png",
         "truncated or damaged): d1.png",
-        "no picture): d2.png",
+        "no image): d2.png",
         "different size: d3.png (61 x 44, mask 60 x 44)",
         "1 x mask without file: d4.png",
         "--skip-bad",
