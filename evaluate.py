@@ -43,7 +43,6 @@ def open_split(options, predictor, dataset, prompts, split=None):
     root = options.data_root or about["data_root"]
     data = datasets.open_dataset(
         dataset, [split], predictor.size, root, options.cache_dir, about["split_seed"], prompts,
-        shard=options.shard_cache,
     )[split]  # fmt: skip
     seed = prompt_seed(options, about)
     return data, [choose_prompt(record, prompts, seed, i) for i, record in enumerate(data.records)]

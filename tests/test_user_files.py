@@ -109,7 +109,7 @@ def test_unreadable_pictures_have_a_reason(tmp_path, monkeypatch):
     for data, reason in (
         (pointer, "git LFS"),
         (b"", "an empty file"),
-        (b"text", "no picture"),
+        (b"text", "no image"),
         (whole[:80], ""),
     ):
         (tmp_path / "x.png").write_bytes(data)
@@ -159,7 +159,7 @@ def test_a_broken_picture_costs_its_own_mask_alone(cli, folder, trained, tmp_pat
     (folder / "images" / "broken.png").write_bytes(b"no picture")
     ask = ("--images", folder / "images", "--prompt", "x", "--save-masks", tmp_path / "out")
     code, _, err = cli("evaluate", "--ckpt", trained, *ask)
-    assert code == 1 and "broken.png' cannot be used: no picture" in err
+    assert code == 1 and "broken.png' cannot be used: no image" in err
     assert len(list((tmp_path / "out").glob("*.png"))) == len(list((folder / "images").iterdir())) - 1
 
 

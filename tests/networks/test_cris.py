@@ -318,5 +318,5 @@ def test_random_weights_are_the_same_each_time_and_leave_the_generator():
     assert torch.equal(after, torch.rand(1))
     assert vlsm.build("cris", TINY).info["fingerprint"] == a.info["fingerprint"]
     assert a.tokenizer().end == 994 and a.base.mean[0] == pytest.approx(0.4814, abs=1e-4)
-    white = normalise(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8), None, a.base.mean, a.base.std)
+    white = normalise(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8), a.base.mean, a.base.std)
     assert white[0, 0, 0, 0] == pytest.approx((1 - 0.48145466) / 0.26862954)

@@ -46,7 +46,7 @@ def test_what_is_kept_is_what_would_be_computed(tmp_path, model, method, referen
     assert bool(said) == images and f.needs_pixels("train") == (not images or model == "san")
     indices, texts = [5, 7, 0, 3], ["red disk", "a polyp that is large and red", "red disk", ""]
     pixels = data.batch(indices)[0]
-    inputs = normalise(pixels, None, vlm.network.mean, vlm.network.std), *f.tokenizer(texts)
+    inputs = normalise(pixels, vlm.network.mean, vlm.network.std), *f.tokenizer(texts)
     tuned = list(vlm.tuned_parameters().values())
     for given in (pixels, None)[: 1 + (images and model == "cris")]:
         want, got = vlm(*inputs), cached_logits(f, "train", indices, texts, given)
@@ -100,7 +100,7 @@ def test_evaluation_normalises_as_training_did(cli, arguments, tmp_path, model):
     predictor = evaluate.Predictor(tmp_path / "run", evaluate.parse_options(["--device", "cpu"]))
     vlm, pixels = vlsm.load(tmp_path / "run"), torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     with torch.no_grad():
-        want = vlm(normalise(pixels, None, vlm.network.mean, vlm.network.std), *vlm.tokenizer()(["a disk", "x"]))
+        want = vlm(normalise(pixels, vlm.network.mean, vlm.network.std), *vlm.tokenizer()(["a disk", "x"]))
     torch.testing.assert_close(predictor.logits(pixels, ["a disk", "x"]), want)
 
 

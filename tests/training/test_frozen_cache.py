@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 import vlsm
 from tests.conftest import normalise, rows, same_tensors, same_tensors_nearly, without_dim
 from vlsm.data.cache import device_batches, open_split
-from vlsm.data.pixel_values import Normaliser
 from vlsm.data.records import Record
 from vlsm.system import device as runtime
 from vlsm.training import frozen_cache as frozen
@@ -286,12 +285,6 @@ def test_moved_pixels_are_the_same():
     for a, b in zip(data.batch([3, 11, 0]), moved.batch([3, 11, 0])):
         assert torch.equal(a, b)
     assert moved.batch([1], with_images=False)[0] is None
-
-
-def test_normalise_into_given_memory():
-    pixels = torch.randint(0, 256, (3, 3, 6, 5), dtype=torch.uint8)
-    out = torch.empty(3, 3, 6, 5)
-    assert normalise(pixels, out) is out and torch.equal(out, normalise(pixels))
 
 
 def test_later_numbers():

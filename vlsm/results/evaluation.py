@@ -27,12 +27,11 @@ def predictions(predictor, data, prompts, batch_size):
         def read(batch):  # original masks, while the network works on the batch before
             return list(pool.map(lambda i: torch.from_numpy(read_mask(data.records[i].mask)), batch))
 
-        for batch, masks in prefetch(read, data.equalise_batches(own)):
+        for batch, masks in prefetch(read, own):
             images = data.batch(list(batch))[0]
-            if batch:  # of a sharded split: other processes want images
-                texts = [prompts[i] for i in batch]
-                logits = predictor.logits(images, texts)
-                yield list(zip(batch, texts, logits, (mask.to(predictor.device) for mask in masks)))
+            texts = [prompts[i] for i in batch]
+            logits = predictor.logits(images, texts)
+            yield list(zip(batch, texts, logits, (mask.to(predictor.device) for mask in masks)))
             bar.update(len(batch))
 
 
