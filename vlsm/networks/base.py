@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vlsm.networks.hooks import Tuner
+from vlsm.networks.renaming import to_own, to_published
 
 EOS_IS_MAX_ID = 2  # an `eos_token_id` that means "the highest id of a prompt": old files, CLIP's own code
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -87,6 +88,7 @@ class Network(nn.Module):
     name = ""  # as people write it
     model_types = ()  # that `config.json` may state
     default_weights = None  # hub id
+    renames = ()  # pairs (published name, ours), see renaming.py
     mean, std = IMAGENET_MEAN, IMAGENET_STD  # of images with values from 0 to 1
     methods = None  # names of the tuning methods that can act on it; None: all
     unsupported_reason = ""  # why the others cannot, a sentence
@@ -266,8 +268,18 @@ class Network(nn.Module):
 
     @classmethod
     def rename(cls, tensors):
-        """Return a checkpoint's tensors under the network's own names, without those that it does not use."""
+        """Return a checkpoint's tensors under the published names, without those that the network lacks."""
         return tensors
+
+    @classmethod
+    def own_names(cls, tensors):
+        """Return tensors of published names under the names of our modules; own names stay."""
+        return to_own(tensors, cls.renames)
+
+    @classmethod
+    def published_names(cls, tensors):
+        """Return tensors of our modules' names under the published ones."""
+        return to_published(tensors, cls.renames)
 
     def fresh_tensors(self, tensors):
         """Return what a checkpoint of these `tensors` lacks and what starts at random, by name."""
