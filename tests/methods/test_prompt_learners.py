@@ -12,7 +12,7 @@ from tests.methods.test_adapters import REAL, batch, count
 from tests.networks.test_clipseg import assert_golden, golden, run
 from vlsm.methods.registry import METHODS
 from vlsm.methods.upsampler import Upsampler
-from vlsm.networks.base import patch_tokens
+from vlsm.networks.transformer import patch_tokens
 from vlsm.training.gradients import check_gradients
 
 TINY = GOLDEN / "clipseg-tiny"

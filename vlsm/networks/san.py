@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlsm.networks.base import EOS_IS_MAX_ID, ImageFeatures, Network, resize_positions
+from vlsm.networks.base import EOS_IS_MAX_ID, ImageFeatures, Network
 from vlsm.networks.clip import CLIP, CLIP_MEAN, CLIP_STD, SIZE_TENSORS, VisionTransformer, from_hugging_face
 from vlsm.networks.encoder_config import VISION_DEFAULTS, EncoderConfig
 from vlsm.networks.renaming import OPENAI_BLOCK
-from vlsm.networks.transformer import Block, noise
+from vlsm.networks.transformer import Block, noise, resize_positions
 
 SIDE, CLIP_PART = "side_adapter_network.", "clip_model."
 HIDDEN = -100.0  # the published bias of what a mask's token must not see

@@ -171,6 +171,34 @@ def encoder_blocks(config, normal_start=False):
     return blocks
 
 
+# Tokens
+
+
+def resize_positions(weight, h, w):
+    """Return position embeddings `[h*w, D]` for a grid, resized bicubically from `[side*side, D]`."""
+    side = round(len(weight) ** 0.5)
+    if (h, w) == (side, side):
+        return weight
+    grid = weight.T.reshape(1, -1, side, side)  # [1, D, side, side]
+    grid = F.interpolate(grid, size=(h, w), mode="bicubic", align_corners=False)
+    return grid.flatten(2)[0].T
+
+
+def patch_tokens(patches, class_embedding, position_embedding):
+    """Return tokens `[B, 1+h*w, D]` of patches `[B, D, h, w]`: class token, then patches by rows."""
+    B, D, h, w = patches.shape
+    class_token = class_embedding.to(patches.dtype).expand(B, 1, D)
+    x = torch.cat([class_token, patches.flatten(2).transpose(1, 2)], 1)  # [B, 1+h*w, D]
+    patch_positions = resize_positions(position_embedding[1:], h, w)
+    return x + torch.cat([position_embedding[:1], patch_positions])
+
+
+def insert_context(x, at, context, replace=0):
+    """Insert vectors `[n, D]` or `[B, n, D]` into tokens `[B, S, D]`, in place of `replace` tokens there."""
+    context = context.to(x.dtype).expand(x.shape[0], -1, -1)
+    return torch.cat([x[:, :at], context, x[:, at + replace :]], 1)
+
+
 # Modules that checkpoints name
 
 
