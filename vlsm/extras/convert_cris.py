@@ -42,7 +42,8 @@ def convert(source, folder, config=None, tokenizer=None):
     names, openai = own_names(given)
     torch.manual_seed(0)
     network = CRIS(CRISConfig.from_dict(config or {}))
-    own, tensors = network.state_dict(), {new: given[name] for name, new in names.items()}
+    own = network.published_names(network.state_dict())
+    tensors = {new: given[name] for name, new in names.items()}
     missing = [n for n in own if n not in tensors]
     added = [n for n in missing if openai and (not n.startswith("backbone.") or ".connect." in n)]
     # old files lack them; nothing reads them

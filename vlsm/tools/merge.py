@@ -19,7 +19,7 @@ def merged_state_dict(model):
     """
     network = copy.deepcopy(model.network).float().cpu()
     copy.deepcopy(model.tuner).cpu().merge_into(network)
-    return {name: t.contiguous() for name, t in network.state_dict().items()}
+    return {name: t.contiguous() for name, t in network.published_names(network.state_dict()).items()}
 
 
 def save_merged(folder, model):
