@@ -186,6 +186,21 @@ def test_overwrite_deletes_a_run_and_nothing_else(tmp_path, capsys):
     assert "also holds eval-test, notes.md" in capsys.readouterr().out
 
 
+def test_only_what_this_program_wrote_is_deleted(tmp_path):
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    for name in ("a.txt", "b.txt", "deep/c.txt", "deep/er/d.txt"):
+        files.write_text(out / name, name)
+    files.write_text(elsewhere / "e.txt", "e")
+    (out / "b.txt").write_text("changed by hand")
+    (out / "mine.txt").write_text("mine")
+    (out / "link").symlink_to(elsewhere)
+    (out / "a-link.txt").symlink_to(elsewhere / "e.txt")
+    left = files.delete_owned(out)
+    assert left == [out / name for name in ("a-link.txt", "b.txt", "link", "mine.txt")]
+    assert sorted(out.rglob("*")) == left and (elsewhere / "e.txt").is_file()
+    assert files.delete_owned(elsewhere) == [] and not elsewhere.exists()
+
+
 def test_overwrite_spares_what_is_no_run(cli, quick, tmp_path):
     out = tmp_path / "run"
     out.mkdir()

@@ -227,6 +227,32 @@ def test_evaluation_prompts_are_reproducible_and_differ_between_records(folder):
     assert len(set(draw(1))) > 2 and draw(1, 5) != draw(1)
 
 
+def test_a_split_as_a_run_was_trained_on_it(folder, tmp_path):
+    metadata = dict(
+        dataset=str(folder),
+        data_root="data",
+        split_seed=0,
+        prompts="random",
+        image_size=32,
+        recipe=dict(seed=5),
+    )
+    data, texts = datasets.open_run_split(metadata)
+    assert data.images.shape == (6, 3, 32, 32)
+    assert texts == [choose_prompt(r, "random", 5, i) for i, r in enumerate(data.records)]
+    assert datasets.open_run_split(metadata, "val", prompts="p2")[1] == ["red disk"] * 6
+    assert datasets.open_run_split(metadata, seed=0)[1] != texts
+    shutil.copytree(folder, tmp_path / "root" / "kvasir_polyp")
+    other, _ = datasets.open_run_split(metadata, "val", "kvasir", tmp_path / "root", "class")
+    assert other.records[0].class_word == "polyp"
+
+
+def test_groups_of_the_bootstrap():
+    pattern, words = datasets.group_pattern("camus")
+    assert pattern == r"patient\d+" and pattern in words
+    assert datasets.group_pattern("camus", "[a-z]+")[0] == "[a-z]+"
+    assert datasets.group_pattern("kvasir") == datasets.group_pattern("a/folder") == (None, "image")
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK", "I;16", "I", "F"])
 def test_pictures_of_every_mode_become_rgb(tmp_path, mode):
     grey = np.arange(256, dtype=np.uint8).reshape(16, 16)

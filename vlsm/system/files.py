@@ -147,6 +147,28 @@ def owned_write(path):
             ledger.write(line)
 
 
+def delete_owned(folder):
+    """Delete the files below a folder that are as this program wrote them, and then every empty folder.
+
+    Links are neither followed nor deleted. Returns the paths of all files and links that are left.
+    """
+    folder = Path(folder)
+    if folder.is_symlink():
+        return [folder]
+    ledger = _ledger(folder)
+    left = []
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            left += delete_owned(path)
+        elif path.name == LEDGER or is_own(path, ledger):
+            path.unlink()
+        else:
+            left.append(path)
+    if not is_filled(folder):
+        folder.rmdir()
+    return left
+
+
 @contextmanager
 def locked(folder, what):
     """Hold a folder's lock, which ends with the process at the latest.
