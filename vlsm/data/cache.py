@@ -60,7 +60,9 @@ class CachedSplit:
         return torch.from_numpy(np.array(self.images[rows.start : rows.stop]))
 
     def move_to(self, device):
-        """Copy all pixels to a device, from where `batch` then takes them."""
+        """Copy all pixels to a GPU, if they take at most an eighth of its free memory; `batch` uses them."""
+        if device.type != "cuda" or self.nbytes > torch.cuda.mem_get_info(device)[0] / 8:
+            return
         self.on_device = [torch.from_numpy(np.array(a)).to(device) for a in (self.images, self.masks)]
 
     def has_foreground(self):

@@ -5,7 +5,10 @@ import math
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that takes no abbreviations, keeps the lines of its epilog, and raises ValueError."""
+    """An argument parser that takes no abbreviations and keeps the lines of its epilog.
+
+    Mistakes on the command line raise ValueError.
+    """
 
     def __init__(self, description, epilog=None, **settings):
         super().__init__(
