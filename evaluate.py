@@ -119,8 +119,13 @@ def evaluate_run(args, checkpoints):
     )
     trained, total = predictor.count_parameters()
     place = checkpoints[0]
+    members = []
+    suffixes = ["mirror"] if args.mirror else []
     if args.ensemble:
         place = args.ckpt[0] if len(args.ckpt) == 1 else Path(place).absolute().parent
+        members = list(map(str, checkpoints))
+        suffixes.append("ensemble")
+    out = Path(args.out or results_folder(place, metadata, args.split, args.dataset, suffixes))
     settings = dict(
         ckpt=str(place),
         dataset=args.dataset or metadata["dataset"],
@@ -132,13 +137,9 @@ def evaluate_run(args, checkpoints):
         trained=trained,
         total=total,
         mirror=args.mirror,
-        ensemble=[str(path) for path in checkpoints] if args.ensemble else [],
+        ensemble=members,
         nsd_tolerance=args.nsd_tolerance,
     )
-    suffixes = [name for name in ("mirror", "ensemble") if getattr(args, name)]
-    out = results_folder(place, metadata, args.split, args.dataset, suffixes)
-    if args.out:
-        out = Path(args.out)
     if args.all_prompts:
         return evaluate_all_prompts(args, predictor, data, out, settings)
 
@@ -183,7 +184,7 @@ def check_outputs(args, records, out):
     if args.out and args.figure:
         targets.append(figure_file(args, out))
     if args.out and args.gallery:
-        targets += page_files(out / "gallery", len(records))
+        targets += page_files(out / "gallery")
     for folder in (args.save_masks, args.save_probabilities):
         if folder:
             targets += [mask_target(folder, record.mask_name) for record in records]
@@ -197,14 +198,12 @@ def figure_file(args, out):
 
 def draw(args, records, scores, out, settings):
     """Write the sheet of --figure and the page of --gallery; returns their paths."""
-    run = Path(settings["ckpt"])
-    name = run.name if run.is_dir() else run.stem
     files = []
     if args.figure:
-        file = figure_file(args, out)
-        draw_cases(file, records, {"prediction": scores}, args.figure, args.figure_format)
-        files.append(file)
+        files.append(figure_file(args, out))
+        draw_cases(files[0], records, {"prediction": scores}, args.figure, args.figure_format)
     if args.gallery:
+        name = Path(settings["ckpt"]).name.removesuffix(".safetensors")
         title = f"{name} on {settings['dataset']} {args.split}"
         files.append(write_gallery(out / "gallery", records, {name: scores}, title))
     return files
@@ -212,9 +211,9 @@ def draw(args, records, scores, out, settings):
 
 def evaluate_all_prompts(args, predictor, data, out, settings):
     """Evaluate under each prompt key: a row of a table, and results in a folder of its own."""
-    keys = []
+    keys = {}
     for record in data.records:
-        keys += [key for key in record.prompts if key not in keys]
+        keys.update(record.prompts)
     if not keys:
         raise ValueError(f"--all-prompts: the records of '{settings['dataset']}' came without prompts.")
     if args.save_masks or args.save_probabilities or args.figure or args.gallery:
@@ -234,7 +233,8 @@ def evaluate_all_prompts(args, predictor, data, out, settings):
     for key, summary in summaries.items():
         hd95 = summary["hd95"]["mean"]
         hd95 = "n/a" if hd95 is None else f"{hd95:.2f}"
-        dsc, iou = 100 * summary["dsc"]["mean"], 100 * summary["iou"]["mean"]
+        dsc = 100 * summary["dsc"]["mean"]
+        iou = 100 * summary["iou"]["mean"]
         say(f"{key:8}{dsc:8.2f}{iou:8.2f}{hd95:>9}   {examples[key][:70]}")
     if not parallel.rank():
         write_json(out / "prompts.json", dict(prompts=summaries, **settings))
@@ -245,8 +245,11 @@ def print_means(evaluations):
     """Print means and deviations over runs; evaluations: of each run {prompt key: summary}."""
     for key in evaluations[0]:
         for metric, (title, factor, _) in METRICS.items():
-            means = [summaries[key][metric]["mean"] for summaries in evaluations]
-            means = [factor * mean for mean in means if mean is not None]
+            means = []
+            for summaries in evaluations:
+                mean = summaries[key][metric]["mean"]
+                if mean is not None:
+                    means.append(factor * mean)
             if means:
                 spread = np.std(means, ddof=1) if len(means) > 1 else 0
                 label = f"{key} {title}".lstrip()

@@ -12,24 +12,22 @@ GREEN, CYAN = (40, 200, 90), (0, 200, 255)
 INK, GREY = "#1e1e23", "#5a5a64"
 # Of a sheet, in inches.
 CELL, GAP, HEAD, LINE = 2.2, 0.08, 0.28, 0.17
-LETTERS = 13  # of a prompt in an inch, at most, at 8.5 points
+LETTERS = 15  # of a prompt in an inch, at 8.5 points
 PROMPT_LINES = 3
 DPI = 150
 
 
 def overlay(image, mask, colour):
     """Tint the mask bool `[H, W]` on the image uint8 `[H, W, 3]` and draw its outline, on a copy."""
+    from scipy.ndimage import binary_erosion
+
     out = image.astype(np.float32)
     out[mask] = 0.65 * out[mask] + 0.35 * np.array(colour)
     width = max(1, round(min(mask.shape) / 160))
-    height_px, width_px = mask.shape
-    padded = np.pad(mask, width)  # beyond the image is background, so that the outline closes
-    edge = np.zeros_like(mask)
-    for dy, dx in ((0, 1), (1, 0), (0, -1), (-1, 0)):
-        y = width + dy * width
-        x = width + dx * width
-        edge |= mask & ~padded[y : y + height_px, x : x + width_px]
-    out[edge] = colour
+    inside = binary_erosion(
+        mask, iterations=width
+    )  # also from the image's border, so that the outline closes
+    out[mask & ~inside] = colour
     return out.astype(np.uint8)
 
 
@@ -47,10 +45,9 @@ def choose_cases(scores, count):
     n_worst = (count + 1) // 3
     n_median = count // 3
     middle = max(n_best, (len(order) - n_median) // 2)
-    cases = [(i, "best") for i in order[:n_best]]
-    cases += [(i, "median") for i in order[middle : middle + n_median]]
-    cases += [(i, "worst") for i in order[len(order) - n_worst :]]
-    return cases
+    chosen = order[:n_best] + order[middle : middle + n_median] + order[len(order) - n_worst :]
+    ranks = ["best"] * n_best + ["median"] * n_median + ["worst"] * n_worst
+    return list(zip(chosen, ranks))
 
 
 def draw_cases(path, records, runs, count, file_format="png"):
@@ -80,35 +77,31 @@ def sheet(rows, path, names=("prediction",), file_format="png"):
 
     titles = ["image", "ground truth", *names]
     width = GAP + len(titles) * (CELL + GAP)
-    prompts = [wrap(row[3], width - 2 * GAP) for row in rows]
-    heights = [CELL * row[0].shape[0] / row[0].shape[1] for row in rows]
-    height = HEAD + GAP
-    for image_height, lines in zip(heights, prompts):
-        height += image_height + (len(lines) + 1) * LINE + 2 * GAP
+    figure = Figure(dpi=DPI)
+    axes = figure.add_axes((0, 0, 1, 1))  # coordinates in inches, y downwards
+    axes.set_axis_off()
 
-    figure = Figure(figsize=(width, height), dpi=DPI)
-
-    def write(x, y, text, **font):  # x, y: inches from the upper left corner
-        figure.text(x / width, 1 - y / height, text, va="top", parse_math=False, **font)
+    def write(x, y, text, size, weight="normal", colour=INK):
+        axes.text(x, y, text, size=size, weight=weight, color=colour, va="top", parse_math=False)
 
     for k, title in enumerate(titles):
-        write(GAP + k * (CELL + GAP), GAP, title, size=10, color=INK, weight="bold")
+        write(GAP + k * (CELL + GAP), GAP, title, 10, "bold")
     y = HEAD
-    for (image, truth, predictions, _, caption), image_height, lines in zip(rows, heights, prompts):
+    for image, truth, predictions, prompt, caption in rows:
         panels = [image, overlay(image, truth, GREEN)]
         panels += [overlay(image, mask, CYAN) for mask in predictions]
+        bottom = y + CELL * image.shape[0] / image.shape[1]
         for k, panel in enumerate(panels):
-            left = (GAP + k * (CELL + GAP)) / width
-            bottom = 1 - (y + image_height) / height
-            axes = figure.add_axes((left, bottom, CELL / width, image_height / height))
-            axes.imshow(panel, aspect="auto")
-            axes.set_axis_off()
-        y += image_height + GAP / 2
-        write(GAP, y, caption, size=9, color=INK, weight="bold")
-        for line in lines:
+            left = GAP + k * (CELL + GAP)
+            axes.imshow(panel, extent=(left, left + CELL, bottom, y), aspect="auto")
+        y = bottom + GAP / 2
+        write(GAP, y, caption, 9, "bold")
+        for line in wrap(prompt, width - 2 * GAP):
             y += LINE
-            write(GAP, y, line, size=8.5, color=GREY)
-        y += LINE + GAP * 1.5
+            write(GAP, y, line, 8.5, colour=GREY)
+        y += LINE + 1.5 * GAP
+    axes.set(xlim=(0, width), ylim=(y, 0))
+    figure.set_size_inches(width, y)
     save_figure(figure, path, file_format)
 
 

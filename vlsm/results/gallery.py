@@ -16,27 +16,20 @@ TEMPLATE = Path(__file__).with_name("gallery.html")
 DIFFERENCE = ((255, 140, 30), (240, 50, 70), GREEN)  # false positive, false negative, true positive
 
 
-def page_files(folder, n_records, n_runs=1):
-    """Return the paths of all files that `write_gallery` writes."""
-    endings = [".jpg", "-truth.png"]
-    for k in range(n_runs):
-        endings += [f"-p{k}.png", f"-d{k}.png"]
-    files = [Path(folder) / "index.html"]
-    for i in range(n_records):
-        files += [Path(folder) / "thumbs" / f"{i:05}{ending}" for ending in endings]
-    return files
+def page_files(folder):
+    """Return the paths in a page's folder that may be overwritten: index.html and all files in thumbs."""
+    return [folder / "index.html", *folder.glob("thumbs/[!.]*")]
 
 
 def write_gallery(folder, records, runs, title):
     """Write the page of records under one run or several; returns the path of index.html.
 
-    runs: {name: scores with their masks, as `evaluate_split` returns them}.
+    folder: a Path. runs: {name: scores with their masks, as `evaluate_split` returns them}.
     """
-    page = Path(folder) / "index.html"
     rows = []
     for i, record in enumerate(progress(records, "drawing")):
         scores = [run[i] for run in runs.values()]
-        size = _write_images(page.parent / "thumbs" / f"{i:05}", record, scores)
+        size = _write_images(folder / "thumbs" / f"{i:05}", record, scores)
         rows.append(
             dict(
                 id=f"{i:05}",
@@ -48,6 +41,7 @@ def write_gallery(folder, records, runs, title):
                 scores=[_page_score(s) for s in scores],
             )
         )
+    page = folder / "index.html"
     write_text(page, _render(title, dict(records=rows, runs=list(runs))))
     return page
 

@@ -76,9 +76,7 @@ def summarise(scores, resampled="image"):
     truth_empty = _column(scores, "target_empty") > 0
     values["dsc_nonempty"] = values["dsc"].masked_fill(truth_empty, math.nan)
     values["empty_correct"] = _column(scores, "pred_empty").masked_fill(~truth_empty, math.nan)
-    groups = None
-    if "group" in scores[0]:
-        groups = [s["group"] for s in scores]
+    groups = [s.get("group", i) for i, s in enumerate(scores)]
 
     intervals = bootstrap_intervals(values, groups)
     summary = {}
@@ -89,8 +87,7 @@ def summarise(scores, resampled="image"):
     with_diagonal = torch.where(undefined, _column(scores, "diagonal"), hd95)
     summary["hd95"]["n_undefined"] = int(undefined.sum())
     summary["hd95"]["mean_with_diagonal"] = with_diagonal.mean().item()
-    n_groups = len(set(groups)) if groups else len(scores)
-    summary["intervals"] = dict(draws=DRAWS, seed=SEED, resampled=resampled, groups=n_groups)
+    summary["intervals"] = dict(draws=DRAWS, seed=SEED, resampled=resampled, groups=len(set(groups)))
     if "bins" in scores[0]:
         summary["ece"] = calibration_error([s["bins"] for s in scores])
     return summary
@@ -136,17 +133,23 @@ def write_results(folder, scores, summary, settings):
 def describe(summary):
     """Return the summary of one evaluation as text, DSC, IoU and NSD in per cent."""
     hd95 = summary["hd95"]
+    undefined = hd95["n_undefined"]
     empty = summary["empty_correct"]
-    lines = [_line("DSC", summary["dsc"], 100, "%"), _line("IoU", summary["iou"], 100, "%")]
-    if "nsd" in summary:
-        lines.append(_line("NSD", summary["nsd"], 100, f"% at {summary.get('nsd_tolerance', 2):g} px"))
-    pairs = f"{hd95['n']}/{hd95['n'] + hd95['n_undefined']} pairs where it is defined"
-    lines.append(_line("HD95", hd95, 1, f"px at original size, over {pairs}"))
-    if hd95["n_undefined"]:
-        lines.append(
-            f"      {hd95['mean_with_diagonal']:7.2f} px with the image's diagonal for the "
-            f"{hd95['n_undefined']} pairs with one empty mask"
-        )
+    tolerance = summary.get("nsd_tolerance", 2)
+    lines = [
+        _line("DSC", summary["dsc"], 100, "%"),
+        _line("IoU", summary["iou"], 100, "%"),
+        _line("NSD", summary["nsd"], 100, f"% at {tolerance:g} px"),
+        _line(
+            "HD95",
+            hd95,
+            1,
+            f"px at original size, over {hd95['n']}/{hd95['n'] + undefined} pairs where it is defined",
+        ),
+    ]
+    if undefined:
+        diagonal = f"px with the image's diagonal for the {undefined} pairs with one empty mask"
+        lines.append(f"      {hd95['mean_with_diagonal']:7.2f} {diagonal}")
     if empty["n"]:
         nonempty = summary["dsc_nonempty"]
         unit = (
@@ -155,9 +158,10 @@ def describe(summary):
         )
         lines.append(_line("DSC", nonempty, 100, unit))
     if "ece" in summary:
-        brier = summary["brier"]["mean"]
-        ece = summary["ece"]
-        lines.append(f"Calibration: Brier score {brier:.4f}, expected calibration error {ece:.4f}")
+        lines.append(
+            f"Calibration: Brier score {summary['brier']['mean']:.4f}, expected calibration error "
+            f"{summary['ece']:.4f}"
+        )
     intervals = summary["intervals"]
     lines.append(
         f"[...]: 95 % bootstrap intervals, {intervals['groups']} groups ({intervals['resampled']}) drawn "

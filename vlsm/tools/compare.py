@@ -16,12 +16,15 @@ from vlsm.results.figures import draw_cases
 from vlsm.results.gallery import page_files, write_gallery
 from vlsm.results.intervals import DRAWS, bootstrap_intervals, in_brackets
 from vlsm.results.predict import load_predictor
+from vlsm.results.scores import summarise
 from vlsm.system import parallel
 from vlsm.system.arguments import Parser, add_machine_arguments, number
 from vlsm.system.console import friendly_errors, say
 from vlsm.system.files import check_targets
 
-EXAMPLE = "Example: python -m vlsm.tools.compare runs/kvasir-dense-64-seed42 runs/kvasir-shallow-64-seed42"
+EXAMPLE = (
+    "example:\n  python -m vlsm.tools.compare runs/kvasir-dense-64-seed42 runs/kvasir-coop-seed42 --gallery"
+)
 
 
 def signed_rank(a, b):
@@ -49,25 +52,25 @@ def difference(a, b):
 
 
 def run_names(paths):
-    """Return distinct display names of checkpoints: with parent folders and numbers if need be."""
-    paths = [Path(path) for path in paths]
-    names = [path.name if path.is_dir() else path.stem for path in paths]
-    if len(set(names)) < len(names):  # one name in several folders, as of runs that differ in the seed
-        names = [f"{path.absolute().parent.name}/{name}" for path, name in zip(paths, names)]
-    distinct = []
-    for i, name in enumerate(names):
-        count = names[: i + 1].count(name)
-        distinct.append(name if count == 1 else f"{name} ({count})")
-    return distinct
+    """Return distinct display names of checkpoints: of folder or file, with parent and number if need be."""
+    paths = [Path(path).absolute() for path in paths]
+    names = [path.name.removesuffix(".safetensors") for path in paths]
+    if len(set(names)) < len(names):  # as of runs that differ in the seed
+        names = [f"{k}: {path.parent.name}/{name}" for k, (path, name) in enumerate(zip(paths, names), 1)]
+    return names
 
 
 def parse_arguments(argv=None):
-    parser = Parser(__doc__, EXAMPLE)
+    parser = Parser(__doc__, EXAMPLE, prog="python -m vlsm.tools.compare")
     parser.add_argument("runs", nargs="+", help="two or more run folders or checkpoints")
     add = parser.add_argument_group("output").add_argument
     add("--figure", type=number(int, 1), default=6, metavar="N", help="rows of the sheet (default 6)")
-    add("--figure-format", default="png", choices=["png", "pdf", "svg"], help="default: png")
-    add("--out", metavar="FILE", help="file of the sheet (default: compare.png)")
+    add(
+        "--out",
+        default="compare.png",
+        metavar="FILE",
+        help="the sheet, .png, .pdf or .svg (default %(default)s)",
+    )
     add(
         "--gallery", action="store_true", help="also write FILE/gallery/index.html: all records, side by side"
     )
@@ -77,20 +80,22 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     if len(args.runs) < 2:
         raise ValueError(f"Only '{args.runs[0]}' is given; name two runs or more to compare.")
+    if Path(args.out).suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--out '{args.out}' should end with .png, .pdf or .svg.")
     return args
 
 
 def main(argv=None):
     args = parse_arguments(argv)
-    out = Path(args.out or f"compare.{args.figure_format}")
+    out = Path(args.out)
     gallery = out.with_suffix("") / "gallery"
-    names = run_names(args.runs)
+    check_targets([out, *page_files(gallery)] if args.gallery else [out], overwrite=args.overwrite)
     dataset = args.dataset or read_metadata(args.runs[0])["dataset"]
-    group, group_in_words = group_pattern(dataset, args.group)
-    check_targets([out], overwrite=args.overwrite)
-    scores = {}
+    pattern, group_in_words = group_pattern(dataset, args.group)
+
+    runs = {}
     base = None
-    for name, path in zip(names, args.runs):
+    for name, path in zip(run_names(args.runs), args.runs):
         predictor = load_predictor(
             path, args.weights, args.device, args.amp, args.kernels, args.compile, base=base
         )
@@ -98,25 +103,28 @@ def main(argv=None):
         data, texts = open_run_split(
             predictor.metadata, args.split, dataset, args.data_root, args.prompts, args.seed, args.cache_dir
         )
-        if args.gallery:
-            check_targets(page_files(gallery, len(data), len(names)), overwrite=args.overwrite)
-        scores[name] = evaluate_split(
-            predictor, data, texts, 2.0, args.upsample, args.batch_size, group, keep_masks=True
+        runs[name] = evaluate_split(
+            predictor,
+            data,
+            texts,
+            upsample=args.upsample,
+            batch_size=args.batch_size,
+            group=pattern,
+            keep_masks=True,
         )
-        dsc = [score["dsc"] for score in scores[name]]
-        interval = bootstrap_intervals({"dsc": dsc}, [score["group"] for score in scores[name]])["dsc"]
-        mean = f"DSC {100 * np.mean(dsc):.2f} {in_brackets(interval)} %"
+        dsc = summarise(runs[name])["dsc"]
+        mean = f"{100 * dsc['mean']:.2f} {in_brackets(dsc['ci95'])}"
         prompts = args.prompts or predictor.metadata["prompts"]
-        say(f"{name:30} {mean} over {len(dsc)} records, prompts: {prompts}")
-    for a, b in combinations(names, 2):
-        say(f"{a} - {b}: {difference(scores[a], scores[b])}")
+        say(f"{name:30} DSC {mean} % over {dsc['n']} records, prompts: {prompts}")
+    for a, b in combinations(runs, 2):
+        say(f"{a} - {b}: {difference(runs[a], runs[b])}")
     say(f"[...]: 95 % bootstrap intervals, groups ({group_in_words}) drawn {DRAWS:,} times")
     if not parallel.rank():
-        draw_cases(out, data.records, scores, args.figure, args.figure_format)
+        draw_cases(out, data.records, runs, args.figure, out.suffix[1:])
         say(f"Wrote {out}")
         if args.gallery:
-            title = f"{' and '.join(names)} on {dataset} {args.split}"
-            say(f"Wrote {write_gallery(gallery, data.records, scores, title)}")
+            title = f"{' and '.join(runs)} on {dataset} {args.split}"
+            say(f"Wrote {write_gallery(gallery, data.records, runs, title)}")
     parallel.shut_down()
 
 

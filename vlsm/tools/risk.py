@@ -1,10 +1,9 @@
 """Fit a threshold that keeps the expected false-negative rate (missed foreground) below a level.
 
-It is fitted on the validation split; the test split shows its effect. Source: Angelopoulos, Bates, Fisch, Lei,
-Schuster, "Conformal Risk Control" (ICLR 2024), section 2.
+It is fitted on the validation split, and its effect is measured on the test split. Writes risk.json into
+eval-SPLIT in the run's folder. Source: Angelopoulos, Bates, Fisch, Lei, Schuster, "Conformal Risk Control"
+(ICLR 2024), section 2.
 """
-
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,8 +16,9 @@ from vlsm.results.predict import load_predictor, logits_at_size
 from vlsm.system import parallel
 from vlsm.system.arguments import Parser, add_machine_arguments, number
 from vlsm.system.console import friendly_errors, say
-from vlsm.system.files import check_targets, write_json
+from vlsm.system.files import write_json
 
+EXAMPLE = "example:\n  python -m vlsm.tools.risk runs/kvasir-dense-64-seed42 fn 0.1"
 THRESHOLDS = np.arange(1, 1000) / 1000
 
 
@@ -66,9 +66,9 @@ def effect(predictor, data, prompts, threshold, group=None, batch_size=32):
         half = probability >= 0.5
         missed = np.nan
         if truth.any():
-            missed = 1 - (mask & truth).sum().item() / truth.sum().item()
-        dsc = [metrics.dsc(m[None], truth[None]).item() for m in (mask, half)]
-        return groups[i], missed, *dsc
+            missed = 1 - mask[truth].sum().item() / truth.sum().item()
+        dsc, dsc_at_half = metrics.dsc([mask, half], [truth, truth]).tolist()
+        return groups[i], missed, dsc, dsc_at_half
 
     rows = measure_records(predictor, data, prompts, batch_size, measure)
     row_groups, *columns = zip(*rows)
@@ -104,12 +104,10 @@ def describe(result):
 
 
 def main(argv=None):
-    parser = Parser(__doc__, "Example: python -m vlsm.tools.risk runs/kvasir-dense-64-seed42 fn 0.1")
+    parser = Parser(__doc__, EXAMPLE, prog="python -m vlsm.tools.risk")
     parser.add_argument("run", help="run folder or checkpoint")
     parser.add_argument("risk", choices=["fn"], help="fn: the share of foreground that is missed")
     parser.add_argument("level", type=number(float, high=0.999, above=0), help="such as 0.1")
-    parser.add_argument("--out", help="folder of risk.json (default: eval-SPLIT in the run's folder)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a foreign risk.json")
     add_split_arguments(parser)
     add_machine_arguments(parser)
     args = parser.parse_args(argv)
@@ -118,8 +116,6 @@ def main(argv=None):
 
     predictor = load_predictor(args.run, args.weights, args.device, args.amp, args.kernels, args.compile)
     metadata = predictor.metadata
-    out = Path(args.out or results_folder(args.run, metadata, args.split, args.dataset))
-    check_targets([out / "risk.json"], overwrite=args.overwrite)
     where = (args.dataset, args.data_root, args.prompts, args.seed, args.cache_dir)
     held_back, held_back_texts = open_run_split(metadata, "val", *where)
     test, test_texts = open_run_split(metadata, args.split, *where)
@@ -136,8 +132,9 @@ def main(argv=None):
         test=effect(predictor, test, test_texts, threshold, group, args.batch_size),
     )
     if not parallel.rank():
-        write_json(out / "risk.json", result)
-        say(f"{describe(result)}\nWrote {out / 'risk.json'}")
+        file = results_folder(args.run, metadata, args.split, args.dataset) / "risk.json"
+        write_json(file, result)
+        say(f"{describe(result)}\nWrote {file}")
     parallel.shut_down()
 
 
