@@ -1,18 +1,79 @@
-"""What a checkpoint predicts of a split, record by record, and its scores."""
+"""What a checkpoint predicts of a split, record by record, and its scores; options and folder of that."""
 
+import argparse
+import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from vlsm.data.cache import chunks, prefetch
+from vlsm.data.cache import chunks, default_cache, prefetch
 from vlsm.data.images import read_mask
 from vlsm.results.intervals import group_names
 from vlsm.results.predict import logits_at_size, mask_at_size, mask_target, save_png
 from vlsm.results.scores import calibration_counts, score
 from vlsm.system import parallel
+from vlsm.system.arguments import number
 from vlsm.system.console import progress
+
+READERS = 4  # threads that read masks
+
+
+# The split
+
+
+def add_split_arguments(parser):
+    """Add the options of a program that reads a run's split."""
+    add = parser.add_argument_group("data").add_argument
+    add("--split", default="test", choices=["train", "val", "test"], help="default: test")
+    add("--dataset", help="another data set than the run's: a name or a folder")
+    add("--data-root", help="folder that holds the data sets' folders (default: the run's)")
+    add("--prompts", help='random, class, a key such as p6, or a text: "a polyp" (default: the run\'s)')
+    add("--seed", type=number(int, 0), help="seed of random prompts (default: the run's)")
+    add(
+        "--group",
+        type=_pattern,
+        metavar="REGEX",
+        help="the bootstrap draws whole groups: what this pattern finds in an image's name (default: the "
+        "patient of camus and chexlocalize, else the image)",
+    )
+    add(
+        "--upsample",
+        default="logits",
+        choices=["logits", "mask"],
+        help="logits: enlarge bilinearly, then threshold (default); mask: threshold, then enlarge, as the "
+        "published code does",
+    )
+    add("--weights", help="folder or hub id of the base, if it has moved")
+    add("--batch-size", type=number(int, 1), default=32, help="images at a time (default 32)")
+    add("--cache-dir", default=default_cache(), help="folder of decoded images (default: %(default)s)")
+
+
+def _pattern(text):
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is no regular expression ({error})") from None
+    return text
+
+
+def results_folder(checkpoint, metadata, split, dataset=None, suffixes=()):
+    """Return the folder of an evaluation's results: eval-SPLIT in the run's folder.
+
+    The folder's name ends with the data set, if it is not the run's own, and with `suffixes` (mirror, ...).
+    """
+    run = Path(checkpoint)
+    if not run.is_dir():
+        run = run.parent
+    parts = ["eval", split]
+    if dataset and dataset != metadata["dataset"]:
+        parts.append(Path(dataset).name)
+    return run / "-".join([*parts, *suffixes])
+
+
+# The predictions
 
 
 def predictions(predictor, data, prompts, batch_size):
@@ -20,59 +81,61 @@ def predictions(predictor, data, prompts, batch_size):
 
     prompts: a text for each record; records whose text is None are left out. Several processes share them.
     """
-    wanted = [i for i in range(len(data)) if prompts[i] is not None]
-    own = [batch for _, batch in parallel.own_batches(chunks(wanted, batch_size))]
-    with ThreadPoolExecutor(4) as pool, progress(len(wanted), "evaluating") as bar:
+    wanted = [i for i, prompt in enumerate(prompts) if prompt is not None]
+    batches = [batch for _, batch in parallel.own_batches(chunks(wanted, batch_size))]
+    with ThreadPoolExecutor(READERS) as pool, progress(len(wanted), "evaluating") as bar:
 
-        def read(batch):  # original masks, while the network works on the batch before
-            return list(pool.map(lambda i: torch.from_numpy(read_mask(data.records[i].mask)), batch))
+        def read_masks(batch):  # at original size, in a thread, while the network works on the batch before
+            return list(pool.map(read_mask, [data.records[i].mask for i in batch]))
 
-        for batch, masks in prefetch(read, own):
-            images = data.batch(list(batch))[0]
+        for batch, masks in prefetch(read_masks, batches):
+            images, _ = data.batch(batch)
             texts = [prompts[i] for i in batch]
             logits = predictor.logits(images, texts)
-            yield list(zip(batch, texts, logits, (mask.to(predictor.device) for mask in masks)))
+            truths = [torch.from_numpy(mask).to(predictor.device) for mask in masks]
+            yield list(zip(batch, texts, logits, truths))
             bar.update(len(batch))
 
 
-def gather(rows):
-    """Return the (index, ...) rows of all processes in the records' order, without their indices."""
-    return [row for _, *row in parallel.gather_sorted(rows)]
-
-
 def measure_records(predictor, data, prompts, batch_size, measure):
-    """Return measure(index, prompt, logits `[1, S, S]`, true mask) of each record, without those of None."""
-    rows = []
-    for batch in predictions(predictor, data, prompts, batch_size):
-        rows += [(item[0], value) for item in batch if (value := measure(*item)) is not None]
-    return [value for (value,) in gather(rows)]
+    """Return measure(index, prompt, logits `[1, S, S]`, true mask `[H, W]`) of each record, in their order.
 
-
-def evaluate(predictor, data, prompts, options, group=None, keep=False, write=False):
-    """Return the scores of a split's records (dictionaries) and, where `keep`, their packed masks.
-
-    prompts: a text for each record. options: `EvaluateOptions`. group: a pattern, as in `group_names`. write:
-    whether --save-masks and --save-probabilities apply.
+    Results that are None are left out. Several processes share the records; each gets all results.
     """
-    records, rows = data.records, []
-    groups = group_names(records, group)
-    for batch in predictions(predictor, data, prompts, options.batch_size):
-        indices, texts, logits, truths = zip(*batch)
-        enlarged = [logits_at_size(z, t.shape) for z, t in zip(logits, truths)]
-        if options.upsample == "logits":
-            predicted = [z > 0 for z in enlarged]
-        else:
-            predicted = [mask_at_size(z, t.shape, options.upsample) for z, t in zip(logits, truths)]
-        found = score(list(zip(predicted, truths)), options.nsd_tolerance)
-        for i, text, z, truth, mask, row in zip(indices, texts, enlarged, truths, predicted, found):
-            probability = z.sigmoid()
-            about = dict(image=records[i].name, mask=records[i].mask_name, group=groups[i], prompt=text)
-            row = {**about, **row, **calibration_counts(probability, truth)}
-            rows.append((i, row, np.packbits(mask.cpu().numpy()) if keep else None))
-            if write and options.save_masks:
-                save_png(mask, mask_target(options.save_masks, records[i].mask_name))
-            if write and options.save_probabilities:
-                deep = (probability.double() * 65535).round().cpu().numpy().astype(np.uint16)
-                save_png(Image.fromarray(deep), mask_target(options.save_probabilities, records[i].mask_name))
-    found = gather(rows)
-    return [row for row, _ in found], [mask for _, mask in found]
+    results = []
+    for batch in predictions(predictor, data, prompts, batch_size):
+        for index, prompt, logits, truth in batch:
+            results.append((index, measure(index, prompt, logits, truth)))
+    return [result for _, result in parallel.gather_sorted(results) if result is not None]
+
+
+def evaluate_split(
+    predictor, data, prompts, tolerance=2.0, upsample="logits", batch_size=32, group=None, keep_masks=False,
+    mask_folder=None, probability_folder=None,
+):  # fmt: skip
+    """Return the scores of a split's records, a dictionary for each.
+
+    prompts: a text for each record. tolerance: of NSD, in pixels. group: a pattern, as in `group_names`.
+    keep_masks: add the predicted mask as `packed_mask`. mask_folder, probability_folder: where to write the
+    predicted masks as 0/255 PNGs, and the probabilities as 16-bit PNGs.
+    """
+    groups = group_names(data.records, group)
+
+    def measure(i, prompt, logits, truth):
+        record = data.records[i]
+        probability = logits_at_size(logits, truth.shape).sigmoid()
+        mask = mask_at_size(logits, truth.shape, upsample)
+        if mask_folder:
+            save_png(mask, mask_target(mask_folder, record.mask_name))
+        if probability_folder:
+            levels = (probability.double() * 65535).round().cpu().numpy()
+            image = Image.fromarray(levels.astype(np.uint16))
+            save_png(image, mask_target(probability_folder, record.mask_name))
+        row = dict(image=record.name, mask=record.mask_name, group=groups[i], prompt=prompt)
+        row.update(score([(mask, truth)], tolerance)[0])
+        row.update(calibration_counts(probability, truth))
+        if keep_masks:
+            row["packed_mask"] = np.packbits(mask.cpu().numpy())
+        return row
+
+    return measure_records(predictor, data, prompts, batch_size, measure)

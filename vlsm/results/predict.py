@@ -18,24 +18,48 @@ from vlsm.system.console import progress
 from vlsm.system.device import autocast, choose_device
 from vlsm.system.files import check_targets, owned_write
 
-SIDES = re.compile(r"\b([Ll]eft|[Rr]ight)\b")
+SIDES = re.compile(r"\b(left|right|Left|Right)\b")
+OTHER_SIDE = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
+READERS = 4  # threads that read images
+
+
+def load_predictor(
+    checkpoint,
+    weights=None,
+    device="auto",
+    amp="auto",
+    kernels="auto",
+    compile="auto",
+    mirror=False,
+    base=None,
+):
+    """Return the `Predictor` of a run's checkpoint, on its device; joins the processes that torchrun started.
+
+    weights: folder or hub id of the base, if it has moved. device, amp, kernels, compile: the options of
+    every program. mirror: as in `Predictor`. base: a VLSM in memory that shares its frozen weights. Raises as
+    `vlsm.load`.
+    """
+    device, dtype = choose_device(parallel.join_processes(device), amp)
+    with parallel.local_first():
+        model = load(checkpoint, weights, base)
+    model.place_on(device, dtype, kernels, compile)
+    return Predictor(model, device, dtype, mirror)
 
 
 class Predictor:
-    """A checkpoint, ready to segment uint8 images of the model's size.
+    """A model on its device, ready to segment uint8 images of its size.
 
-    options: `EvaluateOptions` (the machine's, and mirror). weights: the base's folder or hub id, if it has
-    moved.
+    model: a VLSM that `vlsm.load` returned. dtype: autocast's, or None. mirror: average the probabilities of
+    each image and of its mirror image.
     """
 
-    def __init__(self, checkpoint, options, weights=None):
-        self.device, self.dtype = choose_device(parallel.join_processes(options.device), options.amp)
-        with parallel.local_first():
-            model = load(checkpoint, weights)
-        self.model = model.place_on(self.device, self.dtype, options.kernels, options.compile)
-        self.mirror = options.mirror
-        self.about = model.metadata
-        self.size = self.about["image_size"]
+    def __init__(self, model, device, dtype, mirror=False):
+        self.model = model
+        self.device = device
+        self.dtype = dtype
+        self.mirror = mirror
+        self.metadata = model.metadata
+        self.size = model.metadata["image_size"]
         self.tokenizer = model.tokenizer()
 
     def count_parameters(self):
@@ -43,124 +67,169 @@ class Predictor:
         return self.model.count_parameters()
 
     def logits(self, images, prompts):
-        """Return float32 logits `[B, 1, S, S]` of uint8 images `[B, 3, S, S]` and B prompts.
-
-        With --mirror those of the mean probability of each image and of its mirror image.
-        """
+        """Return float32 logits `[B, 1, S, S]` of uint8 images `[B, 3, S, S]` and B prompts."""
+        logits = self._logits(images, prompts)
         if not self.mirror:
-            return self._logits(images, prompts)
-        mirrored = self._logits(images.flip(-1), [mirrored_prompt(p) for p in prompts])
-        return mean_logits([self._logits(images, prompts), mirrored.flip(-1)])
+            return logits
+        swapped = [mirrored_prompt(prompt) for prompt in prompts]
+        mirrored = self._logits(images.flip(-1), swapped)
+        return mean_logits([logits, mirrored.flip(-1)])
 
     @torch.inference_mode()
     def _logits(self, images, prompts):
         with autocast(self.device, self.dtype):
-            pixel_values = normalise(images.to(self.device), self.about["mean"], self.about["std"])
+            images = images.to(self.device)
+            pixel_values = normalise(images, self.metadata["mean"], self.metadata["std"])
             return self.model(pixel_values, *self.tokenizer(prompts)).float()
 
 
 class Ensemble:
-    """Several checkpoints as one `Predictor`: the mean of their probabilities.
+    """Several `Predictor`s as one: the mean of their probabilities.
 
-    Raises ValueError where they segment images of different sizes.
+    Raises ValueError if they segment images of different sizes.
     """
 
-    def __init__(self, checkpoints, options, weights=None):
-        self.members = [Predictor(path, options, weights) for path in checkpoints]
-        first = self.members[0]
-        self.about, self.size, self.device = first.about, first.size, first.device
-        if any(member.size != self.size for member in self.members):
-            sizes = ", ".join(str(member.size) for member in self.members)
-            raise ValueError(f"--ensemble: the runs' images are of different sizes ({sizes} pixels).")
+    def __init__(self, predictors):
+        first = predictors[0]
+        self.predictors = predictors
+        self.metadata = first.metadata
+        self.size = first.size
+        self.device = first.device
+        sizes = {predictor.size for predictor in predictors}
+        if len(sizes) > 1:
+            raise ValueError(f"--ensemble needs runs of one image size; these have {sorted(sizes)} pixels.")
 
     def count_parameters(self):
-        """Return (trained, total) numbers of parameters of all members together."""
-        return tuple(map(sum, zip(*(member.count_parameters() for member in self.members))))
+        """Return (trained, total) numbers of parameters, summed over the members."""
+        counts = [predictor.count_parameters() for predictor in self.predictors]
+        return sum(trained for trained, _ in counts), sum(total for _, total in counts)
 
     def logits(self, images, prompts):
-        """Return what `Predictor.logits` does."""
-        return mean_logits([member.logits(images, prompts) for member in self.members])
+        """Return float32 logits `[B, 1, S, S]`, as `Predictor.logits`."""
+        return mean_logits([predictor.logits(images, prompts) for predictor in self.predictors])
+
+
+def load_ensemble(checkpoints, **settings):
+    """Return the `Predictor` of one checkpoint, or the `Ensemble` of several, which share one base in memory.
+
+    settings: of `load_predictor`.
+    """
+    first = load_predictor(checkpoints[0], **settings)
+    if len(checkpoints) == 1:
+        return first
+    others = [load_predictor(path, base=first.model, **settings) for path in checkpoints[1:]]
+    return Ensemble([first, *others])
 
 
 def mean_logits(logits):
-    """Return the logits of the mean of several logits' probabilities."""
-    return torch.logit(torch.stack([z.double().sigmoid() for z in logits]).mean(0), eps=1e-12).float()
+    """Return the logits of the mean probability of several logits."""
+    probabilities = torch.stack([z.double().sigmoid() for z in logits])
+    return torch.logit(probabilities.mean(0), eps=1e-12).float()
 
 
 def mirrored_prompt(prompt):
-    """Return a prompt as it holds for the mirrored image: left and right exchanged."""
-    return SIDES.sub(lambda word: {"l": "right", "L": "Right", "r": "left", "R": "Left"}[word[0][0]], prompt)
+    """Return a prompt for the mirrored image: left and right exchanged."""
+    return SIDES.sub(lambda word: OTHER_SIDE[word[0]], prompt)
+
+
+# At the original size
 
 
 def logits_at_size(logits, shape):
-    """Return logits `[1, S, S]` enlarged bilinearly to the original `shape` (h, w), `[h, w]`."""
+    """Enlarge logits `[1, S, S]` bilinearly to the original `shape` (h, w), `[h, w]`."""
     return F.interpolate(logits[None], shape, mode="bilinear", align_corners=False)[0, 0]
 
 
-def mask_at_size(logits, shape, upsample):
-    """Return the bool mask of the original `shape` (h, w) of logits `[1, S, S]`.
+def mask_at_size(logits, shape, upsample="logits"):
+    """Return the bool mask `[h, w]` of logits `[1, S, S]` at the original `shape`.
 
-    upsample: "logits", enlarge bilinearly, then threshold; "mask", threshold, then enlarge.
+    upsample: "logits": enlarge bilinearly, then threshold; "mask": threshold, then enlarge.
     """
-    if upsample == "mask":
-        return F.interpolate((logits[None] > 0).float(), shape, mode="nearest-exact")[0, 0] > 0
-    return logits_at_size(logits, shape) > 0
+    if upsample == "logits":
+        return logits_at_size(logits, shape) > 0
+    mask = (logits[None] > 0).float()
+    return F.interpolate(mask, shape, mode="nearest-exact")[0, 0] > 0
 
 
 def mask_target(folder, name):
-    """Return the path of a predicted mask: the true one's name or the image's, with .png (JPEG blurs)."""
+    """Return the path of a predicted mask: an image's or mask's name with .png (JPEG blurs)."""
     return Path(folder) / PurePosixPath(name).with_suffix(".png")
 
 
 def save_png(image, path):
-    """Write a Pillow image, or a bool mask as 0 and 255, as a PNG file of this program's."""
+    """Write a Pillow image, or a bool mask as 0 and 255, as a PNG file that this program may replace."""
+    if torch.is_tensor(image):
+        image = mask_image(image.cpu())
     with owned_write(path) as temporary:
-        (mask_image(image.cpu()) if torch.is_tensor(image) else image).save(temporary, format="PNG")
+        image.save(temporary, format="PNG")
 
 
-def predict_folder(predictor, source, prompt, out, options):
-    """Write the masks of an image, or of a folder of images, below the folder `out`.
+# Images without a ground truth
 
-    options: `EvaluateOptions`. Several processes share the images. Returns how many could be read, and a
-    line on each of this process's that could not. Raises FileNotFoundError or ValueError where there are
-    none, FileExistsError where a user's file would be written over.
+
+def predict_folder(
+    predictor, source, prompt, out, batch_size=32, upsample="logits", overlays=False, overwrite=False
+):
+    """Write the masks of an image, or of a folder of images, below the folder `out`; processes share them.
+
+    overlays: also write NAME.overlay.png. Returns (number of images that could be read, this process's
+    messages on those that could not). Raises FileNotFoundError or ValueError if there are no images,
+    FileExistsError rather than overwriting a user's file.
     """
-    root = Path(source)
-    if not root.exists():
-        raise FileNotFoundError(f"There is no picture or folder '{root}'.")
-    files = [root] if root.is_file() else image_files(root)
-    names = [p.name if root.is_file() else p.relative_to(root).as_posix() for p in files]
-    masks = [mask_target(out, name) for name in names]
-    overlays = [mask.with_suffix(".overlay.png") for mask in masks]
+    source = Path(source)
+    if not source.exists():
+        raise FileNotFoundError(f"There is no image or folder '{source}'.")
+    files = [source]
+    folder = source.parent
+    if source.is_dir():
+        files = image_files(source)
+        folder = source
     if not files:
-        raise ValueError(f"'{root}' holds no pictures ({', '.join(EXTENSIONS)}).")
-    check_targets(masks + (overlays if options.overlay else []), files, options.overwrite)
-    broken = []
-    with ThreadPoolExecutor(4) as pool, progress(len(files), "segmenting") as bar:
-        for _, batch in parallel.own_batches(chunks(list(zip(files, masks, overlays)), options.batch_size)):
-            read = list(pool.map(read_picture, [file for file, *_ in batch]))
-            broken += [image for image in read if isinstance(image, str)]
-            batch = [(image, *row) for image, row in zip(read, batch) if not isinstance(image, str)]
-            if batch:
-                segment(predictor, prompt, batch, options)
-            bar.update(len(read))
-    return len(files) - len(broken), broken
+        raise ValueError(f"'{source}' holds no images ({', '.join(EXTENSIONS)}).")
+    targets = [mask_target(out, file.relative_to(folder).as_posix()) for file in files]
+    written = list(targets)
+    if overlays:
+        written += [overlay_target(target) for target in targets]
+    check_targets(written, files, overwrite)
+    errors = []
+    batches = chunks(list(zip(files, targets)), batch_size)
+    with ThreadPoolExecutor(READERS) as pool, progress(len(files), "segmenting") as bar:
+        for _, batch in parallel.own_batches(batches):
+            images = list(pool.map(_read_or_message, [file for file, _ in batch]))
+            jobs = []
+            for image, (_, target) in zip(images, batch):
+                if isinstance(image, str):
+                    errors.append(image)
+                else:
+                    jobs.append((image, target))
+            if jobs:
+                _segment(predictor, prompt, jobs, upsample, overlays)
+            bar.update(len(batch))
+    return len(files) - len(errors), errors
 
 
-def segment(predictor, prompt, batch, options):
-    """Write the masks of a batch of (image, its file, the mask's, the overlay's)."""
-    images = [image for image, *_ in batch]
-    small = [torch.from_numpy(resize_image(i, predictor.size).transpose(2, 0, 1)) for i in images]
-    logits = predictor.logits(torch.stack(small), [prompt] * len(images))
-    for (image, _, target, drawn), z in zip(batch, logits):
-        mask = mask_at_size(z, image.shape[:2], options.upsample)
+def overlay_target(mask):
+    """Return the path of the overlay beside a mask."""
+    return mask.with_suffix(".overlay.png")
+
+
+def _segment(predictor, prompt, jobs, upsample, overlays):
+    """Write the masks of a batch of (image uint8 `[H, W, 3]`, path of its mask)."""
+    pixels = []
+    for image, _ in jobs:
+        small = resize_image(image, predictor.size)
+        pixels.append(torch.from_numpy(small.transpose(2, 0, 1)))
+    logits = predictor.logits(torch.stack(pixels), [prompt] * len(jobs))
+    for (image, target), z in zip(jobs, logits):
+        mask = mask_at_size(z, image.shape[:2], upsample)
         save_png(mask, target)
-        if options.overlay:
-            save_png(Image.fromarray(overlay(image, mask.cpu().numpy(), CYAN)), drawn)
+        if overlays:
+            tinted = overlay(image, mask.cpu().numpy(), CYAN)
+            save_png(Image.fromarray(tinted), overlay_target(target))
 
 
-def read_picture(path):
-    """Read an image; returns a line that says why it cannot be read where that is so."""
+def _read_or_message(path):
+    """Read an image; if it cannot be read, return the reason as text."""
     try:
         return read_image(path)
     except (ImageError, FileNotFoundError) as error:
