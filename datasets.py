@@ -344,38 +344,6 @@ def open_run_split(
     return data, texts
 
 
-def open_run_split(
-    metadata, split="test", dataset=None, data_root=None, prompts=None, seed=None, cache_dir=None
-):
-    """Return (`CachedSplit`, one prompt for each record) of a split, as the run with this metadata read it.
-
-    metadata: a checkpoint's. dataset, data_root, prompts, seed: those of the run unless given. Raises as
-    `open_dataset`.
-    """
-    dataset = dataset or metadata["dataset"]
-    data_root = data_root or metadata["data_root"]
-    prompts = prompts or metadata["prompts"]
-    if seed is None:
-        seed = metadata["recipe"]["seed"]
-    size = metadata["image_size"]
-    splits = open_dataset(dataset, [split], size, data_root, cache_dir, metadata["split_seed"], prompts)
-    data = splits[split]
-    texts = [choose_prompt(record, prompts, seed, i) for i, record in enumerate(data.records)]
-    return data, texts
-
-
-def group_pattern(dataset, group=None):
-    """Return (pattern of the bootstrap's group in an image's name, or None; the group in words).
-
-    group: a pattern that replaces the data set's own.
-    """
-    if not group and dataset in DATASETS:
-        group = DATASETS[dataset].group
-    if not group:
-        return None, "image"
-    return group, f"what '{group}' finds in an image's name"
-
-
 # The command line
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vlsm.networks.base import FrozenBlocks, ImageFeatures, Network, TextEncoder
-from vlsm.networks.encoder_config import VISION_DEFAULTS, EncoderConfig
+from vlsm.networks.encoder_config import VISION_DEFAULTS, EncoderConfig, select_fields
 from vlsm.networks.transformer import (
     MLP,
     Attention,
@@ -26,7 +26,6 @@ from vlsm.networks.transformer import (
     text_model,
     tree,
 )
-from vlsm.system.options import select_fields
 
 # buffers in files of older transformers releases; they hold 0, 1, 2, ...
 UNUSED_KEYS = ("clip.text_model.embeddings.position_ids", "clip.vision_model.embeddings.position_ids")

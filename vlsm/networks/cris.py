@@ -16,10 +16,9 @@ from torch import nn
 
 from vlsm.networks.base import EOS_IS_MAX_ID, ImageFeatures, Network
 from vlsm.networks.clip import CLIP, CLIP_MEAN, CLIP_STD
-from vlsm.networks.encoder_config import EncoderConfig
+from vlsm.networks.encoder_config import EncoderConfig, select_fields
 from vlsm.networks.renaming import OPENAI_BLOCK
 from vlsm.networks.transformer import Attention, noise, resize_positions
-from vlsm.system.options import select_fields
 
 
 @dataclass(frozen=True)

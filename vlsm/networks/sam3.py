@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vlsm.networks.base import ImageFeatures, Network, TextEncoder
-from vlsm.networks.encoder_config import VISION_DEFAULTS, EncoderConfig
+from vlsm.networks.encoder_config import VISION_DEFAULTS, EncoderConfig, select_fields
 from vlsm.networks.transformer import (
     MLP,
     Attention,
@@ -25,7 +25,6 @@ from vlsm.networks.transformer import (
     text_model,
     tree,
 )
-from vlsm.system.options import select_fields
 
 LEVELS = (4, 2, 1)  # by how much the neck enlarges the vision transformer's map, finest first
 PREFIXES = ("detector_model.", "sam3.")  # that other ways of saving put before the names
