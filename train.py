@@ -67,7 +67,9 @@ def main(argv=None, after_epoch=None):
         run = Run(args.out, model, optimizer, scheduler, dtype, metadata, args.monitor)
         run.start(settings, args.resume, args.overwrite, args.changed_data, args.tensorboard)
         for split in ("train", "val"):
-            cache.add_split(split, data[split], args.batch_size)
+            kept = cache.add_split(split, data[split], args.batch_size)
+            if kept:
+                say(kept)
             data[split].move_to(device)
         with Interrupt() as interrupt:
             train_epochs(args, run, data, cache, criterion, interrupt, after_epoch)

@@ -220,8 +220,9 @@ def test_blocks_that_are_switched_off(cli, trained):
 
 @pytest.mark.parametrize("method", ["dense", "lora", "telescopic"])
 def test_an_adapter_of_zeros_changes_nothing(method):
-    import vlsm
     from vlsm.results.blocks import switched_off, tuned_blocks
+
+    import vlsm
 
     torch.manual_seed(0)
     model, bare = vlsm.build("clipseg", "mini", method), vlsm.build("clipseg", "mini", "none")

@@ -13,7 +13,7 @@ import torch
 
 import train
 from vlsm.methods.search_space import search_space
-from vlsm.model import read_config
+from vlsm.model import network_class, read_config
 from vlsm.system.arguments import Parser, number
 from vlsm.system.console import friendly_errors, say
 from vlsm.system.files import atomic_write, field, is_filled, locked, read_json, write_csv, write_json
@@ -35,7 +35,8 @@ def choose_space(values, words):
     values: all options by name; words: the command line.
     """
     _, _, config = read_config(values["model"], values["weights"])
-    space = search_space(values["peft"], config, values["reference"], method_options(values))
+    network = network_class(values["model"])
+    space = search_space(values["peft"], network, config, values["reference"], method_options(values))
     parser = train_parser()
     for action in parser._actions:
         action.default = argparse.SUPPRESS
@@ -156,6 +157,10 @@ def run_trial(optuna, study, trial, words, folder, by_loss):
         say(f"failed: {error}")
 
 
+def trial_folder(out, trial):
+    return out / f"trial-{trial.number:03d}"
+
+
 def short(value):
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
@@ -172,17 +177,14 @@ def report(study, out):
     names = list(trials[0].params)
     table = [["trial", "state", "val_dsc", "epochs", *names]]
     for trial in trials:
-        parameters = [short(trial.params[name]) for name in names]
-        dsc = f"{100 * trial.user_attrs['val_dsc']:.2f}"
-        epochs = str(trial.user_attrs["epochs"])
-        table.append([f"{trial.number:03d}", trial.state.name.lower(), dsc, epochs, *parameters])
+        row = [f"{trial.number:03d}", trial.state.name.lower()]
+        row += [f"{100 * trial.user_attrs['val_dsc']:.2f}", str(trial.user_attrs["epochs"])]
+        table.append(row + [short(trial.params[name]) for name in names])
     write_csv(out / "sweep.csv", table, atomic_write)
-    widths = [max(map(len, column)) for column in zip(*table)]
     for row in table:
-        say("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
+        say("  ".join(cell.rjust(12) for cell in row))
     best = study.best_trial if any(trial.state.name == "COMPLETE" for trial in trials) else trials[0]
-    folder = out / f"trial-{best.number:03d}"
-    say(f"Wrote {out / 'sweep.csv'}. The best: python evaluate.py --ckpt {folder}")
+    say(f"Wrote {out / 'sweep.csv'}. The best: python evaluate.py --ckpt {trial_folder(out, best)}")
 
 
 def main(argv=None):
@@ -216,9 +218,8 @@ def main(argv=None):
         study = open_study(optuna, args.out / "study.db", new=not args.resume)
         while trial := next_trial(optuna, study, distributions, args.trials, values["seed"]):
             say(f"\ntrial {trial.number + 1} of {args.trials}: {trial.params}")
-            folder = args.out / f"trial-{trial.number:03d}"
             try:
-                run_trial(optuna, study, trial, words, folder, values["reference"])
+                run_trial(optuna, study, trial, words, trial_folder(args.out, trial), values["reference"])
             except SystemExit:  # interrupted
                 say(f"Continue the sweep with: python -m vlsm.tools.sweep --out {args.out} --resume")
                 raise

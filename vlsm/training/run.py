@@ -258,7 +258,12 @@ def delete_run(out):
         for file in out.glob(pattern):
             if file.is_file() or file.is_symlink():
                 file.unlink()
-    delete_owned(out)
+    for folder in out.glob("eval-*"):
+        if folder.is_dir():
+            delete_owned(folder)
+    events = out / "tensorboard"
+    if events.is_dir() and not is_filled(events):
+        events.rmdir()
     left = sorted(path.name for path in out.iterdir())
     if left:
         say(f"'{out}' also holds {', '.join(left[:5])}{', ...' if len(left) > 5 else ''}; this stays.")
