@@ -198,7 +198,10 @@ def test_what_is_monitored_is_what_must_progress(monitor, stalled, best):
     plateau = SimpleNamespace(step=lambda loss: None)
     run = Run("nowhere", vlsm.build("clipseg", "mini"), None, plateau, None, {}, monitor)
     for dsc, loss in ((0.5, 1.0), (0.6, 0.99995), (0.7, 1.2)):
-        assert run.end_epoch(val_dsc=dsc, val_loss=loss) == best
+        run.end_epoch(
+            train_loss=1, train_dsc=0, val_dsc=dsc, val_loss=loss, val_iou=0, lr=1, images_per_second=1
+        )
+        assert run.improved == best
     assert run.stalled == stalled and run.best == 0.7
 
 

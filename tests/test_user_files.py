@@ -181,6 +181,7 @@ def test_overwrite_deletes_a_run_and_nothing_else(tmp_path, capsys):
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
+    files.write_text(tmp_path / "eval-test" / "metrics.csv", "x")
     delete_run(tmp_path)
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["eval-test", "mine.txt", "notes.md"]
     assert "also holds eval-test, notes.md" in capsys.readouterr().out
