@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from vlsm.data.images import image_files
 from vlsm.data.prompts import choose_prompt, class_word
-from vlsm.data.records import DataError, Record, read_annotations
+from vlsm.data.records import DataError, Record, first_few, read_annotations
 from vlsm.system.console import friendly_errors, say
 from vlsm.system.files import check_targets, owned_write
 
@@ -157,7 +157,7 @@ class ImageFolder:
         if not paths:
             return self.root / name
         if len(paths) > 1:
-            names = ", ".join(path.name for path in paths[:3])
+            names = first_few(path.name for path in paths)
             raise ValueError(
                 f"'{name}' is not in '{self.root}', and {len(paths)} files share its stem: {names}."
             )
@@ -202,10 +202,10 @@ def _folder_records(root, split, split_seed):
         rows = _paired_records(root)
         low, high = {"train": (0, 0.8), "val": (0.8, 0.9), "test": (0.9, 1)}[split]
     else:
-        content = sorted(path.name for path in root.iterdir())[:8]
+        content = first_few(sorted(path.name for path in root.iterdir()), 8)
         raise ValueError(
             f"'{root}' should hold images/ and masks/ (equal stems), or train/, val/ and test/ with these "
-            f"inside, or anns/ beside them; it holds {', '.join(content) or 'nothing'}."
+            f"inside, or anns/ beside them; it holds {content or 'nothing'}."
         )
     return [record for record in rows if low <= _unit_hash(record.name, split_seed) < high]
 

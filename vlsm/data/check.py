@@ -11,14 +11,13 @@ from PIL import Image
 
 from vlsm.data.images import ImageError, read_image, read_mask
 from vlsm.data.prompts import prompt_texts
-from vlsm.data.records import index_images
+from vlsm.data.records import first_few, index_images
 from vlsm.system.console import progress
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SHEET_ROWS = 8
 THUMBNAIL = 16  # side in pixels
 ALIKE = 0.99  # correlation of thumbnails above which two images are taken for frames of one video
-BLOCK = 512  # thumbnails that are compared at a time
 
 
 @dataclass
@@ -111,20 +110,16 @@ def similar_images(summaries):
 
 def _closest(thumbnails, others):
     """Return [(correlation, name, most similar name among `others`)] above ALIKE, the highest first."""
-    if not thumbnails or not others:
+    if not others:
         return []
-    names = list(thumbnails)
-    pixels = np.stack(list(thumbnails.values()))  # [n, 768]
-    other_names = list(others)
-    other_pixels = np.stack(list(others.values()))
+    names = list(others)
+    pixels = np.stack(list(others.values()))  # [n, 768]
     pairs = []
-    for start in range(0, len(names), BLOCK):
-        correlations = pixels[start : start + BLOCK] @ other_pixels.T
-        best = correlations.argmax(1)
-        for row, column in enumerate(best.tolist()):
-            correlation = float(correlations[row, column])
-            if correlation > ALIKE:
-                pairs.append((correlation, names[start + row], other_names[column]))
+    for name, thumbnail in thumbnails.items():
+        correlations = pixels @ thumbnail
+        best = correlations.argmax()
+        if correlations[best] > ALIKE:
+            pairs.append((float(correlations[best]), name, names[best]))
     return sorted(pairs, reverse=True)
 
 
@@ -150,14 +145,12 @@ def describe_splits(name, summaries):
 
 def _describe(summary):
     """Return the lines on one split."""
-    sizes = [f"{width} x {height} ({n})" for (width, height), n in summary.sizes.most_common(4)]
-    if len(summary.sizes) > 4:
-        sizes.append("...")
-    lines = [f"  sizes: {', '.join(sizes) or 'none'}"]
+    sizes = [f"{width} x {height} ({n})" for (width, height), n in summary.sizes.most_common()]
+    lines = [f"  sizes: {first_few(sizes, 4) or 'none'}"]
     areas = np.array(summary.areas)
-    filled = areas[areas > 0]
+    filled = 100 * areas[areas > 0]
     if len(filled):
-        percent = ", ".join(f"{100 * area:.1f}" for area in np.quantile(filled, QUANTILES))
+        percent = ", ".join(f"{area:.1f}" for area in np.quantile(filled, QUANTILES))
         lines.append(f"  mask area in % of the image (5, 25, 50, 75, 95 % of the masks): {percent}")
     lines.append(f"  empty masks: {len(areas) - len(filled)}")
     if summary.prompts:
@@ -167,17 +160,13 @@ def _describe(summary):
         words = f"{np.mean(summary.words):.1f} words on average, {max(summary.words)} at most"
         lines.append(f"  prompts: {', '.join(keys)}; {words}")
     if summary.unreadable:
-        names = ", ".join(summary.unreadable[:3])
-        lines.append(f"  UNREADABLE: {len(summary.unreadable)} ({names}, ...)")
+        lines.append(f"  UNREADABLE: {len(summary.unreadable)} ({first_few(summary.unreadable)})")
     return lines
 
 
 def _examples(pairs, sign):
     """Return the first pairs of names as text."""
-    texts = [name if name == other else f"{name} {sign} {other}" for name, other in pairs[:3]]
-    if len(pairs) > 3:
-        texts.append("...")
-    return ", ".join(texts)
+    return first_few(name if name == other else f"{name} {sign} {other}" for name, other in pairs)
 
 
 def sheet_rows(splits):

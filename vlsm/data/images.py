@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from vlsm.data.records import first_few
 from vlsm.system.console import say_once
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
@@ -201,12 +202,9 @@ def _foreground(values, name):
     else:
         wrong = _grey_values(scaled)
     if len(wrong):
-        examples = ", ".join(f"{float(value) * full / 255:.4g}" for value in wrong[:6])
-        if len(wrong) > 6:
-            examples += ", ..."
+        values = first_few([f"{float(value) * full / 255:.4g}" for value in wrong], 6)
         raise ImageError(
-            name,
-            f"a mask holds 0 and 255, or 0 and 1, and this one also {examples}; make a mask of each class",
+            name, f"a mask holds 0 and 255, or 0 and 1, and this one also {values}; make a mask of each class"
         )
     return values > full / 2
 

@@ -25,6 +25,13 @@ class Record:
     problem: str | None = None  # why it cannot be used, if that is known before its files are read
 
 
+def first_few(texts, most=3):
+    """Join the first texts by commas, with dots for the others."""
+    texts = list(texts)
+    dots = ["..."] if len(texts) > most else []
+    return ", ".join(texts[:most] + dots)
+
+
 class DataError(ValueError):
     """Records that cannot be used, grouped in one message. bad: their indices, sorted."""
 
@@ -34,11 +41,8 @@ class DataError(ValueError):
         lines = []
         for problem, hits in problems.items():
             indices.update(i for i, _ in hits)
-            names = list(dict.fromkeys(name for _, name in hits))
-            examples = ", ".join(names[:3])
-            if len(names) > 3:
-                examples += ", ..."
-            lines.append(f"  {len(names)} x {problem}: {examples}")
+            names = dict.fromkeys(name for _, name in hits)
+            lines.append(f"  {len(names)} x {problem}: {first_few(names)}")
         self.bad = sorted(indices)
         heading = f"{len(self.bad)} of {total} records cannot be used:"
         super().__init__("\n".join([heading, *lines]))
