@@ -281,6 +281,5 @@ def build(model="clipseg", weights=None, method="none", reference=False, **optio
     sentence to act on.
     """
     check_model(method, network_class(model))
-    complete_options(method, options)  # reject bad options before loading weights
     network, description = read_network(model, weights, reference)
     return attach(network, description, method, options)

@@ -1,5 +1,6 @@
 """LoRA, the learnable upsampler, combinations, wrong options; every method on the demo."""
 
+import argparse
 import json
 
 import pytest
@@ -11,7 +12,14 @@ import vlsm
 from tests.conftest import ROOT, normalise
 from tests.methods.test_adapters import REAL, batch, count
 from tests.methods.test_prompt_learners import LEARNERS, SMALL, TINY, build, restated
-from vlsm.methods.registry import complete_options, make_tuner
+from vlsm.methods.registry import (
+    METHODS,
+    OPTIONS,
+    add_method_options,
+    complete_options,
+    default_options,
+    make_tuner,
+)
 from vlsm.methods.upsampler import Upsampler
 from vlsm.networks.hooks import Contexts
 from vlsm.networks.weights import MINI
@@ -101,7 +109,7 @@ def test_upsampler_of_the_published_code(method, reads):
             "takes the options prompt_depth, context, context_init; it has no shared_dim",
         ),
         ("coop+maple", {}, "both put context vectors into the text encoder"),
-        ("dense+dense", {}, "dense stands there twice"),
+        ("dense+dense", {}, "dense is named twice"),
         ("none+vpt", {}, "none trains nothing"),
         ("full+decoder", {}, "full trains the decoder already"),
         ("dense+", {}, "Method '' is not known"),
@@ -146,7 +154,7 @@ def test_lora_is_a_change_of_weights(branches):
 
 def test_lora_count_at_real_size():
     with torch.device("meta"):
-        lora = make_tuner("lora", REAL, False, complete_options("lora", {}))
+        lora = make_tuner("lora", REAL, False, complete_options("lora", {}, REAL))
         assert count(lora) == 2 * 16 * 2 * (10 * 768 + 12 * 512)
 
 
@@ -242,3 +250,21 @@ def test_the_method_that_readme_adds(monkeypatch):
     model(torch.randn(2, 3, 48, 48), *model.tokenizer()(["a", "b"])).square().mean().backward()
     assert "3 of 3 trained tensors finite and non-zero" in check_gradients(model)
     assert vlsm.build("clipseg", "mini", "dense+scale").count_parameters()[0] == 174_144 + 3 * 128
+
+
+def test_every_option_of_a_method_is_on_the_command_line():
+    parser = argparse.ArgumentParser()
+    add_method_options(parser)
+    assert set(vars(parser.parse_args([]))) == set(OPTIONS)
+    for method in METHODS:
+        options = complete_options(method, {}, REAL)
+        assert options == default_options(method)
+
+
+def test_options_of_a_combination():
+    settings = complete_options("dense+vpt", dict(dim=8, vpt=dict(context=3)), REAL)
+    assert settings["upsampler"] and settings["dense"]["dim"] == 8 and settings["vpt"]["context"] == 3
+    assert complete_options("dense+vpt", settings, REAL) == settings
+    assert not complete_options("dense+vpt", dict(upsampler=False), REAL)["upsampler"]
+    with pytest.raises(ValueError, match="has no heads"):
+        complete_options("dense+vpt", dict(vpt=dict(heads=2)), REAL)
