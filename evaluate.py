@@ -252,8 +252,8 @@ def print_means(evaluations):
                     means.append(factor * mean)
             if means:
                 spread = np.std(means, ddof=1) if len(means) > 1 else 0
-                label = f"{key} {title}".lstrip()
-                say(f"{label:8} {np.mean(means):7.2f} +- {spread:.2f} over {len(means)} runs")
+                label = f"{key} {title:8}".lstrip()
+                say(f"{label} {np.mean(means):7.2f} +- {spread:.2f} over {len(means)} runs")
 
 
 # Masks of images without a ground truth
