@@ -47,78 +47,46 @@ def curves(history, path):
     save_figure(figure, path)
 
 
-# The report's charts. groups: {data set: {method: its DSC in % with mean, std and ci95, or None}};
+# The report's charts. groups: {data set: {method: its DSC in %, as mean, low and high}};
 # trained: {method: number of trained parameters}.
 
 
 def bars(groups, trained, path, file_format="png"):
-    """Plot DSC as bars with error bars: the 95 % interval if it is known, else the deviation."""
-    methods = _methods(groups, trained)
+    """Plot DSC as bars, with lines from low to high."""
+    methods = set()
+    for cells in groups.values():
+        methods.update(cells)
+    width = 0.9 / len(methods)
     figure, (axis,) = _panels(1)
     figure.set_figwidth(max(PANEL[0], 0.8 + len(groups) * (0.3 * len(methods) + 0.3)))
-    width = 0.9 / len(methods)
-    for k, method in enumerate(methods):
-        middle = (k - (len(methods) - 1) / 2) * width
-        places = []
-        means = []
-        errors = []
+    for k, method in enumerate(sorted(methods, key=lambda method: (trained[method], method))):
+        heights = {}
         for place, cells in enumerate(groups.values()):
-            cell = cells.get(method)
-            if cell:
-                places.append(place + middle)
-                means.append(cell.mean)
-                errors.append(_error(cell))
-        below, above = zip(*errors)
+            if method in cells:
+                x = place + (k - (len(methods) - 1) / 2) * width
+                heights[x] = cells[method].mean
+                axis.vlines(x, cells[method].low, cells[method].high, color="black", zorder=3)
         colour = COLOURS[k % len(COLOURS)]
-        axis.bar(places, means, 0.9 * width, yerr=(below, above), color=colour, label=method)
+        axis.bar(list(heights), list(heights.values()), 0.9 * width, color=colour, label=method)
     crowded = sum(map(len, groups)) > 12 * figure.get_figwidth()  # letters of the names below the axis
-    turned = {"rotation": 30, "ha": "right"} if crowded else {}
-    axis.set_xticks(range(len(groups)), list(groups), **turned)
+    axis.set_xticks(range(len(groups)), list(groups), rotation=15 if crowded else 0)
     axis.grid(False, axis="x")
-    if len(methods) > 1:
-        letters = 6 + max(map(len, methods))  # of a column, with its colour
-        ncols = min(3, max(1, int(12 * figure.get_figwidth() / letters)))
-        figure.legend(loc="outside lower center", ncols=ncols, frameon=False)
     axis.set_title("DSC in %")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     save_figure(figure, path, file_format)
 
 
-def _methods(groups, trained):
-    """Return the methods with figures, by their trained parameters."""
-    methods = set()
-    for cells in groups.values():
-        methods.update(method for method, cell in cells.items() if cell)
-    return sorted(methods, key=lambda method: (trained[method], method))
-
-
-def _error(cell):
-    """Return how far an error bar reaches below and above a mean."""
-    if cell.ci95:
-        low, high = cell.ci95
-        return max(0, cell.mean - low), max(0, high - cell.mean)
-    deviation = cell.std or 0
-    return deviation, deviation
-
-
 def against_parameters(groups, trained, path, file_format="png"):
-    """Plot DSC against trained parameters, a panel for each data set.
-
-    Points without trained parameters are at the left border, in orange.
-    """
+    """Plot DSC against trained parameters, a panel for each data set."""
     figure, axes = _panels(len(groups))
     for axis, (dataset, cells) in zip(axes, groups.items()):
-        methods = _methods({dataset: cells}, trained)
-        counts = [trained[method] for method in methods if trained[method]] or [10]
-        left = min(counts) / 3
-        axis.set_xscale("log")
-        axis.set_xlim(left / 1.5, max(counts) * 10)
-        for k, method in enumerate(methods):
-            point = (trained[method] or left, cells[method].mean)
-            colour = BLUE if trained[method] else ORANGE
-            axis.plot(*point, "o", color=colour)
+        for k, method in enumerate(sorted(cells, key=trained.get)):
+            point = (trained[method], cells[method].mean)
+            axis.plot(*point, "o", color=BLUE)
             offset = (0, 8) if k % 2 else (0, -14)  # neighbours' labels keep clear of each other
             axis.annotate(method, point, offset, textcoords="offset points", ha="center", fontsize=8)
-        axis.margins(y=0.12)
+        axis.set_xscale("symlog", linthresh=1000)  # a method may train no parameters
+        axis.margins(0.2, 0.12)
         axis.set_title(f"{dataset}: DSC in %")
         axis.set_xlabel("trained parameters")
     save_figure(figure, path, file_format)

@@ -16,18 +16,18 @@ from vlsm.system.files import check_targets, csv_text, field, owned_write, read_
 DAGGER = " †"  # after the name of a method whose figures are a paper's
 TEX = str.maketrans({"%": r"\%", "_": r"\_", "†": r"$^\dagger$", "±": r"$\pm$"})
 NETWORK_PREFIXES = {"clipseg": "", "cris": "CRIS ", "san": "SAN ", "sam3": "SAM3 "}
-OPTION_PREFIXES = {"branches": "", "dim": "", "prompt_depth": "J"}  # of the options that a label shows
 
 # An evaluation of a run on its own data set; metrics: the contents of metrics.json, which is `file`
 Run = namedtuple("Run", "dataset label recipe file metrics")
-# A mean in per cent or pixels; for several seeds their sample deviation, for one the interval over records
-Cell = namedtuple("Cell", "mean std ci95", defaults=(None, None))
+# A mean in per cent or pixels and its spread, as numbers and as text: for several seeds their sample
+# deviation (" ± 1.41"), for one the 95 % interval over records (" [78.20, 83.10]")
+Cell = namedtuple("Cell", "mean low high spread")
 
 
 def method_label(metadata, metrics):
     """Return a method with what tells it from its like: "dense vl 64", "CRIS full (mirrored)"."""
     label = NETWORK_PREFIXES[metadata["model"]] + metadata["method"]
-    for option, prefix in OPTION_PREFIXES.items():
+    for option, prefix in (("branches", ""), ("dim", ""), ("prompt_depth", "J")):
         if option in metadata["options"]:
             label += f" {prefix}{metadata['options'][option]}"
     if metadata["reference"]:
@@ -87,30 +87,37 @@ def mean_over_seeds(runs, metric):
     factor = METRICS[metric][1]
     summaries = [field(run.file, run.metrics, metric, kind=dict, words="a summary") for run in runs]
     defined = [summary for summary in summaries if summary["mean"] is not None]
-    means = [factor * summary["mean"] for summary in defined]
-    if len(means) > 1:
-        return Cell(statistics.mean(means), statistics.stdev(means))
-    if not means:
+    if not defined:
         return None
-    ends = defined[0]["ci95"]
-    return Cell(means[0], None, ends and [factor * end for end in ends])
+    means = [factor * summary["mean"] for summary in defined]
+    mean = statistics.mean(means)
+    if len(means) > 1:
+        std = statistics.stdev(means)
+        return Cell(mean, mean - std, mean + std, f" ± {std:.2f}")
+    interval = defined[0]["ci95"]
+    if not interval:  # of fewer than two groups of records
+        return Cell(mean, mean, mean, "")
+    low, high = interval
+    return Cell(mean, factor * low, factor * high, f" {in_brackets(interval, factor)}")
 
 
 def tabulate(groups):
-    """Return {(data set, metric): {label: Cell or None}} of the groups of `group_seeds`."""
+    """Return {(data set, metric): {label: Cell}} of the groups of `group_seeds`."""
     table = defaultdict(dict)
     for (dataset, label), runs in groups.items():
         for metric in METRICS:
-            table[dataset, metric][label] = mean_over_seeds(runs.values(), metric)
+            cell = mean_over_seeds(runs.values(), metric)
+            if cell:
+                table[dataset, metric][label] = cell
     return table
 
 
 def add_published(table, trained, name):
     """Add a paper's figures to the table, and its methods to `trained`; return a note that names the paper.
 
-    name: of a file in vlsm/tools/published ("vlsm-adapter"), or the path of one like them: {"source": "...",
-    "rows": [{"dataset": "kvasir", "method": "dense vl 64", "trained": 2974464, "dsc": ..., "dsc_std": ...},
-    ...]}; DSC, IoU and NSD in per cent, unknown values left out. Raises FileNotFoundError or ValueError.
+    name: of a file in vlsm/tools/published ("vlsm-adapter"), or the path of a .json file like them:
+    {"source": "A paper", "rows": [{"dataset": "kvasir", "method": "dense vl 64", "trained": 2974464, "dsc":
+    89.1}, ...]}; DSC, IoU and NSD in per cent, unknown values left out. Raises OSError or ValueError.
     """
     file = Path(name) if name.endswith(".json") else Path(__file__).parent / "published" / f"{name}.json"
     paper = read_json(file)
@@ -121,17 +128,9 @@ def add_published(table, trained, name):
         trained[label] = field(where, row, "trained") if "trained" in row else trained.get(label)
         for metric in METRICS:
             if metric in row and (dataset, metric) in table:
-                std = field(where, row, f"{metric}_std") if f"{metric}_std" in row else None
-                table[dataset, metric][label] = Cell(field(where, row, metric), std)
+                mean = field(where, row, metric)
+                table[dataset, metric][label] = Cell(mean, mean, mean, "")
     return f"\n{DAGGER.strip()} {field(file, paper, 'source', kind=str, words='a text')}\n"
-
-
-def cell_text(cell, best):
-    """Return a cell in markdown: "**81.00** ± 1.41"; bold if its mean, as a text, is the `best`."""
-    mean = f"{cell.mean:.2f}"
-    bold = f"**{mean}**" if mean == best else mean
-    deviation = "" if cell.std is None else f" ± {cell.std:.2f}"
-    return f"{bold}{deviation} {in_brackets(cell.ci95, 1)}".rstrip()
 
 
 def head_text(label, trained):
@@ -147,15 +146,18 @@ def table_rows(table, trained):
     rows = [["data set", "metric", *(head_text(label, trained[label]) for label in labels)]]
     for (dataset, metric), cells in table.items():
         title, _, better = METRICS[metric]
-        ours = [cell.mean for label, cell in cells.items() if cell and not label.endswith(DAGGER)]
-        best = f"{better(ours):.2f}" if ours else ""
+        ours = [cell.mean for label, cell in cells.items() if not label.endswith(DAGGER)]
+        best = f"{better(ours):.2f}"
         row = [dataset, title]
         for label in labels:
-            cell = cells.get(label)
-            mark = "" if label.endswith(DAGGER) else best
-            row.append(cell_text(cell, mark) if cell else "")
-        if any(cells.values()):
-            rows.append(row)
+            text = ""
+            if label in cells:
+                text = f"{cells[label].mean:.2f}"
+                if text == best and not label.endswith(DAGGER):
+                    text = f"**{text}**"
+                text += cells[label].spread
+            row.append(text)
+        rows.append(row)
     return rows
 
 
@@ -164,20 +166,26 @@ def format_rows(rows, text_format):
     if text_format == "csv":
         return csv_text(rows).replace("**", "").replace("±", "+-")
     if text_format == "md":
-        lines = ["| " + " | ".join(row) + " |" for row in rows]
-        lines.insert(1, "| --- | --- |" + " ---: |" * (len(rows[0]) - 2))
-        return "\n".join(lines) + "\n"
-    lines = [" & ".join(row).translate(TEX) + r" \\" for row in rows]
-    lines.insert(0, rf"\begin{{tabular}}{{ll{'r' * (len(rows[0]) - 2)}}}" + "\n" + r"\toprule")
-    lines.insert(2, r"\midrule")
-    text = "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
-    return re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", text)
+        head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+        return "\n".join([head, "| --- | --- |" + " ---: |" * (len(rows[0]) - 2), *body, ""])
+    head, *body = [" & ".join(row).translate(TEX) + r" \\" for row in rows]
+    lines = [
+        r"\begin{tabular}{ll" + "r" * (len(rows[0]) - 2) + "}",
+        r"\toprule",
+        head,
+        r"\midrule",
+        *body,
+        r"\bottomrule",
+        r"\end{tabular}",
+        "",
+    ]
+    return re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", "\n".join(lines))
 
 
 def main(argv=None):
     parser = Parser(
         __doc__,
-        "Example: python -m vlsm.tools.report runs --published vlsm-adapter",
+        "example:\n  python -m vlsm.tools.report runs --published vlsm-adapter",
         prog="python -m vlsm.tools.report",
     )
     parser.add_argument("folder", metavar="DIR", help="folder of evaluated runs")
@@ -202,16 +210,15 @@ def main(argv=None):
     dsc = {dataset: dict(cells) for (dataset, metric), cells in table.items() if metric == "dsc"}
     note = add_published(table, trained, args.published) if args.published else ""
     text = format_rows(table_rows(table, trained), args.format) + (note if args.format == "md" else "")
-    out = Path(args.out or args.folder)
-    table_file = out / f"report.{args.format}"
-    charts = [out / f"{name}.{args.figure_format}" for name in ("dsc", "parameters")]
-    check_targets([table_file, *charts], overwrite=args.overwrite)
-    write_text(table_file, text)
-    for file, draw in zip(charts, (plots.bars, plots.against_parameters)):
+    names = (f"report.{args.format}", f"dsc.{args.figure_format}", f"parameters.{args.figure_format}")
+    files = [Path(args.out or args.folder, name) for name in names]
+    check_targets(files, overwrite=args.overwrite)
+    write_text(files[0], text)
+    for file, draw in zip(files[1:], (plots.bars, plots.against_parameters)):
         with owned_write(file) as temporary:
             draw(dsc, trained, temporary, args.figure_format)
     count = sum(map(len, groups.values()))
-    say(f"{text}\n{count} evaluations. Wrote {', '.join(map(str, [table_file, *charts]))}")
+    say(f"{text}\n{count} evaluations. Wrote {', '.join(map(str, files))}")
 
 
 if __name__ == "__main__":
