@@ -161,10 +161,6 @@ def trial_folder(out, trial):
     return out / f"trial-{trial.number:03d}"
 
 
-def short(value):
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
 def report(study, out):
     """Print a table of the trials, best first, and write it to sweep.csv.
 
@@ -174,12 +170,11 @@ def report(study, out):
     if not trials:
         raise ValueError("No trial finished an epoch; the lines above say why.")
     trials.sort(key=lambda trial: -trial.user_attrs["val_dsc"])
-    names = list(trials[0].params)
-    table = [["trial", "state", "val_dsc", "epochs", *names]]
+    table = [["trial", "state", "val_dsc", "epochs", *trials[0].params]]
     for trial in trials:
-        row = [f"{trial.number:03d}", trial.state.name.lower()]
-        row += [f"{100 * trial.user_attrs['val_dsc']:.2f}", str(trial.user_attrs["epochs"])]
-        table.append(row + [short(trial.params[name]) for name in names])
+        dsc = f"{100 * trial.user_attrs['val_dsc']:.2f}"
+        row = [f"{trial.number:03d}", trial.state.name.lower(), dsc, str(trial.user_attrs["epochs"])]
+        table.append(row + [f"{v:.3g}" if isinstance(v, float) else str(v) for v in trial.params.values()])
     write_csv(out / "sweep.csv", table, atomic_write)
     for row in table:
         say("  ".join(cell.rjust(12) for cell in row))
