@@ -233,7 +233,7 @@ def _paired_records(folder):
     images = ImageFolder(folder / "images")
     masks = ImageFolder(folder / "masks")
     rows = []
-    for stem in images.by_stem.keys() | masks.by_stem.keys():
+    for stem in sorted(images.by_stem.keys() | masks.by_stem.keys()):
         image_paths = images.by_stem.get(stem, [])
         mask_paths = masks.by_stem.get(stem, [])
         if len(image_paths) == len(mask_paths) == 1:

@@ -112,7 +112,8 @@ def prepare(name, source, root, anns=None, descriptions=(), overwrite=False):
     target = Path(root).resolve()
     if download.path.resolve() in (target, *target.parents):
         raise ValueError(
-            f"'{root}' lies in the download '{source}', where nothing is written. Choose another --data-root."
+            f"'{root}' is inside the download '{source}', where nothing is written. Choose another "
+            "--data-root."
         )
     with Writer(root, overwrite) as writer:
         entries = _write_samples(name, download, writer, descriptions, made=anns is None)
