@@ -172,21 +172,21 @@ def _annotated_records(root, split, source):
     """Return the records that an annotation file lists."""
     path = root / "anns" / f"{split}.json"
     if not path.is_file():
-        present = sorted(file.name for file in (root / "anns").glob("*.json"))
+        present = first_few(sorted(file.name for file in path.parent.glob("*.json")))
         raise FileNotFoundError(
             f"There is no '{path}'. Expected {root}/images, {root}/masks and "
-            f"{root}/anns/{{train,val,test}}.json; anns/ holds {', '.join(present) or 'nothing'}."
+            f"{root}/anns/{{train,val,test}}.json; anns/ holds {present or 'nothing'}."
         )
     subfolder = source.subfolders[split] if source.subfolders else ""
     images = ImageFolder(root / "images" / subfolder)
     masks = ImageFolder(root / "masks" / subfolder)
     rows = []
     for entry in read_annotations(path):
-        image = entry["img_name"]
-        mask = entry["mask_name"]
+        name = entry["img_name"]
+        mask_name = entry["mask_name"]
         prompts = entry["prompts"]
         word = source.word or class_word(prompts)
-        rows.append(Record(image, mask, images.find(image), masks.find(mask), prompts, word))
+        rows.append(Record(name, mask_name, images.find(name), masks.find(mask_name), prompts, word))
     return rows
 
 
@@ -233,7 +233,7 @@ def _paired_records(folder):
     images = ImageFolder(folder / "images")
     masks = ImageFolder(folder / "masks")
     rows = []
-    for stem in images.by_stem.keys() | masks.by_stem.keys():
+    for stem in sorted(images.by_stem.keys() | masks.by_stem.keys()):
         image_paths = images.by_stem.get(stem, [])
         mask_paths = masks.by_stem.get(stem, [])
         if len(image_paths) == len(mask_paths) == 1:

@@ -11,7 +11,7 @@ import datasets
 from tests.raw.layouts import LAYOUTS, Layout
 from tests.raw.test_formats import strips
 from vlsm.data.images import read_image, read_mask
-from vlsm.raw.prepare import split
+from vlsm.raw.prepare import draw_splits
 
 RECORDS = dict(
     kvasir=(8, 1, 1),
@@ -135,10 +135,10 @@ def test_splits_keep_patients_together(prepared, tmp_path):
 )
 def test_splits_have_the_published_sizes(name, count, want):
     entries = [dict(split=None, group=str(i)) for i in range(count)]
-    found = split(name, entries)
+    found = draw_splits(name, entries)
     assert tuple(len(found[part]) for part in ("train", "val", "test")) == want
     assert {e["group"] for rows in found.values() for e in rows} == {str(i) for i in range(count)}
-    assert split(name, entries[::-1])["val"] == found["val"]
+    assert draw_splits(name, entries[::-1])["val"] == found["val"]
 
 
 def test_prompts_and_descriptions(prepared, tmp_path):

@@ -112,7 +112,7 @@ def device_batches(data, batches, device, with_images=True):
 
 
 class _BadRecord(Exception):
-    """A record that cannot be used. args: the kind of problem, the name to print."""
+    """A record that cannot be used. args: the problem, and the name to print."""
 
 
 def _read_pair(record):
@@ -164,8 +164,8 @@ def decode(records, images, masks, label):
         for i, problem in enumerate(pool.map(decode_record, range(len(records)))):
             bar.update()
             if problem:
-                problem_kind, name = problem
-                problems[problem_kind].append((i, name))
+                description, name = problem
+                problems[description].append((i, name))
     if problems:
         raise DataError(problems, len(records))
 

@@ -1,6 +1,6 @@
 """Images and masks: the one reader of each, for all formats that users have; resizing.
 
-Every image is read upright (EXIF orientation applied), so that a mask lies on it as viewers show it.
+Images and masks are turned upright by their EXIF orientation, as viewers show them, so that both match.
 """
 
 import io

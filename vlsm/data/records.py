@@ -76,10 +76,8 @@ def read_annotations(path):
 
 def _check_entry(entry, place):
     """Raise ValueError, which begins with `place`, unless an annotation file's entry is a record."""
-    if not isinstance(entry, dict):
-        raise ValueError(f"{place} should be an object, and is {entry!r}.")
     for key, value_type in (("img_name", str), ("mask_name", str), ("prompts", dict)):
-        if not isinstance(entry.get(key), value_type):
+        if not isinstance(entry, dict) or not isinstance(entry.get(key), value_type):
             expected = "text" if value_type is str else "object"
             raise ValueError(f"{place}: the key '{key}' is missing or is no {expected}.")
     for key in ("img_name", "mask_name"):

@@ -46,8 +46,8 @@ class Download:
         self.archive = None
         self.skipped = defaultdict(list)
         if self.path.is_dir():
-            files = [file for file in self.path.rglob("*") if file.is_file()]
-            names = [file.relative_to(self.path).as_posix() for file in files]
+            files = self.path.rglob("*")
+            names = [file.relative_to(self.path).as_posix() for file in files if file.is_file()]
         elif self.path.is_file() and zipfile.is_zipfile(self.path):
             self.archive = zipfile.ZipFile(self.path)
             names = [entry.filename for entry in self.archive.infolist() if not entry.is_dir()]

@@ -50,7 +50,7 @@ class Writer:
         self.overwrite = overwrite
         self.written = 0
         self.unchanged = 0
-        self.waiting = {}  # the names, in the order of writing
+        self.waiting = {}  # path -> temporary file
 
     def __enter__(self):
         self.root.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ class Writer:
         staged = self.stage / name
         staged.parent.mkdir(parents=True, exist_ok=True)
         staged.write_bytes(data)
-        self.waiting[name] = staged
+        self.waiting[path] = staged
 
     def png(self, name, pixels):
         """Write pixels: uint8, or bool as 0 and 255."""
@@ -85,17 +85,17 @@ class Writer:
     def commit(self, outdated=()):
         """Move the files to their places, and remove the `outdated` ones. Raises as `check_targets`."""
         root = self.root.resolve()
-        paths = [self.root / name for name in self.waiting]
-        for path in paths:
+        targets = [*self.waiting, *outdated]
+        for path in targets:
             if not path.parent.resolve().is_relative_to(root):
                 raise ValueError(f"'{path}' leads out of '{self.root}' by a link; remove the link.")
-        check_targets([*paths, *outdated], overwrite=self.overwrite)
-        for path, staged in zip(paths, self.waiting.values()):
+        check_targets(targets, overwrite=self.overwrite)
+        for path, staged in self.waiting.items():
             with owned_write(path) as temporary:
                 temporary.write_bytes(staged.read_bytes())
         for path in outdated:
             path.unlink()
-        self.written = len(paths)
+        self.written = len(self.waiting)
 
 
 def prepare(name, source, root, anns=None, descriptions=(), overwrite=False):
@@ -112,7 +112,8 @@ def prepare(name, source, root, anns=None, descriptions=(), overwrite=False):
     target = Path(root).resolve()
     if download.path.resolve() in (target, *target.parents):
         raise ValueError(
-            f"'{root}' lies in the download '{source}', where nothing is written. Choose another --data-root."
+            f"'{root}' is inside the download '{source}', where nothing is written. Choose another "
+            "--data-root."
         )
     with Writer(root, overwrite) as writer:
         entries = _write_samples(name, download, writer, descriptions, made=anns is None)
@@ -127,7 +128,7 @@ def prepare(name, source, root, anns=None, descriptions=(), overwrite=False):
         outdated = [file for file in sorted(Path(root).glob("anns/*.json")) if file.stem not in splits]
         writer.commit(outdated)
     images = {(entry["subfolder"], entry["img_name"]) for entry in entries}
-    counts = ", ".join(f"{len(rows)} {part}" for part, rows in splits.items())
+    counts = ", ".join(f"{len(rows)} {split}" for split, rows in splits.items())
     say(f"{name}: {len(images)} images and {len(entries)} masks from '{source}'")
     say(f"  records: {counts} ({'published' if anns else 'made here'})")
     say(f"  files in '{root}': {writer.written} written, {writer.unchanged} unchanged")
@@ -197,18 +198,18 @@ def _make_prompts(name, pixels, mask, word, descriptions):
 
 def _write_splits(name, writer, entries):
     """Split the records, and write annotation files of them; returns the splits."""
-    splits = split(name, entries)
-    for part, rows in splits.items():
+    splits = draw_splits(name, entries)
+    for split, rows in splits.items():
         records = [{key: entry[key] for key in ("img_name", "mask_name", "prompts")} for entry in rows]
-        writer.write(f"anns/{part}.json", json.dumps(records, indent=1).encode())
+        writer.write(f"anns/{split}.json", json.dumps(records, indent=1).encode())
     return splits
 
 
-def split(name, entries):
-    """Return {part: entries} for train, val and test.
+def draw_splits(name, entries):
+    """Return {split: entries} for train, val and test.
 
     An entry's own split counts. The others are drawn from a fixed seed in the published shares, by groups: no
-    image (of CAMUS and CheXlocalize: no patient) is in two parts.
+    image (of CAMUS and CheXlocalize: no patient) is in two splits.
     """
     groups = defaultdict(list)
     for entry in entries:
@@ -223,20 +224,20 @@ def split(name, entries):
     val_end = round(len(free) * (train + val) / total)
     drawn = {"train": free[:train_end], "val": free[train_end:val_end], "test": free[val_end:]}
     splits = {}
-    for part, names in drawn.items():
+    for split, names in drawn.items():
         rows = []
         for group in sorted(names):
             rows += groups[None, group]
         for (fixed, _), group_rows in groups.items():
-            if fixed == part:
+            if fixed == split:
                 rows += group_rows
         if rows:
-            splits[part] = rows
+            splits[split] = rows
     return splits
 
 
 def _published(folder, writer, entries):
-    """Copy published annotation files; returns {part: records}.
+    """Copy published annotation files; returns {split: records}.
 
     Raises ValueError if there are none, or records lack their files.
     """
@@ -244,16 +245,16 @@ def _published(folder, writer, entries):
     masks = {_without_suffix(entry["mask_name"]) for entry in entries}
     splits = {}
     missing = []
-    for part in ("train", "val", "test"):
-        file = Path(folder) / f"{part}.json"
+    for split in ("train", "val", "test"):
+        file = Path(folder) / f"{split}.json"
         if not file.is_file():
             continue
-        splits[part] = read_annotations(file)
-        for record in splits[part]:
+        splits[split] = read_annotations(file)
+        for record in splits[split]:
             has_image = _without_suffix(record["img_name"]) in images
             if not has_image or _without_suffix(record["mask_name"]) not in masks:
                 missing.append(record["mask_name"])
-        writer.write(f"anns/{part}.json", file.read_bytes())
+        writer.write(f"anns/{split}.json", file.read_bytes())
     if not splits:
         raise ValueError(f"'{folder}' holds no train.json, val.json or test.json.")
     if missing:
