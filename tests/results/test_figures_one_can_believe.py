@@ -211,6 +211,7 @@ def test_all_prompts_of_an_ensemble(cli, trained, tmp_path):
         (["--group", "(", "--ckpt", "x"], ("--group", "regular expression")),
         (["--ensemble", "--ckpt", "x"], ("--ensemble", "several")),
         (["--ckpt", "x", "y"], ("--ckpt", "--ensemble")),
+        (["--ckpt", "x", "--all-prompts", "--gallery"], ("--all-prompts", "gallery")),
         (["--ckpt", "x", "--nsd-tolerance", "-1"], ("--nsd-tolerance", "-1")),
         (["--ckpt", "x", "--nsd-tolerance", "nan"], ("--nsd-tolerance", "nan")),
         (["--ckpt", "x", "--figure", "0"], ("--figure", "0")),
