@@ -67,7 +67,9 @@ def main(argv=None, after_epoch=None):
         run = Run(args.out, model, optimizer, scheduler, dtype, metadata, args.monitor)
         run.start(settings, args.resume, args.overwrite, args.changed_data, args.tensorboard)
         for split in ("train", "val"):
-            cache.add_split(split, data[split], args.batch_size)
+            kept = cache.add_split(split, data[split], args.batch_size)
+            if kept:
+                say(kept)
             data[split].move_to(device)
         with Interrupt() as interrupt:
             train_epochs(args, run, data, cache, criterion, interrupt, after_epoch)
@@ -94,16 +96,12 @@ def train_epochs(args, run, data, cache, criterion, interrupt, after_epoch=None)
         )
         run.refuse_nonfinite(val_loss, f"validation loss after epoch {epoch}")
         speed = len(data["train"]) / seconds
-        better = run.end_epoch(
+        line = run.end_epoch(
             epoch=epoch, train_loss=loss, train_dsc=train_dsc, val_loss=val_loss, val_dsc=val_dsc,
-            val_iou=val_iou, lr=lr, seconds=round(seconds, 2), images_per_second=round(speed, 1),
+            val_iou=val_iou, lr=lr, seconds=round(seconds, 2), images_per_second=round(speed, 3),
         )  # fmt: skip
-        run.save(better)
-        say(
-            f"epoch {epoch:3d}/{args.epochs}  loss {loss:.4f}  DSC {100 * train_dsc:.2f}  val loss "
-            f"{val_loss:.4f}  val DSC {100 * val_dsc:.2f}  IoU {100 * val_iou:.2f}  lr {lr:.1e}  "
-            f"{speed:.3g} img/s{'  *' if better else ''}"
-        )
+        run.save()
+        say(f"epoch {epoch:3d}/{args.epochs}  {line}")
         interrupt.leave(f"Interrupted after epoch {epoch}; {run.describe_saved()}")
         if after_epoch:
             after_epoch(run)

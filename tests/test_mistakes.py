@@ -16,9 +16,9 @@ from vlsm.networks.weights import MINI
 @pytest.mark.parametrize(
     "call, message",
     [
-        (6, "The loss became nan in epoch 2, step 2"),
-        (7, "The loss became nan in epoch 2, step 3"),
-        (8, "The validation loss became nan after epoch 2"),
+        (6, "The loss in epoch 2 became nan"),
+        (7, "The loss in epoch 2 became nan"),
+        (8, "The validation loss after epoch 2 became nan"),
     ],
 )
 def test_loss_that_is_not_finite_stops_with_a_sentence(cli, quick, tmp_path, monkeypatch, call, message):
@@ -143,9 +143,9 @@ def test_state_that_would_execute_is_refused(cli, trained, tmp_path):
         ),
         (["--peft", "coop+cocoop"], "both put context vectors into the text encoder"),
         (["--image-size", "50"], "no multiple of the model's patch size 8; try 48"),
-        (["--batch-size", "0"], "--batch-size 0"),
+        (["--batch-size", "0"], "--batch-size: 0 is out of range"),
         (["--weights", "./nowhere"], "There is no folder './nowhere'"),
-        (["--device", "cuda:99"], "is not to be had here"),
+        (["--device", "cuda:99"], "is not available"),
         (["--amp", "fp16", "--device", "cpu"], "needs a GPU"),
     ],
 )

@@ -23,7 +23,7 @@ from vlsm.networks.tokenizer import Tokenizer
 from vlsm.networks.weights import MINI
 from vlsm.results.scores import score_folders, summarise, write_results
 from vlsm.system import files
-from vlsm.training.run_folder import delete_run
+from vlsm.training.run import delete_run
 
 BLOB = np.zeros((40, 60), np.uint8)
 BLOB[10:30, 20:45] = 1
@@ -109,7 +109,7 @@ def test_unreadable_pictures_have_a_reason(tmp_path, monkeypatch):
     for data, reason in (
         (pointer, "git LFS"),
         (b"", "an empty file"),
-        (b"text", "no picture"),
+        (b"text", "no image"),
         (whole[:80], ""),
     ):
         (tmp_path / "x.png").write_bytes(data)
@@ -159,7 +159,7 @@ def test_a_broken_picture_costs_its_own_mask_alone(cli, folder, trained, tmp_pat
     (folder / "images" / "broken.png").write_bytes(b"no picture")
     ask = ("--images", folder / "images", "--prompt", "x", "--save-masks", tmp_path / "out")
     code, _, err = cli("evaluate", "--ckpt", trained, *ask)
-    assert code == 1 and "broken.png' cannot be used: no picture" in err
+    assert code == 1 and "broken.png' cannot be used: no image" in err
     assert len(list((tmp_path / "out").glob("*.png"))) == len(list((folder / "images").iterdir())) - 1
 
 
@@ -181,6 +181,7 @@ def test_overwrite_deletes_a_run_and_nothing_else(tmp_path, capsys):
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
+    files.write_text(tmp_path / "eval-test" / "metrics.csv", "x")
     delete_run(tmp_path)
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["eval-test", "mine.txt", "notes.md"]
     assert "also holds eval-test, notes.md" in capsys.readouterr().out
@@ -211,14 +212,14 @@ def test_overwrite_spares_what_is_no_run(cli, quick, tmp_path):
 
 @pytest.mark.parametrize(
     "key, value, said",
-    [("lr", "fast", "--lr 'fast'"), ("epochs", -1, "--epochs -1"), ("dim", 10**9, "--dim 1000000000")],
+    [("lr", "fast", "--lr"), ("epochs", -1, "--epochs"), ("dim", "wide", "--dim")],
 )
 def test_a_run_resumes_with_values_that_can_be(key, value, said, cli, trained):
     config = json.loads((trained / "config.json").read_text())
     config["options"].update({key: value, "out": "/elsewhere", "overwrite": True})
     (trained / "config.json").write_text(json.dumps(config))
     code, _, err = cli("train", "--out", trained, "--resume")
-    assert code == 2 and "config.json' holds what no run can have" in err and said in err
+    assert code == 2 and "config.json' holds a value that no run can have" in err and said in err
 
 
 def test_a_run_without_its_state_does_not_begin_anew(cli, trained):
@@ -236,7 +237,7 @@ def test_changed_records_are_said(cli, folder, trained):
         for file in names[0]:
             Path(file).unlink()
     code, _, err = cli("train", "--out", trained, "--resume", "--epochs", 9)
-    assert code == 2 and "are others than when the run" in err
+    assert code == 2 and "records have changed" in err
     assert cli("train", "--out", trained, "--resume", "--epochs", 3, "--changed-data")[0] == 0
 
 

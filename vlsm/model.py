@@ -105,6 +105,7 @@ class VLSM(nn.Module):
 
         Raises ValueError unless names and shapes are those of `tuned_state_dict()`.
         """
+        tensors = self.network.own_names(tensors)  # runs of earlier versions hold the published names
         tuned = self.tuned_tensors()
         mismatch = weights_io.describe_mismatch(tuned, tensors)
         if mismatch:
@@ -220,14 +221,15 @@ def read_network(model, weights, reference=False):
             torch.manual_seed(0)  # the same weights in every run, so that a run finds its base again
             network = wanted(config, reference)
             network.initialise()
-        tensors = network.state_dict()
+        tensors = network.published_names(network.state_dict())
     else:
         with torch.device("meta"):
             network = wanted(config, reference)
         in_file = weights_io.read_tensors(folder)
         tensors = wanted.rename(in_file)
         fresh = network.fresh_tensors(tensors)
-        weights_io.load_strictly(network, {**tensors, **fresh}, f"The checkpoint in '{folder}'", in_file)
+        own = {**network.own_names(tensors), **fresh}
+        weights_io.load_strictly(network, own, f"The checkpoint in '{folder}'", in_file)
     network.on_weights_loaded()
     description = dict(
         model=model, weights=str(weights), fingerprint=weights_io.fingerprint(tensors), reference=reference,
@@ -279,6 +281,5 @@ def build(model="clipseg", weights=None, method="none", reference=False, **optio
     sentence to act on.
     """
     check_model(method, network_class(model))
-    complete_options(method, options)  # reject bad options before loading weights
     network, description = read_network(model, weights, reference)
     return attach(network, description, method, options)

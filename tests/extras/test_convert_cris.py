@@ -22,9 +22,8 @@ MINI = ROOT / "vlsm" / "mini"
 
 def state(**kw):
     model = vlsm.build("cris", f"random:{CONFIG}")
-    return {
-        n: torch.randn_like(t) if t.is_floating_point() else t + 5 for n, t in model.network.state_dict().items()
-    }
+    tensors = model.network.published_names(model.network.state_dict())
+    return {n: torch.randn_like(t) if t.is_floating_point() else t + 5 for n, t in tensors.items()}
 
 
 def run(capsys, source, folder, *more):
@@ -86,7 +85,8 @@ def test_a_cris_checkpoint(tmp_path, capsys, kind):
         and "(random)" not in out
     )
     model = vlsm.build("cris", tmp_path / "cris", "full")
-    assert all(torch.equal(t, tensors[n]) for n, t in model.network.state_dict().items())
+    loaded = model.network.published_names(model.network.state_dict())
+    assert all(torch.equal(t, tensors[n]) for n, t in loaded.items())
     assert model.tokenizer().end == 994 and not model.updated_buffers
     assert json.loads((tmp_path / "cris" / "config.json").read_text())["model_type"] == "cris"
 
@@ -156,7 +156,7 @@ def test_openais_archive(tmp_path, capsys):
     )
     assert "is not that of OpenAI's RN50.pt" in out and len(OPENAI_RN50) == 64
     model = vlsm.build("cris", tmp_path / "cris", "full")
-    base = dict(model.network.named_parameters()) | dict(model.network.named_buffers())
+    base = model.network.published_names(model.network.state_dict())
     assert all(
         torch.equal(base[f"backbone.{n}"], t.to(base[f"backbone.{n}"].dtype)) for n, t in tensors.items()
     )

@@ -4,9 +4,9 @@ import importlib.util
 
 import numpy as np
 import pytest
+from vlsm.results.options import parse_options
 
 from vlsm.data.images import read_image
-from vlsm.results.options import parse_options
 from vlsm.results.serve import Predictors, build_page, segment
 
 

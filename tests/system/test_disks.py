@@ -55,8 +55,8 @@ def test_a_full_disk_is_a_sentence(tmp_path):
     "make, said",
     [
         (lambda d: files.write_text(d / ("n" * 300), "x"), "name is longer"),
-        (lambda d: files.write_text(d / "file" / "x", "x"), "a file stands where a folder is wanted"),
-        (lambda d: files.write_text(d / "folder", "x"), "a folder stands where a file is wanted"),
+        (lambda d: files.write_text(d / "file" / "x", "x"), "a file has the name of a folder"),
+        (lambda d: files.write_text(d / "folder", "x"), "a folder has the name of a file"),
     ],
 )
 def test_the_systems_errors_are_sentences(make, said, tmp_path, capsys):

@@ -5,25 +5,27 @@ import re
 import numpy as np
 
 # What follows the class in MedVLSM's p1: "Myocardium of the heart."
-PLACE_SEEN = re.compile(
+PLACE = re.compile(
     r"\s+(in|of)\s+(the|a)\s+(heart|cardiac ultrasound|chest x-?ray|breast ultrasound image).*$", re.I
 )
 
 
-def select_prompt(prompts, mode, rng, class_word=None):
-    """Return the text for a record with `prompts` (key -> text or list of texts).
+def choose_prompt(record, mode, *seed):
+    """Return a prompt of a record; equal numbers `seed` draw equal prompts.
 
     mode: "random", a key drawn uniformly from all but the first (p0, the empty prompt), then one of its
-    texts; "class", the class word; a key (p0..p9); any other text is itself the prompt. rng: numpy Generator.
-    Raises ValueError for a key that is not there.
+    texts; "class", the class word; a key (p0..p9); any other text is itself the prompt. Raises ValueError if
+    the record has no such prompt.
     """
+    prompts = record.prompts
+    rng = np.random.default_rng(seed)
     if mode == "class":
-        if not class_word:
+        if not record.class_word:
             raise ValueError(
                 "--prompts class: these records have no class word (no prompt p1). Give the word itself: "
                 '--prompts "polyp".'
             )
-        return class_word
+        return record.class_word
     if mode == "random":
         keys = list(prompts)[1:] or list(prompts)
         if not keys:
@@ -42,27 +44,28 @@ def select_prompt(prompts, mode, rng, class_word=None):
     else:
         return mode
     value = prompts[key]
-    return value if isinstance(value, str) else value[rng.integers(len(value))]
-
-
-def choose_prompt(record, mode, *seed):
-    """Return the prompt of a record, drawn by the numbers `seed`: equal numbers give equal prompts at any
-    time.
-    """
-    return select_prompt(record.prompts, mode, np.random.default_rng(seed), record.class_word)
+    if isinstance(value, str):
+        return value
+    return value[rng.integers(len(value))]
 
 
 def prompt_texts(record):
     """Return all texts of a record's prompts."""
-    return [
-        text for value in record.prompts.values() for text in ([value] if isinstance(value, str) else value)
-    ]
+    texts = []
+    for value in record.prompts.values():
+        if isinstance(value, str):
+            texts.append(value)
+        else:
+            texts += value
+    return texts
 
 
 def class_word(prompts):
-    """Return what p1 names, without where it is seen: "Myocardium of the heart." -> "Myocardium"; None
+    """Return the class that p1 names, without its place ("Myocardium of the heart." -> "Myocardium"), or None
     without p1.
     """
     value = prompts.get("p1")
-    text = value if isinstance(value, str) or not value else value[0]
-    return PLACE_SEEN.sub("", text).strip(" .") or None if text else None
+    if not value:
+        return None
+    text = value if isinstance(value, str) else value[0]
+    return PLACE.sub("", text).strip(" .") or None

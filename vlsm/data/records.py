@@ -1,4 +1,4 @@
-"""What a data set is made of, and what can be wrong with it."""
+"""A record of a data set, annotation files, and the error that lists records which cannot be used."""
 
 import re
 from dataclasses import dataclass, field
@@ -16,38 +16,46 @@ class Record:
     image, mask: a path, or the pixels (uint8 `[H, W, 3]`, bool `[H, W]`).
     """
 
-    name: str  # of the image, for people
+    name: str  # of the image, to be printed
     mask_name: str
     image: object
     mask: object
     prompts: dict = field(default_factory=dict)
     class_word: str | None = None
-    problem: str | None = None  # why it cannot be used, where that is known before its files are read
+    problem: str | None = None  # why it cannot be used, if that is known before its files are read
+
+
+def first_few(texts, most=3):
+    """Join the first texts by commas, with dots for the others."""
+    texts = list(texts)
+    dots = ["..."] if len(texts) > most else []
+    return ", ".join(texts[:most] + dots)
 
 
 class DataError(ValueError):
-    """All that is wrong with a data set, grouped, in one message.
-
-    `bad`: indices of the records it concerns.
-    """
+    """Records that cannot be used, grouped in one message. bad: their indices, sorted."""
 
     def __init__(self, problems, total):
-        self.problems = problems  # kind of problem -> [(index of the record, name)]
-        self.bad = sorted({i for hits in problems.values() for i, _ in hits})
-        lines = [f"{len(self.bad)} of {total} records cannot be used:"]
-        for kind, hits in problems.items():
-            names = list(dict.fromkeys(name for _, name in hits))
-            lines.append(
-                f"  {len(names)} x {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-            )
-        super().__init__("\n".join(lines))
+        """problems: {kind of problem: [(index of the record, name), ...]}. total: number of all records."""
+        indices = set()
+        lines = []
+        for problem, hits in problems.items():
+            indices.update(i for i, _ in hits)
+            names = dict.fromkeys(name for _, name in hits)
+            lines.append(f"  {len(names)} x {problem}: {first_few(names)}")
+        self.bad = sorted(indices)
+        heading = f"{len(self.bad)} of {total} records cannot be used:"
+        super().__init__("\n".join([heading, *lines]))
 
 
 def index_images(records):
-    """Find records that share an image: (the first record of each image, the image of each record)."""
-    rows, image_of, first = {}, [], []
-    for i, r in enumerate(records):
-        key = str(r.image) if isinstance(r.image, (str, Path)) else id(r.image)
+    """Return (index of the first record of each image, the image of each record); records may share one."""
+    rows = {}  # an image's path or identity -> its row
+    first = []
+    image_of = []
+    for i, record in enumerate(records):
+        image = record.image
+        key = str(image) if isinstance(image, (str, Path)) else id(image)
         if key not in rows:
             rows[key] = len(first)
             first.append(i)
@@ -58,7 +66,7 @@ def index_images(records):
 def read_annotations(path):
     """Return the entries of an annotation file: dictionaries of img_name, mask_name and prompts.
 
-    Raises ValueError, which names the file and the record, for what is no entry.
+    Raises ValueError, which names the file and the record, for an entry that is not one.
     """
     entries = read_json(path, list, "a list of records")
     for i, entry in enumerate(entries):
@@ -66,20 +74,20 @@ def read_annotations(path):
     return entries
 
 
-def _check_entry(entry, where):
-    """Raise ValueError unless an annotation file's entry is a record."""
-    for key, kind in (("img_name", str), ("mask_name", str), ("prompts", dict)):
-        if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
-            expected = "text" if kind is str else "object"
-            raise ValueError(f"{where}: the key '{key}' is missing or is no {expected}.")
-    for name in (entry["img_name"], entry["mask_name"]):
-        if leaves_folder(name):
-            raise ValueError(
-                f"{where}: the file name '{name}' leaves the data set's folder; that is refused."
-            )
+def _check_entry(entry, place):
+    """Raise ValueError, which begins with `place`, unless an annotation file's entry is a record."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{place} should be an object, and is {entry!r}.")
+    for key, value_type in (("img_name", str), ("mask_name", str), ("prompts", dict)):
+        if not isinstance(entry.get(key), value_type):
+            expected = "text" if value_type is str else "object"
+            raise ValueError(f"{place}: the key '{key}' is missing or is no {expected}.")
+    for key in ("img_name", "mask_name"):
+        if leaves_folder(entry[key]):
+            raise ValueError(f"{place}: the file name '{entry[key]}' leaves the data set's folder.")
     for key, value in entry["prompts"].items():
         if not PROMPT_KEY.fullmatch(key):  # --all-prompts makes a folder of it
-            raise ValueError(f"{where}: the prompt's key '{key}' should be letters, digits, - and _ alone.")
+            raise ValueError(f"{place}: the prompt's key '{key}' should be letters, digits, - and _ alone.")
         texts = [value] if isinstance(value, str) else value
-        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
-            raise ValueError(f"{where}: prompt '{key}' is neither a text nor a list of texts.")
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{place}: prompt '{key}' is neither a text nor a list of texts.")

@@ -69,6 +69,7 @@ class LoRA(Tuner):
         pairs = (self.vision, network.vision_blocks()), (self.text, network.text_transformer().blocks)
         for tuned, blocks in pairs:
             for i, deltas in tuned.items():
-                attention, *_ = blocks[int(i)].parts()
+                attention = blocks[int(i)].self_attn
                 for target, delta in deltas.items():
-                    attention.projection(target).weight += delta.weight()
+                    projection = getattr(attention, f"{target}_proj")
+                    projection.weight += delta.weight()

@@ -7,7 +7,14 @@ import copy
 
 import torch
 
-from vlsm.methods.registry import METHODS, PromptLearner, complete_options, make_tuner, split_methods
+from vlsm.methods.registry import (
+    METHODS,
+    PromptLearner,
+    check_model,
+    complete_options,
+    make_tuner,
+    split_methods,
+)
 
 MAX_DEPTH = 11
 RATES = {"lr": dict(low=1e-5, high=5e-3, log=True), "weight_decay": dict(low=1e-5, high=1e-2, log=True)}
@@ -28,12 +35,14 @@ SPACES = {
 }
 
 
-def search_space(method, config, reference, given):
+def search_space(method, network, config, reference, given):
     """Return {option: list of choices, or interval dict(low, high, log)} of a method on a network.
 
-    config: the network's. given: the method's options that are fixed. Leaves out what has no effect, and
-    choices that the network cannot take. Raises ValueError for the method none.
+    network: its class; config: its configuration. given: the method's options that are fixed. Leaves out
+    what has no effect, and choices that the network cannot take. Raises ValueError for the method none, and
+    for one that cannot act on the network.
     """
+    check_model(method, network)
     if method == "none":
         raise ValueError("--peft none trains nothing, so there is nothing to search. Choose another method.")
     names = split_methods(method)

@@ -8,8 +8,8 @@ import re
 import torch
 from torch import nn
 
-from vlsm.networks.base import TextEncoder, patch_tokens
-from vlsm.networks.transformer import OPENAI, encoder_blocks, noise, tree
+from vlsm.networks.base import TextEncoder
+from vlsm.networks.transformer import encoder_blocks, noise, patch_tokens, tree
 
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 SIZE_TENSORS = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's files besides weights
@@ -25,7 +25,7 @@ class VisionTransformer(nn.Module):
         self.class_embedding = noise(width)
         self.positional_embedding = noise((c.image_size // c.patch_size) ** 2 + 1, width)
         self.ln_pre = nn.LayerNorm(width, eps=c.layer_norm_eps)
-        self.transformer = tree(resblocks=encoder_blocks(c, OPENAI))
+        self.transformer = tree(resblocks=encoder_blocks(c, normal_start=True))
         self.ln_post = nn.LayerNorm(width, eps=c.layer_norm_eps)
         self.proj = noise(width, projection_dim, std=width**-0.5)
 
@@ -41,7 +41,7 @@ class CLIP(nn.Module):
     def __init__(self, visual, text, projection_dim):
         super().__init__()
         self.visual = visual
-        self.transformer = tree(resblocks=encoder_blocks(text, OPENAI))
+        self.transformer = tree(resblocks=encoder_blocks(text, normal_start=True))
         self.token_embedding = nn.Embedding(text.vocab_size, text.hidden_size)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         self.positional_embedding = noise(text.max_position_embeddings, text.hidden_size)

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlsm.networks.base import EOS_IS_MAX_ID, ImageFeatures, Network, resize_positions
+from vlsm.networks.base import EOS_IS_MAX_ID, ImageFeatures, Network
 from vlsm.networks.clip import CLIP, CLIP_MEAN, CLIP_STD
-from vlsm.networks.encoder_config import EncoderConfig
-from vlsm.networks.transformer import HUGGING_FACE, OPENAI, Attention, noise
-from vlsm.system.options import select_fields
+from vlsm.networks.encoder_config import EncoderConfig, select_fields
+from vlsm.networks.renaming import OPENAI_BLOCK
+from vlsm.networks.transformer import Attention, noise, resize_positions
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class AttentionPool(Attention):
     def __init__(self, c):
         width, side = 32 * c.vision_width, c.image_resolution // 32
         position = noise(side**2 + 1, width, std=width**-0.5)  # row 0 belonged to CLIP's mean token
-        super().__init__(width, c.vision_heads, HUGGING_FACE._replace(out="c_proj"), out_dim=c.embed_dim)
+        super().__init__(width, c.vision_heads, out_dim=c.embed_dim)
         self.positional_embedding = position
         self.connect = nn.Sequential(
             nn.Conv2d(width, c.embed_dim, 1, bias=False), nn.BatchNorm2d(c.embed_dim)
@@ -237,7 +237,8 @@ class DecoderLayer(nn.Module):
         d = c.fpn_out[1]
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(d) for _ in range(3))
         self.self_attn_norm, self.cross_attn_norm = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.self_attn, self.multihead_attn = (Attention(d, c.num_head, OPENAI, c.dropout) for _ in range(2))
+        self.self_attn = Attention(d, c.num_head, c.dropout, normal_start=True)
+        self.multihead_attn = Attention(d, c.num_head, c.dropout, normal_start=True)
         inner = (
             nn.Linear(d, c.dim_ffn),
             nn.ReLU(),
@@ -315,6 +316,12 @@ class CRIS(Network):
         "prompts go into. The paper adapts CLIPSeg, and trains CRIS whole (--peft full)."
     )
     Config = CRISConfig
+    renames = (
+        *OPENAI_BLOCK,
+        ("layers.#.self_attn.in_proj_", "layers.#.self_attn.qkv_proj."),
+        ("layers.#.multihead_attn.in_proj_", "layers.#.multihead_attn.qkv_proj."),
+        ("attnpool.c_proj.", "attnpool.out_proj."),
+    )
 
     def __init__(self, config, reference=False):
         super().__init__(config, reference)

@@ -3,10 +3,15 @@
 from dataclasses import dataclass, fields
 
 from vlsm.networks.transformer import ACTIVATIONS
-from vlsm.system.options import select_fields
 
 MOST = dict(hidden_size=1 << 16, num_hidden_layers=1000, image_size=1 << 13, patch_size=1 << 10)
 VISION_DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
+
+
+def select_fields(config_class, values):
+    """Return those of the `values` (a dictionary) that are fields of a dataclass and not None."""
+    names = {f.name for f in fields(config_class)}
+    return {name: value for name, value in values.items() if name in names and value is not None}
 
 
 @dataclass(frozen=True)

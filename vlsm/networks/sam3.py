@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from vlsm.networks.base import ImageFeatures, Network, TextEncoder
-from vlsm.networks.encoder_config import VISION_DEFAULTS, EncoderConfig
+from vlsm.networks.encoder_config import VISION_DEFAULTS, EncoderConfig, select_fields
 from vlsm.networks.transformer import (
-    HUGGING_FACE,
     MLP,
     Attention,
     Block,
@@ -26,11 +25,7 @@ from vlsm.networks.transformer import (
     text_model,
     tree,
 )
-from vlsm.system.options import select_fields
 
-NAMES = HUGGING_FACE._replace(
-    modules=("layer_norm1", "attention", "layer_norm2", "mlp"), attention="attention", out="o_proj"
-)
 LEVELS = (4, 2, 1)  # by how much the neck enlarges the vision transformer's map, finest first
 PREFIXES = ("detector_model.", "sam3.")  # that other ways of saving put before the names
 UNUSED = (
@@ -168,12 +163,14 @@ class WindowBlock(Block):
     def __init__(self, c, window):
         v = c.vision
         sizes = v.hidden_size, v.num_attention_heads, v.intermediate_size, v.hidden_act, v.layer_norm_eps
-        super().__init__(*sizes, NAMES)
+        super().__init__(*sizes)
+        for name in ("self_attn", "layer_norm2", "mlp"):  # the optimizer's state of a run is in this order
+            self._modules[name] = self._modules.pop(name)
         self.window, self.scale_side, self.theta = window, c.window_size, c.rope_theta
 
     def attend(self, x, grid, deltas):
         """Return attention's output for normed tokens `[B, h * w, D]` of a grid (h, w)."""
-        attention, side = self.attention, self.window
+        attention, side = self.self_attn, self.window
         seen, (h, w) = (to_windows(x, grid, side), (side, side)) if side else (x, grid)
         dim = x.shape[-1] // attention.heads
         rope = rotary_angles(h, w, dim, self.theta, self.scale_side / w, x.device)
@@ -224,8 +221,8 @@ class FusionLayer(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.layer_norm1, self.self_attn = nn.LayerNorm(c.width), Attention(c.width, c.fusion_heads, NAMES)
-        self.cross_attn, self.layer_norm2 = Attention(c.width, c.fusion_heads, NAMES), nn.LayerNorm(c.width)
+        self.layer_norm1, self.self_attn = nn.LayerNorm(c.width), Attention(c.width, c.fusion_heads)
+        self.cross_attn, self.layer_norm2 = Attention(c.width, c.fusion_heads), nn.LayerNorm(c.width)
         self.mlp, self.layer_norm3 = MLP(c.width, c.fusion_hidden, c.fusion_act), nn.LayerNorm(c.width)
         self.p = c.dropout
 
@@ -252,6 +249,13 @@ class SAM3(Network):
     methods = ("none", "decoder", "full", "dense", "shallow", "telescopic", "lora", "coop", "cocoop")
     unsupported_reason = "Its image tokens lie in windows, which leave no place for vision contexts."
     Config = SAM3Config
+    renames = (
+        ("backbone.layers.#.attention.o_proj.", "backbone.layers.#.self_attn.out_proj."),
+        ("backbone.layers.#.attention.", "backbone.layers.#.self_attn."),
+        ("detr_encoder.layers.#.self_attn.o_proj.", "detr_encoder.layers.#.self_attn.out_proj."),
+        ("detr_encoder.layers.#.cross_attn.o_proj.", "detr_encoder.layers.#.cross_attn.out_proj."),
+        ("prompt_cross_attn.o_proj.", "prompt_cross_attn.out_proj."),
+    )
 
     def __init__(self, config, reference=False):
         super().__init__(config, reference)
@@ -282,7 +286,7 @@ class SAM3(Network):
                 norms=nn.ModuleList(nn.GroupNorm(8, width) for _ in range(joins)),
             ),
             semantic_projection=nn.Conv2d(width, 1, 1),
-            prompt_cross_attn=Attention(width, c.mask_heads, NAMES),
+            prompt_cross_attn=Attention(width, c.mask_heads),
             prompt_cross_attn_norm=nn.LayerNorm(width),
         )
 

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlsm.networks.base import EOS_IS_MAX_ID, ImageFeatures, Network, resize_positions
+from vlsm.networks.base import EOS_IS_MAX_ID, ImageFeatures, Network
 from vlsm.networks.clip import CLIP, CLIP_MEAN, CLIP_STD, SIZE_TENSORS, VisionTransformer, from_hugging_face
 from vlsm.networks.encoder_config import VISION_DEFAULTS, EncoderConfig
-from vlsm.networks.transformer import TIMM, Block, noise
+from vlsm.networks.renaming import OPENAI_BLOCK
+from vlsm.networks.transformer import Block, noise, resize_positions
 
 SIDE, CLIP_PART = "side_adapter_network.", "clip_model."
 HIDDEN = -100.0  # the published bias of what a mask's token must not see
@@ -111,7 +112,7 @@ class SideViT(nn.Module):
         self.patch_embed.proj = nn.Conv2d(3, width, c.side_patch, c.side_patch)
         self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, positions, width), std=0.02))
         self.blocks = nn.ModuleList(
-            Block(width, c.side_heads, 4 * width, "gelu", 1e-6, TIMM) for _ in range(c.side_depth)
+            Block(width, c.side_heads, 4 * width, "gelu", 1e-6) for _ in range(c.side_depth)
         )
         for module in self.blocks.modules():
             if isinstance(module, nn.Linear):
@@ -228,6 +229,13 @@ class SAN(Network):
     )
     decoder_reads_pixels = True
     Config = SANConfig
+    renames = (
+        *OPENAI_BLOCK,
+        ("vit_model.blocks.#.norm1.", "vit_model.blocks.#.layer_norm1."),
+        ("vit_model.blocks.#.norm2.", "vit_model.blocks.#.layer_norm2."),
+        ("vit_model.blocks.#.attn.qkv.", "vit_model.blocks.#.self_attn.qkv_proj."),
+        ("vit_model.blocks.#.attn.proj.", "vit_model.blocks.#.self_attn.out_proj."),
+    )
 
     def __init__(self, config, reference=False):
         layers = config.vision.num_hidden_layers

@@ -19,13 +19,13 @@ KINDS = (
     ("side_adapter_network.", "a SAN checkpoint (--model san)"),
     (
         "neck.txt_proj.",
-        "a CRIS checkpoint (--model cris; python -m vlsm.extras.convert_cris turns a .pth into a folder)",
+        "a CRIS checkpoint (--model cris; python -m vlsm.tools.convert_cris turns a .pth into a folder)",
     ),
     ("film_mul.", "a CLIPSeg checkpoint (--model clipseg)"),
     ("detr_encoder.", "a SAM 3 checkpoint (--model sam3)"),
     (
         "visual.layer1.0.",
-        "OpenAI's CLIP with a ResNet (python -m vlsm.extras.convert_cris makes a start for CRIS of it)",
+        "OpenAI's CLIP with a ResNet (python -m vlsm.tools.convert_cris makes a start for CRIS of it)",
     ),
     ("visual.transformer.resblocks.", "OpenAI's CLIP with a vision transformer"),
     ("vision_model.encoder.layers.", "a Hugging Face CLIP (--model san)"),
@@ -53,7 +53,7 @@ def locate_weights(weights, network):
     if weights is None:
         raise FileNotFoundError(
             f"{network.name}'s weights are on no hub. Convert a checkpoint that you have with "
-            f"`python -m vlsm.extras.convert_{network.name.lower()} FILE DIR` and pass --weights DIR."
+            f"`python -m vlsm.tools.convert_{network.name.lower()} FILE DIR` and pass --weights DIR."
         )
     if not is_random(weights):
         folder = _locate_folder(weights)

@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         """Raise ValueError, for `friendly_errors` to print as a sentence."""
-        raise ValueError(message)
+        raise ValueError(message.removeprefix("argument "))
 
 
 def number(cast, low=-math.inf, high=math.inf, above=-math.inf):

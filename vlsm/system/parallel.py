@@ -71,17 +71,17 @@ def local_first():
 
 
 def own_batches(batches):
-    """Return this process's share of some batches as (index, batch); each batch goes to one process."""
+    """Return the batches of this process as (index, batch); each batch goes to one process."""
     return list(enumerate(batches))[rank() :: world_size()]
 
 
 class Share(NamedTuple):
-    """A part of a batch that this process computes at a time.
+    """The part of a batch that a process computes at a time.
 
-    indices: its rows; where it has none, the batch's first, which then count for nothing. count: how many
-    rows it has. weight: of their mean loss, such that the weighted gradients of a process's parts, summed,
-    and their mean over all processes, are the gradient of the batch's mean loss. part: the slice of the
-    batch. batch_size: rows of the whole batch.
+    indices: its records; a process without any computes the batch's first with weight 0. count: the number
+    of its records. weight: factor on their mean loss; the weighted gradients, summed over a process's parts
+    and averaged over all processes, are the gradient of the batch's mean loss. part: the slice of the batch.
+    batch_size: records of the whole batch.
     """
 
     indices: list
@@ -92,13 +92,16 @@ class Share(NamedTuple):
 
 
 def share_batch(batch, parts=1):
-    """Return this process's `Share`s of a batch, a list of indices: so many parts, one after the other."""
-    shares, size = [], len(batch)
+    """Return this process's `Share`s of a batch, a list of record indices, in so many `parts`."""
+    shares = []
     for k in range(parts):
-        part = slice(rank() + k * world_size(), None, parts * world_size())
-        rows = batch[part]
-        weight = len(rows) * world_size() / size
-        shares.append(Share(rows or batch[:1], len(rows), weight, part if rows else slice(0, 1), size))
+        places = slice(rank() + k * world_size(), None, parts * world_size())
+        records = batch[places]
+        weight = len(records) * world_size() / len(batch)
+        if records:
+            shares.append(Share(records, len(records), weight, places, len(batch)))
+        else:
+            shares.append(Share(batch[:1], 0, weight, slice(0, 1), len(batch)))
     return shares
 
 
@@ -122,18 +125,18 @@ def all_reduce_sum(numbers, device):
     return sums.tolist()
 
 
-def all_gather(value, group=None):
-    """Return every process's value, by rank.
-
-    group: a process group of its own, for calls from another thread.
-    """
+def all_gather(value):
+    """Return every process's value, by rank."""
     if world_size() == 1:
         return [value]
-    found = [None] * world_size()
-    dist.all_gather_object(found, value, group)
-    return found
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def gather_sorted(items):
     """Return the (index, ...) tuples of all processes, sorted by index."""
-    return sorted((item for part in all_gather(items) for item in part), key=lambda item: item[0])
+    gathered = []
+    for of_one_process in all_gather(items):
+        gathered += of_one_process
+    return sorted(gathered, key=lambda item: item[0])

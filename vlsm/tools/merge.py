@@ -1,6 +1,5 @@
 """Write a run's tuned weights merged into its base: a plain folder of weights, without adapters."""
 
-import argparse
 import copy
 from pathlib import Path
 
@@ -8,8 +7,11 @@ from safetensors.torch import save_file
 
 from vlsm.checkpoint import load
 from vlsm.networks.weights import TEXT_FILES
+from vlsm.system.arguments import Parser
 from vlsm.system.console import friendly_errors, say
 from vlsm.system.files import atomic_write, is_filled, write_json, write_text
+
+EXAMPLE = "example:\n  python -m vlsm.tools.merge runs/kvasir-lora-seed42 merged-weights"
 
 
 def merged_state_dict(model):
@@ -19,7 +21,7 @@ def merged_state_dict(model):
     """
     network = copy.deepcopy(model.network).float().cpu()
     copy.deepcopy(model.tuner).cpu().merge_into(network)
-    return {name: t.contiguous() for name, t in network.state_dict().items()}
+    return {name: t.contiguous() for name, t in network.published_names(network.state_dict()).items()}
 
 
 def save_merged(folder, model):
@@ -44,13 +46,9 @@ def save_merged(folder, model):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m vlsm.tools.merge",
-        description=__doc__,
-        epilog="Example: python -m vlsm.tools.merge runs/kvasir-lora-seed42 merged-weights",
-    )
-    parser.add_argument("run", help="run folder or checkpoint of lora, decoder or full")
-    parser.add_argument("folder", help="new folder for the weights, in Hugging Face layout")
+    parser = Parser(__doc__, EXAMPLE, prog="python -m vlsm.tools.merge")
+    parser.add_argument("run", metavar="RUN", help="run folder or checkpoint of lora, decoder or full")
+    parser.add_argument("folder", metavar="DIR", help="new folder for the weights, in Hugging Face layout")
     parser.add_argument("--weights", help="folder or hub id of the base, if it has moved")
     args = parser.parse_args(argv)
     model = load(args.run, args.weights)

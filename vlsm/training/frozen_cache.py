@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from vlsm.data.pixel_values import normalise
 from vlsm.networks.base import FrozenBlocks, ImageFeatures
 from vlsm.system import parallel
-from vlsm.system.console import progress, say
+from vlsm.system.console import progress
 from vlsm.system.device import autocast
 from vlsm.system.files import reserve
 
@@ -140,11 +140,12 @@ class FrozenCache:
     def add_split(self, name, data, batch_size):
         """Encode the images of a split (`CachedSplit`) once, as far as they are frozen and there is room.
 
-        Prints what is kept. The order and the batches are fixed, so that a resumed run gets the same bits.
+        The order and the batches are fixed, so that a resumed run gets the same bits. Returns a line that
+        says how many images' features are kept and where, or None if none are.
         """
         self.splits[name] = data
         if not self.keeps_images:
-            return
+            return None
         count = data.image_count
         first = tensors_of(self.encode_rows(data, range(min(batch_size, count))))
         shapes = [t.shape[1:] for t in first]
@@ -159,7 +160,7 @@ class FrozenCache:
                 bar.update(len(rows))
         frozen = "image encoder's output" if self.images_frozen else f"output of {self.depth} image blocks"
         place = "on the GPU" if store.on_gpu else "in a mapped file"
-        say(
+        return (
             f"{name}: the frozen {frozen} is kept for {store.held} of {count} images "
             f"({store.nbytes / GB:.2g} GB {place})"
         )

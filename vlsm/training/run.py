@@ -47,6 +47,7 @@ class Run:
         self.monitor = monitor
         self.history = []
         self.best = -1.0
+        self.improved = False  # whether the last epoch has the best validation DSC
         self.stalled = 0
         self.mark = -math.inf
         self.gradients_checked = False
@@ -86,11 +87,11 @@ class Run:
     def end_epoch(self, **row):
         """Note a row of the log, and lower the learning rate if the validation loss stalls.
 
-        Returns whether the validation DSC is the best so far.
+        Returns the row as a line of text; a star marks the best validation DSC so far.
         """
         self.history.append(row)
         self.scheduler.step(row["val_loss"])
-        better = row["val_dsc"] > self.best
+        self.improved = row["val_dsc"] > self.best
         self.best = max(self.best, row["val_dsc"])
         value = row["val_dsc"] if self.monitor == "dsc" else -row["val_loss"]
         if value > self.mark + PROGRESS:
@@ -98,9 +99,12 @@ class Run:
             self.mark = value
         else:
             self.stalled += 1
-        return better
+        line = f"loss {row['train_loss']:.4f}  DSC {100 * row['train_dsc']:.2f}  "
+        line += f"val loss {row['val_loss']:.4f}  val DSC {100 * row['val_dsc']:.2f}  "
+        line += f"IoU {100 * row['val_iou']:.2f}  lr {row['lr']:.1e}  {row['images_per_second']:.3g} img/s"
+        return line + ("  *" if self.improved else "")
 
-    def save(self, better):
+    def save(self):
         """Write every file of the run, in the first process alone.
 
         state.pt comes last: until it is written, a resumed run repeats this epoch and writes the same files.
@@ -108,7 +112,7 @@ class Run:
         if parallel.rank():
             return
         self.save_checkpoint("last")
-        if better:
+        if self.improved:
             self.save_checkpoint("best")
         table = [COLUMNS]
         for row in self.history:
@@ -258,7 +262,12 @@ def delete_run(out):
         for file in out.glob(pattern):
             if file.is_file() or file.is_symlink():
                 file.unlink()
-    delete_owned(out)
+    for folder in out.glob("eval-*"):
+        if folder.is_dir():
+            delete_owned(folder)
+    events = out / "tensorboard"
+    if events.is_dir() and not is_filled(events):
+        events.rmdir()
     left = sorted(path.name for path in out.iterdir())
     if left:
         say(f"'{out}' also holds {', '.join(left[:5])}{', ...' if len(left) > 5 else ''}; this stays.")

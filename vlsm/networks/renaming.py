@@ -1,0 +1,60 @@
+"""Names of tensors: a published checkpoint's into those of our modules, and back.
+
+A network lists pairs of patterns, (published, ours), in which # stands for a number. Where a checkpoint
+stacks the projections to q, k and v, our pattern ends in `qkv_proj.`, and the tensor is split in three.
+"""
+
+import re
+
+import torch
+
+STACKED = ".qkv_proj."
+PROJECTION = re.compile(r"\.[qkv]_proj\.")
+# of a block of OpenAI's CLIP
+OPENAI_BLOCK = (
+    ("resblocks.#.ln_1.", "resblocks.#.layer_norm1."),
+    ("resblocks.#.ln_2.", "resblocks.#.layer_norm2."),
+    ("resblocks.#.attn.in_proj_", "resblocks.#.self_attn.qkv_proj."),
+    ("resblocks.#.attn.out_proj.", "resblocks.#.self_attn.out_proj."),
+    ("resblocks.#.mlp.c_fc.", "resblocks.#.mlp.fc1."),
+    ("resblocks.#.mlp.c_proj.", "resblocks.#.mlp.fc2."),
+)
+
+
+def replace(name, old, new):
+    """Return a name with the pattern `old` replaced by `new`."""
+    pattern = re.escape(old).replace(r"\#", r"(\d+)")
+    return re.sub(pattern, new.replace("#", r"\1"), name)
+
+
+def to_own(tensors, pairs):
+    """Return tensors under our names; those that have such a name already keep it."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        for published, own in pairs:
+            name = replace(name, published, own)
+        if STACKED in name:
+            for letter, part in zip("qkv", tensor.chunk(3)):
+                renamed[name.replace(STACKED, f".{letter}_proj.")] = part.clone()
+        else:
+            renamed[name] = tensor
+    return renamed
+
+
+def to_published(tensors, pairs):
+    """Undo `to_own`."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        stacked = _published_name(PROJECTION.sub(STACKED, name), pairs)
+        if STACKED in stacked or not PROJECTION.search(name):  # not stacked in this checkpoint
+            renamed[_published_name(name, pairs)] = tensor
+        elif ".q_proj." in name:
+            k, v = (tensors[name.replace(".q_proj.", f".{letter}_proj.")] for letter in "kv")
+            renamed[stacked] = torch.cat([tensor, k, v])
+    return renamed
+
+
+def _published_name(name, pairs):
+    for published, own in pairs:
+        name = replace(name, own, published)
+    return name
