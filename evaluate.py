@@ -166,7 +166,7 @@ def evaluate_prompts(args, predictor, data, texts, dataset):
         args.upsample,
         args.batch_size,
         pattern,
-        keep_masks=bool(args.figure or args.gallery),
+        keep_masks=args.figure or args.gallery,
         mask_folder=args.save_masks,
         probability_folder=args.save_probabilities,
     )
@@ -182,7 +182,7 @@ def check_outputs(args, records, out):
     if args.out:
         targets += [out / name for name in RESULT_FILES]
     if args.out and args.figure:
-        targets.append(figure_file(args, out))
+        targets.append(out / f"figure.{args.figure_format}")
     if args.out and args.gallery:
         targets += page_files(out / "gallery")
     for folder in (args.save_masks, args.save_probabilities):
@@ -191,17 +191,13 @@ def check_outputs(args, records, out):
     check_targets(targets, inputs, args.overwrite)
 
 
-def figure_file(args, out):
-    """Return the path of --figure."""
-    return out / f"figure.{args.figure_format}"
-
-
 def draw(args, records, scores, out, settings):
     """Write the sheet of --figure and the page of --gallery; returns their paths."""
     files = []
     if args.figure:
-        files.append(figure_file(args, out))
-        draw_cases(files[0], records, {"prediction": scores}, args.figure, args.figure_format)
+        figure = out / f"figure.{args.figure_format}"
+        files.append(figure)
+        draw_cases(figure, records, {"prediction": scores}, args.figure, args.figure_format)
     if args.gallery:
         name = Path(settings["ckpt"]).name.removesuffix(".safetensors")
         title = f"{name} on {settings['dataset']} {args.split}"
@@ -216,26 +212,22 @@ def evaluate_all_prompts(args, predictor, data, out, settings):
         keys.update(record.prompts)
     if not keys:
         raise ValueError(f"--all-prompts: the records of '{settings['dataset']}' came without prompts.")
-    if args.save_masks or args.save_probabilities or args.figure or args.gallery:
-        raise ValueError("--all-prompts writes scores alone: no masks, probabilities, figure or gallery.")
     if args.out:
         targets = [out / key / name for key in keys for name in RESULT_FILES]
         check_targets([*targets, out / "prompts.json"], overwrite=args.overwrite)
+    say(f"{'prompt':8}{'DSC %':>8}{'IoU %':>8}{'HD95 px':>9}   an example")
     summaries = {}
-    examples = {}
     for key in keys:
         texts = [choose_prompt(record, key, settings["seed"], i) for i, record in enumerate(data.records)]
-        scores, summaries[key] = evaluate_prompts(args, predictor, data, texts, settings["dataset"])
-        examples[key] = texts[0]
+        scores, summary = evaluate_prompts(args, predictor, data, texts, settings["dataset"])
+        summaries[key] = summary
         if not parallel.rank():
-            write_results(out / key, scores, summaries[key], dict(prompts=key, **settings))
-    say(f"{'prompt':8}{'DSC %':>8}{'IoU %':>8}{'HD95 px':>9}   an example")
-    for key, summary in summaries.items():
+            write_results(out / key, scores, summary, dict(prompts=key, **settings))
         hd95 = summary["hd95"]["mean"]
         hd95 = "n/a" if hd95 is None else f"{hd95:.2f}"
         dsc = 100 * summary["dsc"]["mean"]
         iou = 100 * summary["iou"]["mean"]
-        say(f"{key:8}{dsc:8.2f}{iou:8.2f}{hd95:>9}   {examples[key][:70]}")
+        say(f"{key:8}{dsc:8.2f}{iou:8.2f}{hd95:>9}   {texts[0][:70]}")
     if not parallel.rank():
         write_json(out / "prompts.json", dict(prompts=summaries, **settings))
     return summaries
@@ -275,7 +267,6 @@ def predict(args, checkpoints):
         args.overwrite,
     )
     say(f"Wrote {count} masks to '{args.save_masks}'.")
-    say(*errors, sep="\n", end="", file=sys.stderr)
     return errors
 
 
@@ -288,6 +279,8 @@ def main(argv=None):
         raise ValueError("Several --ckpt are for --ensemble, which averages them; else name one.")
     if len(runs) == 1 and args.ensemble:
         raise ValueError("--ensemble needs several runs: more than one --ckpt, or a folder of runs.")
+    if args.all_prompts and (args.save_masks or args.save_probabilities or args.figure or args.gallery):
+        raise ValueError("--all-prompts writes scores alone: no masks, probabilities, figure or gallery.")
     groups = [runs] if args.ensemble else [[run] for run in runs]
     one_place = args.out or args.save_masks or args.save_probabilities or args.images
     if len(groups) > 1 and one_place:
@@ -304,6 +297,7 @@ def main(argv=None):
             print_means(evaluations)
     parallel.shut_down()
     if errors:
+        print(*errors, sep="\n", file=sys.stderr)
         sys.exit(1)
 
 

@@ -14,7 +14,7 @@ from vlsm.data.records import Record
 from vlsm.results import figures
 from vlsm.results.intervals import bootstrap_intervals, group_names
 from vlsm.results.predict import Ensemble, load_ensemble, load_predictor, mirrored_prompt
-from vlsm.results.scores import calibration_counts, summarise
+from vlsm.results.scores import calibration_counts, score, summarise
 
 # NSD
 
@@ -98,6 +98,26 @@ def test_groups_come_from_names():
     records = [Record(name, name, None, None) for name in ("patient1_a.png", "patient1_b.png", "x.png")]
     assert group_names(records, r"patient\d+") == ["patient1", "patient1", "x.png"]
     assert group_names(records) == [r.name for r in records]
+
+
+# Means
+
+
+def test_means_where_masks_are_empty():
+    empty = torch.zeros(4, 5, dtype=torch.bool)
+    some = empty.clone()
+    some[1, 2] = True
+    scores = score([(empty, empty), (empty, some), (some, empty), (some, some)])
+    assert [s["dsc"] for s in scores] == [1, 0, 0, 1] and [s["hd95"] for s in scores][::3] == [0, 0]
+    means = summarise(scores)
+    hd95 = means["hd95"]
+    assert (hd95["mean"], hd95["std"], hd95["n"], hd95["n_undefined"]) == (0, 0, 2, 2)
+    assert hd95["mean_with_diagonal"] == pytest.approx(math.hypot(4, 5) / 2)
+    assert means["dsc"]["mean"] == means["dsc"]["std"] == means["dsc_nonempty"]["mean"] == 0.5
+    assert (means["empty_correct"]["mean"], means["empty_correct"]["n"]) == (0.5, 2)
+    assert means["intervals"]["groups"] == 4
+    nothing = summarise(scores[1:2])
+    assert nothing["hd95"]["mean"] is None and nothing["hd95"]["ci95"] is None and nothing["hd95"]["n"] == 0
 
 
 # Calibration
@@ -211,6 +231,7 @@ def test_all_prompts_of_an_ensemble(cli, trained, tmp_path):
         (["--group", "(", "--ckpt", "x"], ("--group", "regular expression")),
         (["--ensemble", "--ckpt", "x"], ("--ensemble", "several")),
         (["--ckpt", "x", "y"], ("--ckpt", "--ensemble")),
+        (["--ckpt", "x", "--all-prompts", "--gallery"], ("--all-prompts", "gallery")),
         (["--ckpt", "x", "--nsd-tolerance", "-1"], ("--nsd-tolerance", "-1")),
         (["--ckpt", "x", "--nsd-tolerance", "nan"], ("--nsd-tolerance", "nan")),
         (["--ckpt", "x", "--figure", "0"], ("--figure", "0")),

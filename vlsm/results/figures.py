@@ -99,7 +99,7 @@ def sheet(rows, path, names=("prediction",), file_format="png"):
         for line in wrap(prompt, width - 2 * GAP):
             y += LINE
             write(GAP, y, line, 8.5, colour=GREY)
-        y += LINE + 1.5 * GAP
+        y += LINE + GAP
     axes.set(xlim=(0, width), ylim=(y, 0))
     figure.set_size_inches(width, y)
     save_figure(figure, path, file_format)

@@ -37,8 +37,8 @@ def write_gallery(folder, records, runs, title):
                 width=size[0],
                 height=size[1],
                 empty=scores[0]["target_empty"],
-                prompts=[s["prompt"] for s in scores],
-                scores=[_page_score(s) for s in scores],
+                prompts=[score["prompt"] for score in scores],
+                scores=list(map(_page_score, scores)),
             )
         )
     page = folder / "index.html"

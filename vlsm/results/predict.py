@@ -101,8 +101,13 @@ class Ensemble:
 
     def count_parameters(self):
         """Return (trained, total) numbers of parameters, summed over the members."""
-        counts = [predictor.count_parameters() for predictor in self.predictors]
-        return sum(trained for trained, _ in counts), sum(total for _, total in counts)
+        trained = 0
+        total = 0
+        for predictor in self.predictors:
+            counts = predictor.count_parameters()
+            trained += counts[0]
+            total += counts[1]
+        return trained, total
 
     def logits(self, images, prompts):
         """Return float32 logits `[B, 1, S, S]`, as `Predictor.logits`."""
@@ -117,8 +122,10 @@ def load_ensemble(checkpoints, **settings):
     first = load_predictor(checkpoints[0], **settings)
     if len(checkpoints) == 1:
         return first
-    others = [load_predictor(path, base=first.model, **settings) for path in checkpoints[1:]]
-    return Ensemble([first, *others])
+    predictors = [first]
+    for path in checkpoints[1:]:
+        predictors.append(load_predictor(path, base=first.model, **settings))
+    return Ensemble(predictors)
 
 
 def mean_logits(logits):

@@ -27,19 +27,18 @@ def score(pairs, tolerance=2.0):
 
     tolerance: of NSD, in pixels.
     """
-    predictions, truths = zip(*pairs)
-    columns = dict(
-        dsc=metrics.dsc(predictions, truths).tolist(),
-        iou=metrics.iou(predictions, truths).tolist(),
-        hd95=metrics.hd95(predictions, truths).tolist(),
-        nsd=metrics.nsd(predictions, truths, tolerance).tolist(),
-    )
     scores = []
-    for i, (prediction, truth) in enumerate(pairs):
-        row = {name: values[i] for name, values in columns.items()}
-        row["diagonal"] = math.hypot(*truth.shape)
-        row["target_empty"] = not truth.any().item()
-        row["pred_empty"] = not prediction.any().item()
+    for prediction, truth in pairs:
+        batch = prediction[None], truth[None]
+        row = dict(
+            dsc=metrics.dsc(*batch).item(),
+            iou=metrics.iou(*batch).item(),
+            hd95=metrics.hd95(*batch).item(),
+            nsd=metrics.nsd(*batch, tolerance).item(),
+            diagonal=math.hypot(*truth.shape),
+            target_empty=not truth.any().item(),
+            pred_empty=not prediction.any().item(),
+        )
         scores.append(row)
     return scores
 
@@ -119,13 +118,11 @@ def write_results(folder, scores, summary, settings):
     """Write metrics.csv, a row for each record, and metrics.json: summary and settings of the evaluation."""
     rows = [COLUMNS]
     for s in scores:
-        row = []
-        for name in COLUMNS:
-            value = s.get(name, "")
-            if name in DIGITS and name in s:
-                value = f"{value:.{DIGITS[name]}f}"
-            row.append(value)
-        rows.append(row)
+        row = {name: s.get(name, "") for name in COLUMNS}
+        for name, digits in DIGITS.items():
+            if name in s:
+                row[name] = f"{s[name]:.{digits}f}"
+        rows.append(row.values())
     write_csv(folder / "metrics.csv", rows)
     write_json(folder / "metrics.json", {**summary, **settings})
 

@@ -58,9 +58,10 @@ def audit_prompts(records, right, seed=0):
     another record's right one. The absent object shares no word with any prompt of the data set.
     """
     rng = np.random.default_rng(seed)
-    own_texts = [prompt_texts(record) for record in records]
-    all_texts = " ".join([*right, *(text for texts in own_texts for text in texts)]).casefold()
-    words = set(re.findall(r"\w+", all_texts))
+    own_texts = list(map(prompt_texts, records))
+    words = set()
+    for text in sum(own_texts, list(right)):
+        words.update(re.findall(r"\w+", text.casefold()))
     absent = [text for text in ABSENT if text.split()[-1] not in words]
 
     def draw(texts, prompt):
@@ -103,7 +104,7 @@ def audit(predictor, data, right, seed=0, group=None, upsample="logits", batch_s
             continue
         names, texts, dsc, predicted, true = zip(*rows)
         summaries[condition] = dict(
-            mean=float(np.mean(dsc)),
+            mean=np.mean(dsc),
             ci95=bootstrap_intervals({"dsc": dsc}, names)["dsc"],
             n=len(rows),
             foreground=sum(predicted) / sum(true),
@@ -125,7 +126,7 @@ def verdict(summaries):
     figures = ", ".join(figures)
     if max(losses.values()) < LEAST_LOSS:
         return f"This run answers the image, not the text: {figures}."
-    if "swapped" in losses and losses["swapped"] < LEAST_LOSS:
+    if losses.get("swapped", 1) < LEAST_LOSS:
         return f"This run reads which object is asked for, but not its attributes: {figures}."
     return f"This run reads its prompt: {figures}."
 

@@ -27,26 +27,24 @@ EXAMPLE = (
 )
 
 
-def signed_rank(a, b):
-    """Return (two-sided p, number of pairs that differ) of paired scores, by Wilcoxon's signed-rank test.
+def signed_rank(gaps):
+    """Return (two-sided p, number of gaps other than 0) of differences, by Wilcoxon's signed-rank test.
 
-    The normal approximation; (1.0, 0) if no pair differs.
+    The normal approximation; (1.0, 0) if all are 0.
     """
     from scipy.stats import wilcoxon
 
-    n = np.count_nonzero(np.asarray(a) != np.asarray(b))
+    n = np.count_nonzero(gaps)
     if not n:
         return 1.0, 0
-    return float(wilcoxon(a, b, zero_method="wilcox", correction=False, method="approx").pvalue), n
+    return float(wilcoxon(gaps, zero_method="wilcox", correction=False, method="approx").pvalue), n
 
 
 def difference(a, b):
     """Return in words how the DSC of two runs' scores of the same records differ."""
-    dsc_a = np.array([score["dsc"] for score in a])
-    dsc_b = np.array([score["dsc"] for score in b])
-    gaps = dsc_a - dsc_b
+    gaps = np.array([x["dsc"] - y["dsc"] for x, y in zip(a, b)])
     interval = bootstrap_intervals({"dsc": gaps}, [score["group"] for score in a])["dsc"]
-    p, n = signed_rank(dsc_a, dsc_b)
+    p, n = signed_rank(gaps)
     mean = f"{100 * gaps.mean():+.2f} {in_brackets(interval, sign='+')}".rstrip()
     return f"{mean} points, p = {p:.2g} (signed ranks of {n} pairs that differ)"
 
@@ -62,7 +60,8 @@ def run_names(paths):
 
 def parse_arguments(argv=None):
     parser = Parser(__doc__, EXAMPLE, prog="python -m vlsm.tools.compare")
-    parser.add_argument("runs", nargs="+", help="two or more run folders or checkpoints")
+    parser.add_argument("run", help="run folder or checkpoint")
+    parser.add_argument("others", nargs="+", metavar="run", help="one or more to compare it with")
     add = parser.add_argument_group("output").add_argument
     add("--figure", type=number(int, 1), default=6, metavar="N", help="rows of the sheet (default 6)")
     add(
@@ -78,8 +77,6 @@ def parse_arguments(argv=None):
     add_split_arguments(parser)
     add_machine_arguments(parser)
     args = parser.parse_args(argv)
-    if len(args.runs) < 2:
-        raise ValueError(f"Only '{args.runs[0]}' is given; name two runs or more to compare.")
     if Path(args.out).suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--out '{args.out}' should end with .png, .pdf or .svg.")
     return args
@@ -90,12 +87,13 @@ def main(argv=None):
     out = Path(args.out)
     gallery = out.with_suffix("") / "gallery"
     check_targets([out, *page_files(gallery)] if args.gallery else [out], overwrite=args.overwrite)
-    dataset = args.dataset or read_metadata(args.runs[0])["dataset"]
+    paths = [args.run, *args.others]
+    dataset = args.dataset or read_metadata(args.run)["dataset"]
     pattern, group_in_words = group_pattern(dataset, args.group)
 
     runs = {}
     base = None
-    for name, path in zip(run_names(args.runs), args.runs):
+    for name, path in zip(run_names(paths), paths):
         predictor = load_predictor(
             path, args.weights, args.device, args.amp, args.kernels, args.compile, base=base
         )

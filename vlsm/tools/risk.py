@@ -77,7 +77,7 @@ def effect(predictor, data, prompts, threshold, group=None, batch_size=32):
     summary = {}
     for name, column in values.items():
         n = int(np.isfinite(column).sum())
-        summary[name] = dict(mean=float(np.nanmean(column)), ci95=intervals[name], n=n)
+        summary[name] = dict(mean=np.nanmean(column), ci95=intervals[name], n=n)
     return summary
 
 
@@ -124,7 +124,7 @@ def main(argv=None):
     missed = missed_shares(predictor, held_back, held_back_texts, args.batch_size)
     threshold = fit_threshold(missed, args.level)
     result = dict(
-        risk=args.risk,
+        risk="fn",
         level=args.level,
         threshold=threshold,
         fitted_on=len(missed),
