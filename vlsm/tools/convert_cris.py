@@ -46,8 +46,8 @@ def read_tensors(path):
     except Exception as error:  # unpickling, zip, end-of-file, safetensors and runtime errors alike
         reason = " ".join([type(error).__name__, *re.findall(r"GLOBAL [\w.]+", str(error))])
         raise ValueError(
-            f"'{path}' cannot be read, and nothing in it was run ({reason}). Is the file complete? If it holds "
-            "more than tensors (GLOBAL ...) and you trust it, save its state dictionary alone: "
+            f"'{path}' cannot be read, and nothing in it was run ({reason}). Is the file complete? If it "
+            "holds more than tensors (GLOBAL ...) and you trust it, save its state dictionary alone: "
             "torch.save(checkpoint['state_dict'], FILE)."
         ) from error
     if isinstance(checkpoint, dict):
