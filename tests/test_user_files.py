@@ -21,8 +21,9 @@ from vlsm.data.images import ImageError, image_files, read_image, read_mask
 from vlsm.networks.clipseg import CLIPSegConfig
 from vlsm.networks.tokenizer import Tokenizer
 from vlsm.networks.weights import MINI
-from vlsm.results.scores import score_folders, summarise, write_results
+from vlsm.results.scores import summarise, write_results
 from vlsm.system import files
+from vlsm.tools.score import score_folders
 from vlsm.training.run import delete_run
 
 BLOB = np.zeros((40, 60), np.uint8)

@@ -44,11 +44,11 @@ def read_tensors(path):
             return load_file(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling, zip, end-of-file, safetensors and runtime errors alike
-        reason = " ".join(re.findall(r"GLOBAL [\w.]+", str(error))) or str(error)[:200]
+        reason = " ".join([type(error).__name__, *re.findall(r"GLOBAL [\w.]+", str(error))])
         raise ValueError(
-            f"'{path}' cannot be read, and nothing in it was run ({type(error).__name__}: {reason}). Is the "
-            "file complete? If it holds more than tensors (GLOBAL ...) and you trust it, save its state "
-            "dictionary alone: torch.save(checkpoint['state_dict'], FILE)."
+            f"'{path}' cannot be read, and nothing in it was run ({reason}). Is the file complete? If it "
+            "holds more than tensors (GLOBAL ...) and you trust it, save its state dictionary alone: "
+            "torch.save(checkpoint['state_dict'], FILE)."
         ) from error
     if isinstance(checkpoint, dict):
         checkpoint = checkpoint.get("state_dict", checkpoint)

@@ -15,7 +15,7 @@ from vlsm.data.cache import default_cache
 from vlsm.data.images import mask_image, read_image, resize_image
 from vlsm.results.figures import CYAN, overlay
 from vlsm.results.predict import load_predictor, logits_at_size
-from vlsm.system.arguments import Parser, add_machine_arguments, number
+from vlsm.system.arguments import Parser, number
 from vlsm.system.console import friendly_errors, say
 
 EXAMPLE = "example:\n  python -m vlsm.tools.serve runs/kvasir-dense-64-seed42 runs/kvasir-coop-seed42"
@@ -131,11 +131,10 @@ def main(argv=None):
     parser.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s, this machine)")
     parser.add_argument("--port", type=number(int, 0, 65535), default=7860, help="default: %(default)s")
     parser.add_argument("--weights", help="folder or hub id of the base, if it has moved")
-    add_machine_arguments(parser)
+    parser.add_argument("--device", default="auto", help="auto (default: cuda if available), cpu, cuda:1")
     args = parser.parse_args(argv)
     gradio = import_gradio()  # before the weights are loaded
-    machine = dict(device=args.device, amp=args.amp, kernels=args.kernels, compile=args.compile)
-    runs = Runs(args.runs, weights=args.weights, **machine)
+    runs = Runs(args.runs, weights=args.weights, device=args.device)
     examples = run_examples(runs.get(args.runs[0]))
     page = build_page(gradio, runs, examples)
     page.queue(max_size=16, default_concurrency_limit=1)

@@ -1,4 +1,4 @@
-"""ONNX files: ONNX Runtime gives what the model gives, for any number of pictures, whatever was tuned."""
+"""ONNX files: ONNX Runtime gives what the model gives, for any number of images, whatever was tuned."""
 
 import json
 import sys
@@ -11,10 +11,10 @@ from PIL import Image
 import vlsm
 from tests.conftest import ROOT, normalise
 from vlsm.data.images import read_mask
-from vlsm.extras.onnx import to_onnx
+from vlsm.tools.export import to_onnx
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="pip install onnxscript onnxruntime")
-PICTURES = torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8)
+IMAGES = torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8)
 
 
 def run(path, pixels):
@@ -35,10 +35,10 @@ def test_what_is_exported_is_the_model(tmp_path, name, weights, method):
     with torch.no_grad():
         for p in model.tuned_parameters().values():
             p += 0.01 * torch.randn_like(p)
-        pixels = normalise(PICTURES, mean=model.network.mean, std=model.network.std)
+        pixels = normalise(IMAGES, mean=model.network.mean, std=model.network.std)
         want = {prompt: model(pixels, *model.tokenizer()([prompt] * 5)) for prompt in ("a red disk", "polyp")}
     gap = to_onnx(model, "a red disk", 64, tmp_path / "one.onnx", dict(prompt="a red disk", image_size=64))
-    found, session = run(tmp_path / "one.onnx", PICTURES)
+    found, session = run(tmp_path / "one.onnx", IMAGES)
     torch.testing.assert_close(found, want["a red disk"], atol=1e-4, rtol=1e-4)
     assert gap < 1e-4 and (found - want["polyp"]).abs().max() > 10 * gap  # the prompt is in it
     assert session.get_modelmeta().custom_metadata_map == dict(prompt="a red disk", image_size="64")
@@ -47,9 +47,8 @@ def test_what_is_exported_is_the_model(tmp_path, name, weights, method):
 
 @pytest.mark.slow
 def test_what_differs_is_not_written(cli, trained, tmp_path, monkeypatch):
-    monkeypatch.setattr("vlsm.extras.onnx.TOLERANCE", -1)
-    where = ["--export", tmp_path / "polyp.onnx", "--prompt", "red disk"]
-    code, _, err = cli("evaluate", "--ckpt", trained, *where)
+    monkeypatch.setattr("vlsm.tools.export.TOLERANCE", -1)
+    code, _, err = cli("vlsm.tools.export", trained, "--prompt", "red disk", "--out", tmp_path / "polyp.onnx")
     assert (
         code == 2
         and "so '" in err
@@ -60,10 +59,11 @@ def test_what_differs_is_not_written(cli, trained, tmp_path, monkeypatch):
 
 
 def test_on_the_command_line(cli, folder, trained, tmp_path, monkeypatch):
-    argv, file = ["--ckpt", trained, "--export", tmp_path / "polyp.onnx"], tmp_path / "polyp.onnx"
-    code, _, err = cli("evaluate", *argv)
-    assert code == 2 and '--prompt "polyp"' in err
-    code, said, err = cli("evaluate", *argv, "--prompt", "red disk")
+    file = tmp_path / "polyp.onnx"
+    argv = [trained, "--out", file]
+    code, _, err = cli("vlsm.tools.export", *argv)
+    assert code == 2 and "--prompt" in err
+    code, said, err = cli("vlsm.tools.export", *argv, "--prompt", "red disk")
     assert (
         code == 0
         and "differ from PyTorch's by at most" in said
@@ -77,9 +77,9 @@ def test_on_the_command_line(cli, folder, trained, tmp_path, monkeypatch):
     large = np.asarray(Image.fromarray(mask.numpy()).resize(read_mask(tmp_path / "d1.png").shape[::-1]))
     assert (large == read_mask(tmp_path / "d1.png")).mean() > 0.9  # another way to make it larger and smaller
     assert (
-        json.loads(run(file, PICTURES[:, :, :48, :48])[1].get_modelmeta().custom_metadata_map["image_size"])
+        json.loads(run(file, IMAGES[:, :, :48, :48])[1].get_modelmeta().custom_metadata_map["image_size"])
         == 48
     )
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    code, _, err = cli("evaluate", *argv, "--prompt", "red disk")
+    code, _, err = cli("vlsm.tools.export", *argv, "--prompt", "red disk")
     assert code == 2 and "pip install onnxscript onnxruntime" in err
