@@ -8,8 +8,7 @@ import re
 import torch
 from torch import nn
 
-from vlsm.networks.base import TextEncoder
-from vlsm.networks.transformer import encoder_blocks, noise, patch_tokens, tree
+from vlsm.networks.transformer import TextEncoder, encoder_blocks, noise, patch_tokens, tree
 
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 SIZE_TENSORS = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's files besides weights

@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlsm.networks.base import ImageFeatures, Network, TextEncoder
+from vlsm.networks.base import ImageFeatures, Network
 from vlsm.networks.encoder_config import VISION_DEFAULTS, EncoderConfig
 from vlsm.networks.transformer import (
     MLP,
     Attention,
     Block,
+    TextEncoder,
     initialise_embeddings,
     text_model,
     tree,
