@@ -85,8 +85,8 @@ class PromptLearner(Tuner):
         room = window - 2 if "text" in self.encoders else n  # start and end token
         if not 1 <= n <= room:
             raise ValueError(
-                f"{n} context vectors (--context, or the tokens of --context-init): give 1 or more; for the "
-                f"text encoder, give 1 to {window - 2}: its window of {window} tokens also holds start and end."
+                f"{n} context vectors (--context, or the tokens of --context-init): give 1 or more; for "
+                f"the text encoder, give 1 to {window - 2}: its window of {window} tokens also holds two."
             )
         return torch.empty(depth, n, width).normal_(0, INIT_STD)
 
