@@ -20,6 +20,7 @@ from vlsm.networks.clip import CLIP, CLIP_MEAN, CLIP_STD, SIZE_TENSORS, VisionTr
 from vlsm.networks.encoder_config import VISION_DEFAULTS, EncoderConfig
 from vlsm.networks.renaming import OPENAI_BLOCK
 from vlsm.networks.transformer import Block, noise, resize_positions, tree
+from vlsm.system.options import select_fields
 
 SIDE, CLIP_PART = "side_adapter_network.", "clip_model."
 HIDDEN = -100.0  # attention bias that hides a token (published value)
@@ -33,14 +34,6 @@ ENCODER_SIZES = dict(
     heads="num_attention_heads",
     context_length="max_position_embeddings",
 )
-OWN_SIZES = dict(
-    img_size="img_size",
-    clip_resolution="clip_resolution",
-    split_layer="split_layer",
-    num_queries="num_queries",
-    embed_dim="projection_dim",
-    projection_dim="projection_dim",
-)
 SIDE_SIZES = dict(
     width="side_width",
     depth="side_depth",
@@ -48,7 +41,6 @@ SIDE_SIZES = dict(
     patch_size="side_patch",
     img_size="side_img_size",
 )
-MASK_SIZES = dict(embed_channels="embed_channels", mlp_channels="mlp_channels")
 
 
 def select(values, names):
@@ -98,20 +90,18 @@ class SANConfig:
         fusion_map, side_vit, mask_decoder. Raises ValueError for sizes that cannot work.
         """
         side = raw.get("side_vit") or {}
-        sizes = select(raw, OWN_SIZES)
+        masks = raw.get("mask_decoder") or {}
+        sizes = select_fields(cls, {"projection_dim": raw.get("embed_dim"), **raw, **masks})
         sizes["side_img_size"] = sizes.get("img_size", cls.img_size)
         sizes.update(select(side, SIDE_SIZES))
-        sizes.update(select(raw.get("mask_decoder") or {}, MASK_SIZES))
         sizes["fusion_map"] = {}
         for block, layer in (raw.get("fusion_map") or {}).items():
             sizes["fusion_map"][int(block)] = int(layer)
+        sizes["text"] = encoder_config(raw, ("text_config", "clip_text"), {})
         vision_defaults = dict(VISION_DEFAULTS, patch_size=16)
         del vision_defaults["intermediate_size"]
-        config = cls(
-            text=encoder_config(raw, ("text_config", "clip_text"), {}),
-            vision=encoder_config(raw, ("vision_config", "clip_vision"), vision_defaults),
-            **sizes,
-        )
+        sizes["vision"] = encoder_config(raw, ("vision_config", "clip_vision"), vision_defaults)
+        config = cls(**sizes)
         if config.side_width % config.side_heads:
             raise ValueError(
                 f"side_vit: width {config.side_width} is no multiple of {config.side_heads} heads."
