@@ -96,7 +96,7 @@ def test_upsampler_of_the_published_code(method, reads):
     [
         ("coop", dict(prompt_depth=0), "Give 1 to 11"),
         ("vpt", dict(prompt_depth=12), "Give 1 to 11"),
-        ("coop", dict(context=19), "give 1 to 18, what the text encoder's window of 20 tokens holds"),
+        ("coop", dict(context=19), "give 1 to 18: its window of 20 tokens"),
         ("vpt", dict(context=0), "give 1 or more"),
         ("maple", dict(lora_proj=True, intermediate_dim=[4, 5]), "takes one --intermediate-dim, not 2"),
         ("maple", dict(intermediate_dim=[4, 0]), "--intermediate-dim 4 0"),

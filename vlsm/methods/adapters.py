@@ -36,7 +36,9 @@ class Adapter(nn.Module):
 
 def check_branches(branches, known, method=""):
     """Raise ValueError unless `branches` are some of the letters `known`, each once."""
-    if not branches or set(branches) - set(known) or len(set(branches)) < len(branches):
+    unknown = set(branches) - set(known)
+    repeated = len(set(branches)) < len(branches)
+    if not branches or unknown or repeated:
         letters = ", ".join(f"{letter} ({BRANCHES[letter]})" for letter in known)
         owner = f" to {method}" if method else ""
         raise ValueError(
@@ -61,12 +63,13 @@ def choose_blocks(blocks, encoder, default, count):
     ValueError for another form, and for blocks beyond them.
     """
     named = {}
-    for part in filter(None, str(blocks or "").split(",")):
-        match = BLOCKS.fullmatch(part)
-        if not match or (match[1] or "vl") in named:
+    for text in str(blocks).split(",") if blocks else []:
+        match = BLOCKS.fullmatch(text)
+        letters = match[1] or "vl" if match else ""
+        if not match or set(letters) & set(named):
             raise ValueError(f"--blocks '{blocks}': give a range such as 5-8, or v:5-8,l:9-11.")
-        low, high = int(match[2]), int(match[3] or match[2])
-        named.update({letter: range(low, high + 1) for letter in match[1] or "vl"})
+        for letter in letters:
+            named[letter] = range(int(match[2]), int(match[3] or match[2]) + 1)
     chosen = named.get(encoder, default)
     if not chosen or chosen[-1] >= count:
         raise ValueError(
@@ -77,8 +80,7 @@ def choose_blocks(blocks, encoder, default, count):
 
 
 class Adapters(Tuner):
-    """What dense and shallow adapters share: `vision` and `text`, adapters by the name of their layer, and
-    `cond`.
+    """Base of dense and shallow adapters: `vision` and `text`, adapters by the name of their layer; `cond`.
 
     branches: "v" (vision encoder), "l" (language encoder), "c" (conditional embedding).
     """
@@ -86,10 +88,11 @@ class Adapters(Tuner):
     def __init__(self, config, branches="vl", reference=False):
         super().__init__(config, reference)
         check_branches(branches, "vlc")
-        self.vision, self.text = nn.ModuleDict(), nn.ModuleDict()
+        self.vision = nn.ModuleDict()
+        self.text = nn.ModuleDict()
 
     def adapt_conditional(self, cond, states):
-        return self.cond(cond) if hasattr(self, "cond") else cond
+        return self.cond(cond) if hasattr(self, "cond") else cond  # [B, P]
 
 
 class DenseAdapters(Adapters):
@@ -99,21 +102,20 @@ class DenseAdapters(Adapters):
     dim: an adapter's width. dims: its width in each block instead.
     """
 
-    kind = Adapter
+    adapter_class = Adapter
 
     def __init__(self, config, branches="vl", dim=64, dims=None, blocks=None, reference=False):
         super().__init__(config, branches, reference)
-        reach = max(config.extract_layers)
         vision, text = config.vision, config.text
         if "v" in branches:
-            default, count = self.default_blocks("v", config), min(reach + 1, vision.num_hidden_layers)
-            chosen = choose_blocks(blocks, "v", default, count)
+            count = max(config.extract_layers) + 1  # deeper blocks do not reach the logits
+            chosen = choose_blocks(blocks, "v", self.default_blocks("v", config), count)
             self.vision = self.adapters(vision.hidden_size, chosen, self.widths("v", len(chosen), dim, dims))
         if "l" in branches:
             chosen = choose_blocks(blocks, "l", self.default_blocks("l", config), text.num_hidden_layers)
             self.text = self.adapters(text.hidden_size, chosen, self.widths("l", len(chosen), dim, dims))
         if "c" in branches:
-            self.cond = self.kind(config.projection_dim, self.cond_width(dim))
+            self.cond = self.adapter_class(config.projection_dim, self.cond_width(dim))
 
     def default_blocks(self, encoder, config):
         """Return the range of blocks of an encoder ("v" or "l") that have adapters."""
@@ -126,26 +128,30 @@ class DenseAdapters(Adapters):
 
     def widths(self, encoder, count, dim, dims):
         """Return the width in each of `count` blocks. Raises ValueError for another number of `dims`."""
-        if dims is not None and len(dims) != count:
+        if dims is None:
+            return [dim] * count
+        if len(dims) != count:
             raise ValueError(
                 f"--dims gives {len(dims)} widths, and the {BRANCHES[encoder]} encoder has adapters in "
                 f"{count} blocks: one width a block."
             )
-        return [dim] * count if dims is None else list(dims)
+        return list(dims)
 
     def adapters(self, d, blocks, widths):
         """Return two adapters for each block of an encoder of width d."""
-        found = nn.ModuleDict()
+        adapters = nn.ModuleDict()
         for i, dim in zip(blocks, widths):
             check_width(dim)
-            found[str(i)] = nn.ModuleDict(dict(attn=self.kind(d, dim), mlp=self.kind(d, dim)))
-        return found
+            pair = dict(attn=self.adapter_class(d, dim), mlp=self.adapter_class(d, dim))
+            adapters[str(i)] = nn.ModuleDict(pair)
+        return adapters
 
     def residual_ops(self, encoder, layer):
         adapters = self.vision if encoder == "vision" else self.text
         if str(layer) not in adapters:
             return super().residual_ops(encoder, layer)
-        return adapters[str(layer)]["attn"], adapters[str(layer)]["mlp"]
+        pair = adapters[str(layer)]
+        return pair["attn"], pair["mlp"]
 
 
 class ShallowAdapters(Adapters):
@@ -161,7 +167,8 @@ class ShallowAdapters(Adapters):
         if "l" in branches:
             if config.pooled_states:
                 self.check_text(config)
-            self.text = self.adapters([config.projection_dim] * (config.pooled_states or 1), dim)
+            count = config.pooled_states or 1
+            self.text = self.adapters([config.projection_dim] * count, dim)
         if "v" in branches:
             self.vision = self.adapters(config.activation_widths, dim)
         if "c" in branches:
@@ -169,8 +176,9 @@ class ShallowAdapters(Adapters):
 
     @staticmethod
     def check_text(config):
-        """Raise ValueError where text states cannot be added to the conditional embedding."""
-        width, layers = config.text.hidden_size, config.text.num_hidden_layers
+        """Raise ValueError if text states cannot be added to the conditional embedding."""
+        width = config.text.hidden_size
+        layers = config.text.num_hidden_layers
         if width != config.projection_dim:
             raise ValueError(
                 f"Shallow adapters in the text branch add text states (width {width}) to the conditional "
@@ -193,8 +201,9 @@ class ShallowAdapters(Adapters):
 
     def adapt_conditional(self, cond, states):
         cond = super().adapt_conditional(cond, states)
-        if len(self.text) and states:
-            cond = cond + torch.stack([self.text[str(k)](t) for k, t in enumerate(states)]).sum(0)
-        elif len(self.text):
-            cond = self.text["0"](cond)
-        return cond
+        if not self.text:
+            return cond
+        if not states:  # SAM 3: `cond` are the prompt's tokens
+            return self.text["0"](cond)  # [B, T, P]
+        adapted = [self.text[str(k)](state) for k, state in enumerate(states)]
+        return cond + torch.stack(adapted).sum(0)  # [B, P]

@@ -46,14 +46,16 @@ class LoRA(Tuner):
         if wrong or not lora_targets:
             names = " ".join(wrong) or "without a name"
             raise ValueError(f"--lora-targets {names}: give one or more of {', '.join(PROJECTIONS)}.")
-        targets = [t for t in PROJECTIONS if t in lora_targets]
+        targets = [target for target in PROJECTIONS if target in lora_targets]
 
         def deltas(letter, encoder, count):
-            chosen = choose_blocks(blocks, letter, range(count), count) if letter in branches else ()
-            d, found = encoder.hidden_size, nn.ModuleDict()
-            for i in chosen:
-                found[str(i)] = nn.ModuleDict({t: LowRankDelta(d, dim, lora_alpha) for t in targets})
-            return found
+            layers = nn.ModuleDict()
+            if letter in branches:
+                for i in choose_blocks(blocks, letter, range(count), count):
+                    layers[str(i)] = nn.ModuleDict()
+                    for target in targets:
+                        layers[str(i)][target] = LowRankDelta(encoder.hidden_size, dim, lora_alpha)
+            return layers
 
         self.vision = deltas("v", config.vision, max(config.extract_layers) + 1)
         self.text = deltas("l", config.text, config.text.num_hidden_layers)
@@ -66,10 +68,13 @@ class LoRA(Tuner):
     def merge_into(self, network):
         if self.upsampler is not None:
             super().merge_into(network)
-        pairs = (self.vision, network.vision_blocks()), (self.text, network.text_transformer().blocks)
-        for tuned, blocks in pairs:
-            for i, deltas in tuned.items():
-                attention = blocks[int(i)].self_attn
-                for target, delta in deltas.items():
-                    projection = getattr(attention, f"{target}_proj")
-                    projection.weight += delta.weight()
+        self._merge(self.vision, network.vision_blocks())
+        self._merge(self.text, network.text_transformer().blocks)
+
+    @staticmethod
+    def _merge(layers, blocks):
+        for i, deltas in layers.items():
+            attention = blocks[int(i)].self_attn
+            for target, delta in deltas.items():
+                projection = getattr(attention, f"{target}_proj")
+                projection.weight += delta.weight()

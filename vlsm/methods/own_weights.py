@@ -4,7 +4,7 @@ from vlsm.networks.hooks import Tuner
 
 
 class DecoderTuner(Tuner):
-    """Trains what stands on the network's encoders, nothing else."""
+    """Trains the parameters that follow the network's encoders, nothing else."""
 
     def trained_network_parameters(self, network):
         return network.decoder_names()

@@ -6,6 +6,7 @@ CoCoOp: Zhou et al. (CVPR 2022); VPT: Jia et al. (ECCV 2022); MaPLe: Khattak et 
 """
 
 import copy
+from itertools import cycle
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ def projection(d_in, d_out, hidden, low_rank, norm, bias=True):
     """Return a module from width `d_in` to `d_out`.
 
     hidden: 0 for a linear layer; a width, or a list of widths, for an MLP. low_rank: the product of two
-    matrices (of one, where hidden > d_out) instead. norm: a LayerNorm behind an MLP or such a product. bias:
+    matrices (of one, if hidden > d_out) instead. norm: a LayerNorm after an MLP or such a product. bias:
     whether that norm, or the last layer, has one. Raises ValueError for widths below 1, and for a list with
     `low_rank`.
     """
@@ -33,28 +34,30 @@ def projection(d_in, d_out, hidden, low_rank, norm, bias=True):
     if min(widths) < 1:
         given = " ".join(map(str, widths))
         raise ValueError(f"--intermediate-dim {given}: give 1 or more, or 0 alone for a single layer.")
-    last_bias = bias and not norm
+    layers = []
     if low_rank and widths[0] > d_out:
-        layers = [nn.Linear(d_in, d_out, bias=False)]
-    elif low_rank:
-        layers = [nn.Linear(d_in, widths[0], bias=False), nn.Linear(widths[0], d_out, bias=last_bias)]
+        layers.append(nn.Linear(d_in, d_out, bias=False))
     else:
-        layers = []
-        for a, b in zip([d_in, *widths], widths):
-            layers += [nn.Linear(a, b), nn.ReLU()]
-            nn.init.kaiming_normal_(layers[-2].weight, nonlinearity="relu")
-        layers.append(nn.Linear(widths[-1], d_out, bias=last_bias))
+        width = d_in
+        for next_width in widths:
+            layer = nn.Linear(width, next_width, bias=not low_rank)
+            layers.append(layer)
+            if not low_rank:
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                layers.append(nn.ReLU())
+            width = next_width
+        layers.append(nn.Linear(width, d_out, bias=bias and not norm))
     if norm:
         layers.append(nn.LayerNorm(d_out, bias=bias))
     return nn.Sequential(*layers)
 
 
 class PromptLearner(Tuner):
-    """What the six share: `context` `[depth, n, width]`, its depth and its start.
+    """Base of the six: `context` `[depth, n, width]`, its depth and its start.
 
     prompt_depth: layers with vectors of their own (default `default_depth`, or as many as act on the logits).
     context: n. context_init: a text, or one for each of the first layers, whose tokens' embeddings the
-    vectors start from (they then set n). Raises ValueError where these do not fit the network.
+    vectors start from (they then set n). Raises ValueError if these do not fit the network.
     """
 
     default_upsampler = True
@@ -76,17 +79,14 @@ class PromptLearner(Tuner):
     def random_context(self, config, depth, n, width):
         """Return random vectors `[depth, n, width]`.
 
-        Raises ValueError where the text encoder has no room for n.
+        Raises ValueError if the text encoder has no room for n.
         """
         window = config.text.max_position_embeddings
-        room = window - 2  # start and end token
-        if n < 1 or ("text" in self.encoders and n > room):
-            most = " or more"
-            if "text" in self.encoders:
-                held = f"the text encoder's window of {window} tokens holds besides start and end"
-                most = f" to {room}, what {held}"
+        room = window - 2 if "text" in self.encoders else n  # start and end token
+        if not 1 <= n <= room:
             raise ValueError(
-                f"{n} context vectors (--context, or the tokens of --context-init): give 1{most}."
+                f"{n} context vectors (--context, or the tokens of --context-init): give 1 or more; for "
+                f"the text encoder, give 1 to {window - 2}: its window of {window} tokens also holds two."
             )
         return torch.empty(depth, n, width).normal_(0, INIT_STD)
 
@@ -108,16 +108,14 @@ class PromptLearner(Tuner):
         Raises ValueError unless all texts have n tokens, at least one.
         """
         ids = [tokenizer.encode(text)[1:-1] for text in texts]
-        counts = [len(i) for i in ids]
-        if not all(counts):
+        counts = [len(row) for row in ids]
+        if 0 in counts:
             empty = texts[counts.index(0)]
-            raise ValueError(
-                f"--context-init '{empty}' holds nothing that the tokenizer knows. Give a few words."
-            )
+            raise ValueError(f"--context-init '{empty}' holds nothing that the tokenizer knows.")
         if len(set(counts)) > 1:
-            found = ", ".join(map(str, counts))
             raise ValueError(
-                f"--context-init: texts of equally many tokens are needed, and these have {found}."
+                "--context-init: texts of equally many tokens are needed, and these have "
+                f"{', '.join(map(str, counts))}."
             )
         return torch.tensor(ids)
 
@@ -131,13 +129,15 @@ class PromptLearner(Tuner):
 
     def module_per_layer(self, make, unified, copies=False):
         """Return a module for each layer (`make()`, or copies of the first), or one for all if `unified`."""
-        first, rest = make(), 0 if unified else len(self.context) - 1
-        return nn.ModuleList([first, *(copy.deepcopy(first) if copies else make() for _ in range(rest))])
+        modules = nn.ModuleList([make()])
+        for _ in self.context[1:] if not unified else ():
+            modules.append(copy.deepcopy(modules[0]) if copies else make())
+        return modules
 
     def apply_per_layer(self, modules, vectors=None):
-        """Return each layer's vectors (`context`, or others in its place) put through that layer's module."""
+        """Return each layer's vectors (default: `context`) put through that layer's module."""
         vectors = self.context if vectors is None else vectors
-        return [modules[min(i, len(modules) - 1)](v) for i, v in enumerate(vectors)]
+        return [module(v) for module, v in zip(cycle(modules), vectors)]  # one module may serve all
 
 
 class CoOp(PromptLearner):
@@ -180,8 +180,8 @@ class CoCoOp(CoOp):
     def image_conditioned_contexts(self, contexts, image_embedding):
         if self.normalise:
             image_embedding = image_embedding / image_embedding.norm(dim=-1, keepdim=True)
-        shifts = [project(image_embedding)[:, None] for project in self.project]  # [B, 1, D]
-        return [v + shifts[min(i, len(shifts) - 1)] for i, v in enumerate(contexts)]
+        shifts = [project(image_embedding)[:, None] for project in self.project]  # [B, 1, D] each
+        return [v + shift for v, shift in zip(contexts, cycle(shifts))]  # [B, n, D] each
 
 
 class VPT(PromptLearner):
@@ -233,15 +233,18 @@ class SharedSeparate(PromptLearner):
         super().__init__(config, shared_dim, prompt_depth, context, None, reference)
 
         def projections(width):
-            make = lambda: projection(shared_dim, width, intermediate_dim, lora_proj, proj_norm)  # noqa: E731
+            def make():
+                return projection(shared_dim, width, intermediate_dim, lora_proj, proj_norm)
+
             return self.module_per_layer(make, unified_proj, copies=True)
 
         self.text_project = projections(config.text.hidden_size)
         self.vision_project = projections(config.vision.hidden_size)
 
     def contexts(self):
-        vision, text = self.apply_per_layer(self.vision_project), self.apply_per_layer(self.text_project)
-        return Contexts(vision, text)
+        return Contexts(
+            vision=self.apply_per_layer(self.vision_project), text=self.apply_per_layer(self.text_project)
+        )
 
 
 class SharedAttention(PromptLearner):
@@ -261,24 +264,26 @@ class SharedAttention(PromptLearner):
         width = config.text.hidden_size + config.vision.hidden_size
         super().__init__(config, width, prompt_depth, context, None, reference)
         if heads < 1 or width % heads:
-            some = ", ".join(str(h) for h in range(1, 65) if width % h == 0)
+            fitting = ", ".join(str(h) for h in range(1, 65) if width % h == 0)
             raise ValueError(
-                f"--heads {heads} does not divide the vectors' width {width}; give one of {some}."
+                f"--heads {heads} does not divide the vectors' width {width}; give one of {fitting}."
             )
         if not 0 <= dropout < 1:
             raise ValueError(f"--dropout {dropout}: give 0 or more, below 1.")
-        # the published layer takes the n vectors for a batch of sequences of length one, so none attends to
-        # another
-        how = dict(norm_first=norm_first, batch_first=not reference)
-        make = lambda: nn.TransformerEncoderLayer(width, heads, feed_forward, dropout, **how)  # noqa: E731
+
+        def make():
+            # the published layer takes the n vectors for a batch of sequences of length one: none attends to
+            # another
+            return nn.TransformerEncoderLayer(
+                width, heads, feed_forward, dropout, norm_first=norm_first, batch_first=not reference
+            )
+
         self.mixer = self.module_per_layer(make, unified_proj, copies=True)
 
     def contexts(self):
-        # [1, n, width] each: one dropout draw
-        mixed = self.apply_per_layer(self.mixer, self.context[:, None])
-        vision, text = ([m[0, :, part] for m in mixed] for part in self.encoder_slices())
-        return Contexts(vision, text)
-
-    def encoder_slices(self):
-        """Return the vision encoder's part of a vector, and the text encoder's."""
-        return slice(self.text_width, None), slice(None, self.text_width)
+        # both encoders' parts from one pass: one dropout draw
+        mixed = self.apply_per_layer(self.mixer, self.context[:, None])  # [1, n, width] each
+        return Contexts(
+            vision=[m[0, :, self.text_width :] for m in mixed],
+            text=[m[0, :, : self.text_width] for m in mixed],
+        )

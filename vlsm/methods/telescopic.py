@@ -15,24 +15,26 @@ class TelescopicAdapter(nn.Module):
 
     def __init__(self, d, dim):
         super().__init__()
-        self.down, self.norm = nn.Linear(d, dim, bias=False), nn.LayerNorm(dim)
-        self.up, self.scale = nn.Linear(dim, d, bias=False), nn.Parameter(torch.tensor(0.1))
+        self.down = nn.Linear(d, dim, bias=False)
+        self.norm = nn.LayerNorm(dim)
+        self.up = nn.Linear(dim, d, bias=False)
+        self.scale = nn.Parameter(torch.tensor(0.1))
 
     def forward(self, x, residual=None):
-        """Return the adapted x `[..., d]`, plus `residual` where there is one."""
+        """Return the adapted x `[..., d]`, plus `residual` if it is given."""
         hidden = F.dropout(F.silu(self.norm(self.down(x))), 0.1, self.training)
         out = x + self.scale * self.up(hidden)
         return out if residual is None else out + residual
 
 
 class TelescopicAdapters(DenseAdapters):
-    """Dense adapters whose width grows with depth: in the vision encoder 8 to 32, in the
-    last three text blocks and on the conditional embedding `dim`.
+    """Dense adapters whose width grows with depth: in the vision encoder 8 to 32, in the last three text
+    blocks and on the conditional embedding `dim`.
 
     dims: the widths of the vision blocks (default: the published nine, of another number the nearest).
     """
 
-    kind = TelescopicAdapter
+    adapter_class = TelescopicAdapter
     WIDTHS = (8, 8, 10, 14, 17, 21, 24, 28, 32)
 
     def __init__(self, config, branches="vlc", dim=16, dims=None, blocks=None, reference=False):
@@ -50,6 +52,7 @@ class TelescopicAdapters(DenseAdapters):
     def widths(self, encoder, count, dim, dims):
         if encoder == "l":
             return [dim] * count
-        last = len(self.WIDTHS) - 1
-        nearest = [self.WIDTHS[round(k * last / max(count - 1, 1))] for k in range(count)]
-        return super().widths(encoder, count, dim, dims or nearest)
+        if not dims:
+            step = (len(self.WIDTHS) - 1) / max(count - 1, 1)
+            dims = [self.WIDTHS[round(k * step)] for k in range(count)]
+        return super().widths(encoder, count, dim, dims)

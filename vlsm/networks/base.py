@@ -12,7 +12,7 @@ from torch import nn
 
 from vlsm.networks.hooks import Tuner
 from vlsm.networks.renaming import to_own, to_published
-from vlsm.networks.transformer import insert_context
+from vlsm.networks.transformer import fit_window, insert_context
 
 EOS_IS_MAX_ID = 2  # an `eos_token_id` that means "the highest id of a prompt": old files, CLIP's own code
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -41,20 +41,6 @@ class FrozenBlocks(NamedTuple):
     tokens: torch.Tensor
     activations: list
     size: tuple
-
-
-class TextEncoder(NamedTuple):
-    """The parts of a network's text encoder, under one set of names."""
-
-    tokens: nn.Embedding
-    positions: torch.Tensor
-    blocks: nn.ModuleList
-
-    @classmethod
-    def of(cls, text):
-        """Return the parts of a `text_model`."""
-        embeddings = text.embeddings
-        return cls(embeddings.token_embedding, embeddings.position_embedding.weight, text.encoder.layers)
 
 
 class Network(nn.Module):
@@ -208,19 +194,6 @@ class Network(nn.Module):
                 attention_mask = None
         return input_ids, attention_mask
 
-    def fit_window(self, input_ids, seen, end, limit):
-        """Cut prompts to `limit` tokens: the last words go, the end token stays.
-
-        Returns (input_ids, seen, end).
-        """
-        rows = torch.arange(input_ids.shape[0], device=input_ids.device)
-        ids_at_end = input_ids[rows, end][:, None]  # [B, 1]
-        input_ids = torch.cat([input_ids[:, : limit - 1], ids_at_end], 1)
-        if seen is not None:
-            seen_at_end = seen[rows, end][:, None]
-            seen = torch.cat([seen[:, : limit - 1], seen_at_end], 1)
-        return input_ids, seen, end.clamp(max=limit - 1)
-
     def run_text_blocks(self, input_ids, attention_mask, tuner, contexts=()):
         """Run the text encoder's layers on prompts `[B, T]`.
 
@@ -240,7 +213,7 @@ class Network(nn.Module):
         if T > limit and not n:
             raise ValueError(f"A prompt has {T} tokens; the text encoder takes at most {limit}.")
         if T > limit - n:
-            input_ids, seen, end = self.fit_window(input_ids, seen, end, limit - n)
+            input_ids, seen, end = fit_window(input_ids, seen, end, limit - n)
         S = input_ids.shape[1] + n
         mask = None
         if seen is not None:

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlsm.networks.base import FrozenBlocks, ImageFeatures, Network, TextEncoder
+from vlsm.networks.base import FrozenBlocks, ImageFeatures, Network
 from vlsm.networks.encoder_config import VISION_DEFAULTS, EncoderConfig, select_fields
 from vlsm.networks.transformer import (
     MLP,
     Attention,
+    TextEncoder,
     encoder_blocks,
     initialise_embeddings,
     insert_context,
@@ -273,9 +274,7 @@ class CLIPSeg(Network):
     def decode(self, image_features, text_features, tuner, pixel_values=None):
         cond, *states = text_features
         cond = tuner.adapt_conditional(cond, states)  # [B, P]
-        activations = []
-        for k, x in enumerate(image_features.activations):
-            activations.append(tuner.adapt_activation(k, x))  # [B, 1+N(+n), D]
+        activations = [tuner.adapt_activation(k, x) for k, x in enumerate(image_features.activations)]
         H, W = image_features.size
         patch = self.config.vision.patch_size
         logits, features = self.decoder(activations, cond, (H // patch, W // patch))

@@ -34,23 +34,24 @@ def to_own(tensors, pairs):
         for published, own in pairs:
             name = replace(name, published, own)
         if STACKED in name:
-            for letter, part in zip("qkv", tensor.chunk(3)):
-                renamed[name.replace(STACKED, f".{letter}_proj.")] = part.clone()
+            for letter, third in zip("qkv", tensor.chunk(3)):
+                renamed[name.replace(STACKED, f".{letter}_proj.")] = third.clone()
         else:
             renamed[name] = tensor
     return renamed
 
 
 def to_published(tensors, pairs):
-    """Undo `to_own`."""
+    """Undo `to_own`. Projections of which one is missing are not stacked."""
     renamed = {}
     for name, tensor in tensors.items():
         stacked = _published_name(PROJECTION.sub(STACKED, name), pairs)
-        if STACKED in stacked or not PROJECTION.search(name):  # not stacked in this checkpoint
+        parts = [PROJECTION.sub(f".{letter}_proj.", name) for letter in "qkv"]
+        is_stacked = PROJECTION.search(name) and STACKED not in stacked and set(parts) <= set(tensors)
+        if not is_stacked:
             renamed[_published_name(name, pairs)] = tensor
-        elif ".q_proj." in name:
-            k, v = (tensors[name.replace(".q_proj.", f".{letter}_proj.")] for letter in "kv")
-            renamed[stacked] = torch.cat([tensor, k, v])
+        elif name == parts[0]:
+            renamed[stacked] = torch.cat([tensors[part] for part in parts])
     return renamed
 
 

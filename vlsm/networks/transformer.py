@@ -1,5 +1,7 @@
 """The pre-norm transformer block of all networks, its attention and MLP, by Hugging Face's names for CLIP."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -199,6 +201,20 @@ def insert_context(x, at, context, replace=0):
     return torch.cat([x[:, :at], context, x[:, at + replace :]], 1)
 
 
+def fit_window(input_ids, seen, end, limit):
+    """Cut prompts to `limit` tokens: the last words go, the end token stays.
+
+    Returns (input_ids, seen, end).
+    """
+    rows = torch.arange(input_ids.shape[0], device=input_ids.device)
+    ids_at_end = input_ids[rows, end][:, None]  # [B, 1]
+    input_ids = torch.cat([input_ids[:, : limit - 1], ids_at_end], 1)
+    if seen is not None:
+        seen_at_end = seen[rows, end][:, None]
+        seen = torch.cat([seen[:, : limit - 1], seen_at_end], 1)
+    return input_ids, seen, end.clamp(max=limit - 1)
+
+
 # Modules that checkpoints name
 
 
@@ -225,6 +241,20 @@ def text_model(c):
         encoder=tree(layers=encoder_blocks(c)),
         final_layer_norm=nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps),
     )
+
+
+class TextEncoder(NamedTuple):
+    """The parts of a network's text encoder, under one set of names."""
+
+    tokens: nn.Embedding
+    positions: torch.Tensor
+    blocks: nn.ModuleList
+
+    @classmethod
+    def of(cls, text):
+        """Return the parts of a `text_model`."""
+        embeddings = text.embeddings
+        return cls(embeddings.token_embedding, embeddings.position_embedding.weight, text.encoder.layers)
 
 
 def initialise_embeddings(network):
