@@ -2,7 +2,7 @@
 prints what the machine code says.
 
 For NVIDIA GPUs of compute capability 8.0 (A100) and 9.0 (H100): registers and spilled bytes a thread, shared
-memory, instructions, and how many of them multiply matrices. tests/test_ahead_of_time.py holds the kernels to
+memory, instructions, and how many of them multiply matrices. tests/kernels/test_ahead_of_time.py holds the kernels to
 it.
 """
 
