@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from vlsm.data.images import image_files
-from vlsm.data.prompts import choose_prompt, class_word
-from vlsm.data.records import DataError, Record, first_few, read_annotations
+from vlsm.data.records import DataError, Record, choose_prompt, class_word, first_few, read_annotations
 from vlsm.system.console import friendly_errors, say
 from vlsm.system.files import check_targets, owned_write
 

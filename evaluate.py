@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets import group_pattern, open_run_split
-from vlsm.data.prompts import choose_prompt
+from vlsm.data.records import choose_prompt
 from vlsm.results.evaluation import add_split_arguments, evaluate_split, results_folder
 from vlsm.results.figures import draw_cases
 from vlsm.results.gallery import page_files, write_gallery

@@ -16,19 +16,18 @@ import datasets
 import kernels
 from vlsm.data.augment import augment
 from vlsm.data.cache import chunks, device_batches
-from vlsm.data.prompts import choose_prompt
+from vlsm.data.records import choose_prompt
 from vlsm.metrics import dsc, iou
 from vlsm.model import build
 from vlsm.networks.image_side import image_side
 from vlsm.networks.weights import is_random
 from vlsm.system import parallel
 from vlsm.system.console import Interrupt, friendly_errors, progress, say
-from vlsm.system.device import autocast, choose_device
+from vlsm.system.parallel import autocast, choose_device
 from vlsm.training.arguments import RECIPE_FIELDS, method_options, parse_arguments, stored_settings
 from vlsm.training.dry_run import describe_memory
 from vlsm.training.frozen_cache import FrozenCache
-from vlsm.training.gradients import check_gradients
-from vlsm.training.run import Run, describe_run, held_folder
+from vlsm.training.run import Run, check_gradients, describe_run, held_folder
 
 SEED_STEP = 1_000_003  # between the seeds of two epochs, and of two batches
 LOOK_EVERY = 20  # steps between two looks at the sums on the device: each look waits for it

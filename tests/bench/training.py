@@ -22,12 +22,11 @@ import vlsm
 from kernels import dice_bce_loss
 from kernels.dice_bce import dice_bce_torch
 from tests.bench.published import published_network
-from vlsm.data.cache import device_batches, open_split
+from vlsm.data.cache import Normaliser, device_batches, normalise, open_split
 from vlsm.data.images import mask_image
-from vlsm.data.pixel_values import Normaliser, normalise
 from vlsm.networks import transformer
 from vlsm.networks.base import IMAGENET_MEAN, IMAGENET_STD
-from vlsm.system.device import autocast
+from vlsm.system.parallel import autocast
 from vlsm.training.frozen_cache import FrozenCache
 
 

@@ -14,8 +14,7 @@ from tests.conftest import disk, normalise, write_demo, write_pair
 from vlsm.data.augment import affine_matrices, augment
 from vlsm.data.cache import open_split
 from vlsm.data.images import read_image, read_mask, resize_image, resize_mask
-from vlsm.data.prompts import choose_prompt
-from vlsm.data.records import DataError
+from vlsm.data.records import DataError, choose_prompt
 from vlsm.mini import demo
 
 

@@ -8,7 +8,7 @@ from tests.conftest import GOLDEN
 from vlsm.methods.adapters import Adapter
 from vlsm.methods.registry import METHODS
 from vlsm.networks.clipseg import CLIPSeg, CLIPSegConfig
-from vlsm.training.gradients import check_gradients
+from vlsm.training.run import check_gradients
 
 REAL = CLIPSegConfig.from_dict(
     dict(vision_config=dict(patch_size=16), use_complex_transposed_convolution=True)

@@ -13,7 +13,7 @@ from tests.networks.test_clipseg import assert_golden, golden, run
 from vlsm.methods.registry import METHODS
 from vlsm.methods.upsampler import Upsampler
 from vlsm.networks.transformer import patch_tokens
-from vlsm.training.gradients import check_gradients
+from vlsm.training.run import check_gradients
 
 TINY = GOLDEN / "clipseg-tiny"
 LEARNERS = ("coop", "cocoop", "vpt", "maple", "shared_separate", "shared_attention")

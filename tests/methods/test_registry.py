@@ -24,7 +24,7 @@ from vlsm.methods.upsampler import Upsampler
 from vlsm.networks.hooks import Contexts
 from vlsm.networks.weights import MINI
 from vlsm.tools.merge import merged_state_dict
-from vlsm.training.gradients import check_gradients
+from vlsm.training.run import check_gradients
 
 
 @pytest.mark.parametrize("h, w", [(4, 4), (3, 7), (1, 2)])

@@ -13,7 +13,7 @@ from tests.methods.test_adapters import count
 from tests.networks.test_clipseg import assert_gradients, golden, run
 from vlsm.networks.hooks import Tuner
 from vlsm.networks.san import SAN, SANConfig, SideNetwork
-from vlsm.training.gradients import check_gradients
+from vlsm.training.run import check_gradients
 
 TINY = f"random:{ROOT / 'tests' / 'tiny' / 'san.json'}"
 

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from vlsm.data.describe import components, describe
-from vlsm.data.prompts import choose_prompt, class_word
-from vlsm.data.records import Record
+from vlsm.data.records import Record, choose_prompt, class_word
 from vlsm.networks.tokenizer import Tokenizer
 from vlsm.networks.weights import MINI
 

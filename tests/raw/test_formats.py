@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from vlsm.data.images import ImageError, NeedsPackage, read_tiff
-from vlsm.raw import formats
+from vlsm.raw import download as formats
 from vlsm.raw.download import Download
 
 SHAPE = (20, 28)

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import vlsm
-from vlsm.data.cache import CachedSplit
-from vlsm.data.pixel_values import normalise
+from vlsm.data.cache import CachedSplit, normalise
 from vlsm.data.records import Record
 from vlsm.mini import scenes
 from vlsm.tools import audit

@@ -13,8 +13,7 @@ from vlsm.model import read_config
 from vlsm.networks.sam3 import SAM3
 from vlsm.tools import sweep
 from vlsm.training.arguments import parse_arguments
-from vlsm.training.gradients import Diverged
-from vlsm.training.run import Run
+from vlsm.training.run import Diverged, Run
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""The decode-once cache: every image is read, checked and resized once, into memory-mapped uint8 arrays."""
+"""The decode-once cache: every image is read, checked and resized once, into memory-mapped uint8 arrays.
+
+And what follows: batches on the device, and their normalisation.
+"""
 
 import glob
 import hashlib
@@ -271,3 +274,14 @@ def _open_arrays(files, shapes):
             return None
         arrays.append(array)
     return arrays
+
+
+def normalise(images, mean, std):
+    """Turn uint8 (or float 0..255) images `[B, 3, H, W]` into float32 `pixel_values`.
+
+    mean, std: of the three channels, for values from 0 to 1.
+    """
+    mean = torch.tensor(mean, device=images.device)[:, None, None]  # [3, 1, 1]
+    std = torch.tensor(std, device=images.device)[:, None, None]
+    scale = 1 / (255 * std)
+    return images.float().mul(scale).add_(-mean / std)

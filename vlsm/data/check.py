@@ -10,8 +10,7 @@ import numpy as np
 from PIL import Image
 
 from vlsm.data.images import ImageError, read_image, read_mask
-from vlsm.data.prompts import prompt_texts
-from vlsm.data.records import first_few, index_images
+from vlsm.data.records import first_few, index_images, prompt_texts
 from vlsm.system.console import progress
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)

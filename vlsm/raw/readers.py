@@ -10,8 +10,7 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from vlsm.raw.download import Sample
-from vlsm.raw.formats import decode_run_lengths, read_mhd, read_nifti
+from vlsm.raw.download import Sample, decode_run_lengths, read_mhd, read_nifti
 
 IMAGE = r"[^/]+\.(?:jpe?g|png|tiff?|bmp)"  # a file's name
 CAMUS = {1: "left ventricular cavity", 2: "myocardium", 3: "left atrium cavity"}

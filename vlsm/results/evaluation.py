@@ -11,9 +11,8 @@ from PIL import Image
 
 from vlsm.data.cache import chunks, default_cache, prefetch
 from vlsm.data.images import read_mask
-from vlsm.results.intervals import group_names
 from vlsm.results.predict import logits_at_size, mask_at_size, mask_target, save_png
-from vlsm.results.scores import calibration_counts, score
+from vlsm.results.scores import calibration_counts, group_names, score
 from vlsm.system import parallel
 from vlsm.system.arguments import number
 from vlsm.system.console import progress

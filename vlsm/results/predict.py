@@ -9,14 +9,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 from vlsm.checkpoint import load
-from vlsm.data.cache import chunks
+from vlsm.data.cache import chunks, normalise
 from vlsm.data.images import EXTENSIONS, ImageError, image_files, mask_image, read_image, resize_image
-from vlsm.data.pixel_values import normalise
 from vlsm.results.figures import CYAN, overlay
 from vlsm.system import parallel
 from vlsm.system.console import progress
-from vlsm.system.device import autocast, choose_device
 from vlsm.system.files import check_targets, owned_write
+from vlsm.system.parallel import autocast, choose_device
 
 SIDES = re.compile(r"\b(left|right|Left|Right)\b")
 OTHER_SIDE = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}

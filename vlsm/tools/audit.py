@@ -10,10 +10,10 @@ import numpy as np
 from datasets import group_pattern, open_run_split
 from vlsm import metrics
 from vlsm.data.describe import COLOURS, NUMBERS
-from vlsm.data.prompts import prompt_texts
+from vlsm.data.records import prompt_texts
 from vlsm.results.evaluation import add_split_arguments, measure_records, results_folder
-from vlsm.results.intervals import bootstrap_intervals, group_names, in_brackets
 from vlsm.results.predict import load_predictor, mask_at_size
+from vlsm.results.scores import bootstrap_intervals, group_names, in_brackets
 from vlsm.system import parallel
 from vlsm.system.arguments import Parser, add_machine_arguments
 from vlsm.system.console import friendly_errors, say

@@ -14,9 +14,8 @@ from vlsm.checkpoint import read_metadata
 from vlsm.results.evaluation import add_split_arguments, evaluate_split
 from vlsm.results.figures import draw_cases
 from vlsm.results.gallery import page_files, write_gallery
-from vlsm.results.intervals import DRAWS, bootstrap_intervals, in_brackets
 from vlsm.results.predict import load_predictor
-from vlsm.results.scores import summarise
+from vlsm.results.scores import DRAWS, bootstrap_intervals, in_brackets, summarise
 from vlsm.system import parallel
 from vlsm.system.arguments import Parser, add_machine_arguments, number
 from vlsm.system.console import friendly_errors, say

@@ -6,8 +6,7 @@ from collections import defaultdict, namedtuple
 from pathlib import Path
 
 from vlsm.checkpoint import read_metadata
-from vlsm.results.intervals import in_brackets
-from vlsm.results.scores import METRICS
+from vlsm.results.scores import METRICS, in_brackets
 from vlsm.system import plots
 from vlsm.system.arguments import Parser
 from vlsm.system.console import friendly_errors, say

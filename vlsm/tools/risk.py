@@ -11,8 +11,8 @@ import torch
 from datasets import group_pattern, open_run_split
 from vlsm import metrics
 from vlsm.results.evaluation import add_split_arguments, measure_records, results_folder
-from vlsm.results.intervals import bootstrap_intervals, group_names, in_brackets
 from vlsm.results.predict import load_predictor, logits_at_size
+from vlsm.results.scores import bootstrap_intervals, group_names, in_brackets
 from vlsm.system import parallel
 from vlsm.system.arguments import Parser, add_machine_arguments, number
 from vlsm.system.console import friendly_errors, say

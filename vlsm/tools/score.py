@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 
 from vlsm.data.images import image_files, read_mask
-from vlsm.results.intervals import group_name
-from vlsm.results.scores import RESULT_FILES, describe, score, summarise, write_results
+from vlsm.results.scores import RESULT_FILES, describe, group_name, score, summarise, write_results
 from vlsm.system.arguments import Parser, number
 from vlsm.system.console import friendly_errors, progress, say
 from vlsm.system.files import check_targets

@@ -18,8 +18,7 @@ from vlsm.system.arguments import Parser, number
 from vlsm.system.console import friendly_errors, say
 from vlsm.system.files import atomic_write, field, is_filled, locked, read_json, write_csv, write_json
 from vlsm.training.arguments import method_options, parse_arguments, train_parser, typed
-from vlsm.training.gradients import Diverged
-from vlsm.training.run import delete_run
+from vlsm.training.run import Diverged, delete_run
 
 EXAMPLES = """examples:
   python -m vlsm.tools.sweep --out runs/coop-sweep --trials 20 -- --dataset kvasir --peft coop

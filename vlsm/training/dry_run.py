@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from vlsm.system.device import autocast
+from vlsm.system.parallel import autocast
 
 GB = 1 << 30
 CARDS = (8, 16, 24, 80)  # GB

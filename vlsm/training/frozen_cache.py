@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from vlsm.data.pixel_values import normalise
+from vlsm.data.cache import normalise
 from vlsm.networks.base import FrozenBlocks, ImageFeatures
 from vlsm.system import parallel
 from vlsm.system.console import progress
-from vlsm.system.device import autocast
 from vlsm.system.files import reserve
+from vlsm.system.parallel import autocast
 
 SHARE = 0.5  # of the free memory or disk, at most
 GB = 1 << 30
