@@ -1,5 +1,6 @@
 """Scores of predicted masks: of each pair, their means over a split with bootstrap intervals, their files."""
 
+import csv
 import math
 import re
 
@@ -242,3 +243,26 @@ def _draw_means(sums, counts, draws, seed):
         times = times.reshape(n, n_groups).astype(float)
         n_defined = times @ counts
         yield np.where(n_defined > 0, times @ sums / np.maximum(n_defined, 1), np.nan)
+
+
+def intervals_over_runs(files, metric):
+    """Return the 95 % interval of a metric's mean over records, of each the mean over some runs.
+
+    files: the runs' metrics.csv. Returns None if one is missing, or the records of the runs differ.
+    """
+    if not all(file.is_file() for file in files):
+        return None
+    runs = []
+    groups = {}
+    for file in files:
+        values = {}
+        with open(file, encoding="utf-8", newline="") as text:
+            for row in csv.DictReader(text):
+                record = row["image"], row["mask"]
+                values[record] = float(row[metric])
+                groups[record] = row["group"]
+        runs.append(values)
+    if any(values.keys() != runs[0].keys() for values in runs):
+        return None
+    means = [np.mean([values[record] for values in runs]) for record in runs[0]]  # nan if undefined for one
+    return bootstrap_intervals({metric: means}, [groups[record] for record in runs[0]])[metric]

@@ -6,7 +6,7 @@ from collections import defaultdict, namedtuple
 from pathlib import Path
 
 from vlsm.checkpoint import read_metadata
-from vlsm.results.scores import METRICS, in_brackets
+from vlsm.results.scores import METRICS, in_brackets, intervals_over_runs
 from vlsm.system import plots
 from vlsm.system.arguments import Parser
 from vlsm.system.console import friendly_errors, say
@@ -18,8 +18,8 @@ NETWORK_PREFIXES = {"clipseg": "", "cris": "CRIS ", "san": "SAN ", "sam3": "SAM3
 
 # An evaluation of a run on its own data set; metrics: the contents of metrics.json, which is `file`
 Run = namedtuple("Run", "dataset label recipe file metrics")
-# A mean in per cent or pixels and its spread, as numbers and as text: for several seeds their sample
-# deviation (" ± 1.41"), for one the 95 % interval over records (" [78.20, 83.10]")
+# A mean in per cent or pixels and its spread, as numbers and as text: the sample deviation of several seeds
+# and the 95 % interval over records (" ± 1.41 [78.20, 83.10]")
 Cell = namedtuple("Cell", "mean low high spread")
 
 
@@ -92,7 +92,8 @@ def mean_over_seeds(runs, metric):
     mean = statistics.mean(means)
     if len(means) > 1:
         std = statistics.stdev(means)
-        return Cell(mean, mean - std, mean + std, f" ± {std:.2f}")
+        interval = intervals_over_runs([run.file.with_name("metrics.csv") for run in runs], metric)
+        return Cell(mean, mean - std, mean + std, f" ± {std:.2f} {in_brackets(interval, factor)}".rstrip())
     interval = defined[0]["ci95"]
     if not interval:  # of fewer than two groups of records
         return Cell(mean, mean, mean, "")
@@ -168,16 +169,8 @@ def format_rows(rows, text_format):
         head, *body = ["| " + " | ".join(row) + " |" for row in rows]
         return "\n".join([head, "| --- | --- |" + " ---: |" * (len(rows[0]) - 2), *body, ""])
     head, *body = [" & ".join(row).translate(TEX) + r" \\" for row in rows]
-    lines = [
-        r"\begin{tabular}{ll" + "r" * (len(rows[0]) - 2) + "}",
-        r"\toprule",
-        head,
-        r"\midrule",
-        *body,
-        r"\bottomrule",
-        r"\end{tabular}",
-        "",
-    ]
+    begin = r"\begin{tabular}{ll" + "r" * (len(rows[0]) - 2) + "}"
+    lines = [begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", ""]
     return re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", "\n".join(lines))
 
 
@@ -216,8 +209,7 @@ def main(argv=None):
     for file, draw in zip(files[1:], (plots.bars, plots.against_parameters)):
         with owned_write(file) as temporary:
             draw(dsc, trained, temporary, args.figure_format)
-    count = sum(map(len, groups.values()))
-    say(f"{text}\n{count} evaluations. Wrote {', '.join(map(str, files))}")
+    say(f"{text}\n{sum(map(len, groups.values()))} evaluations. Wrote {', '.join(map(str, files))}")
 
 
 if __name__ == "__main__":
