@@ -31,8 +31,8 @@ def to_own(tensors, pairs):
     """Return tensors under our names; those that have such a name already keep it."""
     renamed = {}
     for name, tensor in tensors.items():
-        for published, own in pairs:
-            name = replace(name, published, own)
+        for published, ours in pairs:
+            name = replace(name, published, ours)
         if STACKED in name:
             for letter, third in zip("qkv", tensor.chunk(3)):
                 renamed[name.replace(STACKED, f".{letter}_proj.")] = third.clone()
@@ -56,6 +56,6 @@ def to_published(tensors, pairs):
 
 
 def _published_name(name, pairs):
-    for published, own in pairs:
-        name = replace(name, own, published)
+    for published, ours in pairs:
+        name = replace(name, ours, published)
     return name
