@@ -1,7 +1,7 @@
 """Names of tensors: a published checkpoint's into those of our modules, and back.
 
-A network lists pairs of patterns, (published, ours), in which # stands for a number. Where a checkpoint
-stacks the projections to q, k and v, our pattern ends in `qkv_proj.`, and the tensor is split in three.
+A network lists pairs of patterns, (published, ours), where # is a number. If a checkpoint stacks the
+projections to q, k and v, our pattern ends in `qkv_proj.`, and the tensor is split in three.
 """
 
 import re

@@ -326,7 +326,7 @@ def vision_backbone(c):
 
 
 def mask_decoder(c):
-    """Return the pixel decoder and what surrounds it, in the checkpoint's tree of names."""
+    """Return the attention to the prompt, the pixel decoder and its head, by the checkpoint's names."""
     return tree(
         pixel_decoder=tree(
             conv_layers=nn.ModuleList(nn.Conv2d(c.width, c.width, 3, padding=1) for _ in range(JOINS)),

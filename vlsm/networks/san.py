@@ -61,7 +61,7 @@ def encoder_config(raw, names, defaults):
 
 @dataclass(frozen=True)
 class SANConfig:
-    """Sizes of a SAN; the defaults are the published ones, beside CLIP ViT-B/16."""
+    """Sizes of a SAN; the defaults are the published ones, next to CLIP ViT-B/16."""
 
     text: EncoderConfig
     vision: EncoderConfig
@@ -246,7 +246,7 @@ class SAN(Network):
     mean, std = CLIP_MEAN, CLIP_STD
     methods = ("none", "decoder", "full")
     unsupported_reason = (
-        "SAN is an adapter itself, a network beside a frozen CLIP: --peft full trains what the paper's does, "
+        "SAN is an adapter itself, a network next to a frozen CLIP: --peft full trains as the paper does, "
         "--peft decoder the same without CLIP's position embedding, so that CLIP runs once for each image."
     )
     decoder_reads_pixels = True
