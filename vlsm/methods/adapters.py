@@ -1,4 +1,4 @@
-"""Adapters: dense, before residual additions of an encoder's blocks, and shallow, on what the decoder reads.
+"""Adapters: dense, before residual additions of an encoder's blocks; shallow, on the decoder's input.
 
 Source: Dhakal et al., "VLSM-Adapter" (MICCAI 2024), Eq. 1 and Section 3.
 """
@@ -29,7 +29,7 @@ class Adapter(nn.Module):
         self.up = nn.Linear(dim, d)
 
     def forward(self, x, residual=None):
-        """Return Eq. 1 of x `[..., d]`, plus `residual` where there is one."""
+        """Return Eq. 1 of x `[..., d]`, plus `residual` if it is given."""
         down, up = self.down, self.up
         return kernels.adapter_bottleneck(x, residual, down.weight, down.bias, up.weight, up.bias)
 

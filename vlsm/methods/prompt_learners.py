@@ -163,7 +163,7 @@ class CoCoOp(CoOp):
     """Vectors in the text encoder, to which a projection of the image embedding is added: each image has its
     own.
 
-    The embedding is that of the vision tower as it runs: beside a method that acts in it, the changed one.
+    The embedding is that of the vision tower as it runs, changed by a method that acts in it.
     """
 
     needs_image_embedding = True

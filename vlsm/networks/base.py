@@ -250,7 +250,7 @@ class Network(nn.Module):
         return to_published(tensors, cls.renames)
 
     def fresh_tensors(self, tensors):
-        """Return what a checkpoint of these `tensors` lacks, with a random start, by our names."""
+        """Return tensors that a checkpoint of these `tensors` lacks, at a random start, by our names."""
         return {}
 
     def initialise(self):

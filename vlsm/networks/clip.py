@@ -11,7 +11,7 @@ from vlsm.networks.transformer import TextEncoder, encoder_blocks, noise, patch_
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
-SIZE_TENSORS = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's files besides weights
+SIZE_TENSORS = ("input_resolution", "context_length", "vocab_size")  # OpenAI's files hold them, too
 
 
 class VisionTransformer(nn.Module):

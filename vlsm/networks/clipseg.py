@@ -25,6 +25,8 @@ from vlsm.networks.transformer import (
     insert_context,
     patch_tokens,
     text_model,
+    to_map,
+    tokens_at,
     tree,
 )
 
@@ -184,7 +186,7 @@ class Decoder(nn.Module):
             x = layer(x)
         h, w = grid
         x = x[:, 1 : 1 + h * w]  # class token and contexts dropped
-        features = x.transpose(1, 2).unflatten(2, grid)  # [B, r, h, w]
+        features = to_map(x, grid)  # [B, r, h, w]
         return self.transposed_convolution(features), features
 
 
@@ -265,8 +267,7 @@ class CLIPSeg(Network):
     def encode_text(self, input_ids, attention_mask, tuner, contexts=()):
         """Return (conditional embedding `[B, P]`, the pooled state `[B, D]` at each extract layer...)."""
         states, end, _ = self.run_text_blocks(input_ids, attention_mask, tuner, contexts)
-        rows = torch.arange(end.shape[0], device=end.device)
-        pooled = [x[rows, end] for x in states]  # [B, D] each
+        pooled = [tokens_at(x, end) for x in states]  # [B, D] each
         cond = self.clip.text_projection(self.clip.text_model.final_layer_norm(pooled[-1]))
         at_extract_layers = [pooled[i] for i in self.config.extract_layers if i < len(pooled)]
         return cond, *at_extract_layers

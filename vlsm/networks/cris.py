@@ -19,7 +19,7 @@ from vlsm.networks.base import EOS_IS_MAX_ID, ImageFeatures, Network
 from vlsm.networks.clip import CLIP, CLIP_MEAN, CLIP_STD
 from vlsm.networks.encoder_config import EncoderConfig, select_fields
 from vlsm.networks.renaming import OPENAI_BLOCK
-from vlsm.networks.transformer import Attention, noise, resize_positions
+from vlsm.networks.transformer import Attention, noise, resize_positions, to_map, to_tokens, tokens_at
 
 
 @dataclass(frozen=True)
@@ -156,10 +156,9 @@ class AttentionPool(Attention):
         """Transform a map `[B, 32w, h, w]` -> `[B, P, h, w]`."""
         h, w = x.shape[-2:]
         position = resize_positions(self.positional_embedding[1:], h, w)
-        pixels = x.flatten(2).transpose(1, 2) + position  # [B, h*w, 32w]
+        pixels = to_tokens(x) + position  # [B, h*w, 32w]
         out = super().forward(pixels, pixels)  # [B, h*w, P]
-        out = out.transpose(1, 2).unflatten(2, (h, w))
-        return (out + self.connect(x)).relu()
+        return (to_map(out, (h, w)) + self.connect(x)).relu()
 
 
 class ResNet(nn.Module):
@@ -321,10 +320,10 @@ class Decoder(nn.Module):
         h, w = fq.shape[-2:]
         pixel_at = pixel_positions(h, w, fq.shape[1], fq.device).to(fq.dtype)
         word_at = sinusoids(words.shape[1], words.shape[2], fq.device).to(words.dtype)
-        x = fq.flatten(2).transpose(1, 2)  # [B, h*w, D]
+        x = to_tokens(fq)  # [B, h*w, D]
         for layer in self.layers:
             x = layer(x, words, visible[:, None, None], pixel_at, word_at)
-        return self.norm(x).transpose(1, 2).unflatten(2, (h, w))  # [B, D, h, w]
+        return to_map(self.norm(x), (h, w))  # [B, D, h, w]
 
 
 # Projector: a kernel of its own for each prompt
@@ -403,8 +402,7 @@ class CRIS(Network):
             contexts = [contexts[0], *contexts]
         states, end, seen = self.run_text_blocks(input_ids, attention_mask, tuner, contexts)
         words = self.backbone.ln_final(states[-1])  # [B, S, D]
-        pooled = words[torch.arange(end.shape[0], device=end.device), end]
-        state = pooled @ self.backbone.text_projection  # [B, P]
+        state = tokens_at(words, end) @ self.backbone.text_projection  # [B, P]
         if published:
             visible = input_ids.to(words.device) != 0
         else:

@@ -1,7 +1,7 @@
 """Names of tensors: a published checkpoint's into those of our modules, and back.
 
-A network lists pairs of patterns, (published, ours), in which # stands for a number. Where a checkpoint
-stacks the projections to q, k and v, our pattern ends in `qkv_proj.`, and the tensor is split in three.
+A network lists pairs of patterns, (published, ours), where # is a number. If a checkpoint stacks the
+projections to q, k and v, our pattern ends in `qkv_proj.`, and the tensor is split in three.
 """
 
 import re
@@ -31,8 +31,8 @@ def to_own(tensors, pairs):
     """Return tensors under our names; those that have such a name already keep it."""
     renamed = {}
     for name, tensor in tensors.items():
-        for published, own in pairs:
-            name = replace(name, published, own)
+        for published, ours in pairs:
+            name = replace(name, published, ours)
         if STACKED in name:
             for letter, third in zip("qkv", tensor.chunk(3)):
                 renamed[name.replace(STACKED, f".{letter}_proj.")] = third.clone()
@@ -56,6 +56,6 @@ def to_published(tensors, pairs):
 
 
 def _published_name(name, pairs):
-    for published, own in pairs:
-        name = replace(name, own, published)
+    for published, ours in pairs:
+        name = replace(name, ours, published)
     return name

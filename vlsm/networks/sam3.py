@@ -26,6 +26,8 @@ from vlsm.networks.transformer import (
     TextEncoder,
     initialise_embeddings,
     text_model,
+    to_map,
+    to_tokens,
     tree,
 )
 
@@ -258,8 +260,8 @@ class NeckLevel(nn.Module):
 
 def adapted(tuner, k, x):
     """Return the neck's k-th map `[B, P, h, w]` after the tuner's hook."""
-    tokens = tuner.adapt_activation(k, x.flatten(2).transpose(1, 2))  # [B, h * w, P]
-    return tokens.transpose(1, 2).unflatten(2, x.shape[2:])
+    tokens = tuner.adapt_activation(k, to_tokens(x))  # [B, h * w, P]
+    return to_map(tokens, x.shape[2:])
 
 
 def sine_positions(h, w, width, device):
@@ -323,7 +325,7 @@ def vision_backbone(c):
 
 
 def mask_decoder(c):
-    """Return the pixel decoder and what surrounds it, in the checkpoint's tree of names."""
+    """Return the attention to the prompt, the pixel decoder and its head, by the checkpoint's names."""
     return tree(
         pixel_decoder=tree(
             conv_layers=nn.ModuleList(nn.Conv2d(c.width, c.width, 3, padding=1) for _ in range(JOINS)),
@@ -376,7 +378,7 @@ class SAM3(Network):
         vision = self.vision_encoder.backbone
         patches = vision.embeddings.patch_embeddings.projection(pixel_values)  # [B, D, h, w]
         grid = tuple(patches.shape[-2:])
-        x = patches.flatten(2).transpose(1, 2)  # [B, h * w, D]
+        x = to_tokens(patches)  # [B, h * w, D]
         x = x + self._tiled_positions(*grid).to(patches.dtype)
         x = vision.layer_norm(x)
         for i, block in enumerate(self.vision_blocks()):
@@ -384,8 +386,7 @@ class SAM3(Network):
         embedding = None
         if tuner.needs_image_embedding:
             coarsest = self.vision_encoder.neck.fpn_layers[-1]
-            coarse_map = coarsest(x.transpose(1, 2).unflatten(2, grid))  # [B, P, h, w]
-            embedding = coarse_map.mean((2, 3))
+            embedding = coarsest(to_map(x, grid)).mean((2, 3))  # [B, P]
         return ImageFeatures([x], embedding, tuple(pixel_values.shape[-2:]))
 
     def _tiled_positions(self, h, w):
@@ -412,7 +413,7 @@ class SAM3(Network):
         (x,) = image_features.activations
         H, W = image_features.size
         grid = (H // self.config.stride, W // self.config.stride)
-        x = x.transpose(1, 2).unflatten(2, grid)  # [B, D, h, w]
+        x = to_map(x, grid)  # [B, D, h, w]
         maps = []  # finest first, [B, P, ., .]
         for k, level in enumerate(self.vision_encoder.neck.fpn_layers):
             maps.append(adapted(tuner, k, level(x)))
@@ -429,13 +430,13 @@ class SAM3(Network):
     def _fuse(self, coarsest, words, mask):
         """Fuse the neck's coarsest map `[B, P, h, w]` with words `[B, S, P]` -> `[B, P, h, w]`."""
         grid = coarsest.shape[-2:]
-        x = coarsest.flatten(2).transpose(1, 2)  # [B, h * w, P]
+        x = to_tokens(coarsest)  # [B, h * w, P]
         positions = sine_positions(*grid, x.shape[-1], x.device).to(x.dtype)
         for layer in self.detr_encoder.layers:
             x = layer(x, positions, words, mask)
         normed = self.mask_decoder.prompt_cross_attn_norm(x)
         x = x + self.mask_decoder.prompt_cross_attn(normed, words, mask=mask)
-        return x.transpose(1, 2).unflatten(2, grid)
+        return to_map(x, grid)
 
     @classmethod
     def rename(cls, tensors):

@@ -17,10 +17,9 @@ from torch import nn
 
 from vlsm.networks.base import EOS_IS_MAX_ID, ImageFeatures, Network
 from vlsm.networks.clip import CLIP, CLIP_MEAN, CLIP_STD, SIZE_TENSORS, VisionTransformer, from_hugging_face
-from vlsm.networks.encoder_config import VISION_DEFAULTS, EncoderConfig
+from vlsm.networks.encoder_config import VISION_DEFAULTS, EncoderConfig, select_fields
 from vlsm.networks.renaming import OPENAI_BLOCK
-from vlsm.networks.transformer import Block, noise, resize_positions, tree
-from vlsm.system.options import select_fields
+from vlsm.networks.transformer import Block, noise, resize_positions, to_map, to_tokens, tokens_at, tree
 
 SIDE, CLIP_PART = "side_adapter_network.", "clip_model."
 HIDDEN = -100.0  # attention bias that hides a token (published value)
@@ -61,7 +60,7 @@ def encoder_config(raw, names, defaults):
 
 @dataclass(frozen=True)
 class SANConfig:
-    """Sizes of a SAN; the defaults are the published ones, beside CLIP ViT-B/16."""
+    """Sizes of a SAN; the defaults are the published ones, next to CLIP ViT-B/16."""
 
     text: EncoderConfig
     vision: EncoderConfig
@@ -146,9 +145,9 @@ class Fusion(nn.Module):
     def forward(self, tokens, clip_grid, grid):
         """Fit CLIP's patches `[B, L, .]` to the side network's grid: `[B, H*W, D]`."""
         norm, conv = self.input_proj
-        x = norm(tokens).transpose(1, 2).unflatten(2, clip_grid)  # [B, ., h, w]
+        x = to_map(norm(tokens), clip_grid)  # [B, ., h, w]
         x = F.interpolate(conv(x), size=grid, mode="bilinear", align_corners=False)
-        return x.flatten(2).transpose(1, 2)
+        return to_tokens(x)
 
 
 class MLP(nn.Module):
@@ -212,14 +211,13 @@ class SideNetwork(nn.Module):
         pixel_positions = resize_positions(self.vit_model.pos_embed[0], H, W)
         position = torch.cat([self.query_pos_embed[0], pixel_positions])  # [Q+H*W, D]
         queries = self.query_embed.to(patches.dtype).expand(B, Q, D)
-        x = torch.cat([queries, patches.flatten(2).transpose(1, 2)], 1) + position
+        x = torch.cat([queries, to_tokens(patches)], 1) + position
         x = self.fuse(0, x, features, clip_grid, (H, W))
         for n, block in enumerate(self.vit_model.blocks, 1):
             x = self.fuse(n, block(x), features, clip_grid, (H, W))  # [B, Q+H*W, D]
             if n < len(self.vit_model.blocks):
                 x = x + position
-        pixels = x[:, Q:].transpose(1, 2).unflatten(2, (H, W))
-        return self.mask_decoder(x[:, :Q], pixels)
+        return self.mask_decoder(x[:, :Q], to_map(x[:, Q:], (H, W)))
 
     def fuse(self, n, x, features, clip_grid, grid):
         """Add CLIP's patches to the pixels among tokens `[B, Q+H*W, D]` after n blocks, if a layer is due."""
@@ -247,7 +245,7 @@ class SAN(Network):
     mean, std = CLIP_MEAN, CLIP_STD
     methods = ("none", "decoder", "full")
     unsupported_reason = (
-        "SAN is an adapter itself, a network beside a frozen CLIP: --peft full trains what the paper's does, "
+        "SAN is an adapter itself, a network next to a frozen CLIP: --peft full trains as the paper does, "
         "--peft decoder the same without CLIP's position embedding, so that CLIP runs once for each image."
     )
     decoder_reads_pixels = True
@@ -307,7 +305,7 @@ class SAN(Network):
             attention_mask = None
         with self.clip_gradients():
             states, end, _ = self.run_text_blocks(input_ids, attention_mask, tuner)
-            pooled = states[-1][torch.arange(end.shape[0], device=end.device), end]
+            pooled = tokens_at(states[-1], end)
             return (clip.ln_final(pooled) @ clip.text_projection,)
 
     def embed_masks(self, bias, features, clip_grid):

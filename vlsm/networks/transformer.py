@@ -65,14 +65,10 @@ class Attention(nn.Module):
         self.dropout = dropout
         if normal_start:
             stacked = torch.empty(3 * dim, dim).normal_(std=dim**-0.5)
-            q, k, v = stacked.chunk(3)
-            self.q_proj = linear_of(q.clone())
-            self.k_proj = linear_of(k.clone())
-            self.v_proj = linear_of(v.clone())
+            layers = [linear_of(weight.clone()) for weight in stacked.chunk(3)]
         else:
-            self.q_proj = nn.Linear(dim, dim)
-            self.k_proj = nn.Linear(dim, dim)
-            self.v_proj = nn.Linear(dim, dim)
+            layers = [nn.Linear(dim, dim) for _ in "qkv"]
+        self.q_proj, self.k_proj, self.v_proj = layers
         self.out_proj = nn.Linear(dim, out_dim or dim)
 
     def forward(self, query, key=None, value=None, mask=None, causal=False, deltas=None, rope=None):
@@ -159,21 +155,28 @@ class Block(nn.Module):
 
 def encoder_blocks(config, normal_start=False):
     """Return the blocks of an encoder of the sizes of an `EncoderConfig`."""
-    blocks = nn.ModuleList()
-    for _ in range(config.num_hidden_layers):
-        block = Block(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.intermediate_size,
-            config.hidden_act,
-            config.layer_norm_eps,
-            normal_start,
-        )
-        blocks.append(block)
-    return blocks
+    c = config
+    sizes = (c.hidden_size, c.num_attention_heads, c.intermediate_size, c.hidden_act, c.layer_norm_eps)
+    return nn.ModuleList(Block(*sizes, normal_start) for _ in range(c.num_hidden_layers))
 
 
 # Tokens
+
+
+def to_tokens(x):
+    """Turn a map into tokens by rows: `[B, D, h, w]` -> `[B, h*w, D]`."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def to_map(x, grid):
+    """Turn tokens back into a map: `[B, h*w, D]` -> `[B, D, h, w]`; grid: (h, w)."""
+    return x.transpose(1, 2).unflatten(2, grid)
+
+
+def tokens_at(x, index):
+    """Return the token at an index `[B]` of each row: `[B, S, ...]` -> `[B, ...]`."""
+    rows = torch.arange(x.shape[0], device=index.device)
+    return x[rows, index]
 
 
 def resize_positions(weight, h, w):
@@ -190,7 +193,7 @@ def patch_tokens(patches, class_embedding, position_embedding):
     """Return tokens `[B, 1+h*w, D]` of patches `[B, D, h, w]`: class token, then patches by rows."""
     B, D, h, w = patches.shape
     class_token = class_embedding.to(patches.dtype).expand(B, 1, D)
-    x = torch.cat([class_token, patches.flatten(2).transpose(1, 2)], 1)  # [B, 1+h*w, D]
+    x = torch.cat([class_token, to_tokens(patches)], 1)  # [B, 1+h*w, D]
     patch_positions = resize_positions(position_embedding[1:], h, w)
     return x + torch.cat([position_embedding[:1], patch_positions])
 
@@ -206,12 +209,11 @@ def fit_window(input_ids, seen, end, limit):
 
     Returns (input_ids, seen, end).
     """
-    rows = torch.arange(input_ids.shape[0], device=input_ids.device)
-    ids_at_end = input_ids[rows, end][:, None]  # [B, 1]
-    input_ids = torch.cat([input_ids[:, : limit - 1], ids_at_end], 1)
+    last = tokens_at(input_ids, end)[:, None]  # [B, 1]
+    input_ids = torch.cat([input_ids[:, : limit - 1], last], 1)
     if seen is not None:
-        seen_at_end = seen[rows, end][:, None]
-        seen = torch.cat([seen[:, : limit - 1], seen_at_end], 1)
+        last = tokens_at(seen, end)[:, None]
+        seen = torch.cat([seen[:, : limit - 1], last], 1)
     return input_ids, seen, end.clamp(max=limit - 1)
 
 

@@ -11,31 +11,33 @@ from vlsm.system.console import say_once
 RANDOM = "random:"
 MINI = Path(__file__).parents[1] / "mini"  # the embedded CLIPSeg
 TEXT_FILES = [
-    "config.json", "preprocessor_config.json", "vocab.json", "merges.txt", "tokenizer.json",
+    "config.json",
+    "preprocessor_config.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
     "tokenizer_config.json",
-]  # fmt: skip
-# A piece of a tensor's name, and whose checkpoint has such names.
-KINDS = (
-    ("side_adapter_network.", "a SAN checkpoint (--model san)"),
-    (
-        "neck.txt_proj.",
-        "a CRIS checkpoint (--model cris; python -m vlsm.tools.convert_cris turns a .pth into a folder)",
-    ),
-    ("film_mul.", "a CLIPSeg checkpoint (--model clipseg)"),
-    ("detr_encoder.", "a SAM 3 checkpoint (--model sam3)"),
-    (
-        "visual.layer1.0.",
-        "OpenAI's CLIP with a ResNet (python -m vlsm.tools.convert_cris makes a start for CRIS of it)",
-    ),
-    ("visual.transformer.resblocks.", "OpenAI's CLIP with a vision transformer"),
-    ("vision_model.encoder.layers.", "a Hugging Face CLIP (--model san)"),
-)
+]
+# a piece of a tensor's name -> the checkpoint that has such names
+CHECKPOINTS = {
+    "side_adapter_network.": "a SAN checkpoint (--model san)",
+    "neck.txt_proj.": "a CRIS checkpoint (--model cris; python -m vlsm.tools.convert_cris turns a .pth "
+    "into a folder)",
+    "film_mul.": "a CLIPSeg checkpoint (--model clipseg)",
+    "detr_encoder.": "a SAM 3 checkpoint (--model sam3)",
+    "visual.layer1.0.": "OpenAI's CLIP with a ResNet (python -m vlsm.tools.convert_cris makes a start for "
+    "CRIS of it)",
+    "visual.transformer.resblocks.": "OpenAI's CLIP with a vision transformer",
+    "vision_model.encoder.layers.": "a Hugging Face CLIP (--model san)",
+}
 
 
 def guess_kind(names):
-    """Return a sentence on what a checkpoint with tensors of such names is, or an empty text."""
-    found = (kind for piece, kind in KINDS if any(piece in name for name in names))
-    return next((f"It looks like {kind}." for kind in found), "")
+    """Return a sentence that says which checkpoint has tensors of such names, or an empty text."""
+    for piece, checkpoint in CHECKPOINTS.items():
+        if any(piece in name for name in names):
+            return f"It looks like {checkpoint}."
+    return ""
 
 
 def is_random(weights):
@@ -46,39 +48,43 @@ def is_random(weights):
 def locate_weights(weights, network):
     """Return (folder of the weights and the tokenizer, configuration file).
 
-    weights: "mini", a local folder, a hub id (downloaded and cached), or random:CONFIG.json, whose tokenizer
-    is the one beside the file, else the embedded one. network: the class that they are for. Raises
-    FileNotFoundError with what to do where there are none.
+    weights: "mini", a local folder, a hub id (downloaded and cached), or random:CONFIG.json; its tokenizer is
+    the one next to the file, else the embedded one. network: the class that loads them. Raises
+    FileNotFoundError if there are none.
     """
     if weights is None:
+        name = network.name.lower()
         raise FileNotFoundError(
-            f"{network.name}'s weights are on no hub. Convert a checkpoint that you have with "
-            f"`python -m vlsm.tools.convert_{network.name.lower()} FILE DIR` and pass --weights DIR."
+            f"{network.name}'s weights are on no hub. Convert a checkpoint that you have with `python -m "
+            f"vlsm.tools.convert_{name} FILE DIR` and pass --weights DIR."
         )
-    if not is_random(weights):
-        folder = _locate_folder(weights)
-        return folder, folder / "config.json"
+    if is_random(weights):
+        return _locate_random(weights)
+    folder = MINI if str(weights) == "mini" else _locate_folder(str(weights))
+    return folder, folder / "config.json"
+
+
+def _locate_random(weights):
     file = Path(str(weights).removeprefix(RANDOM)).expanduser()
     if not file.is_file():
         raise FileNotFoundError(
-            f"There is no file '{file}'. --weights {RANDOM}CONFIG.json wants a network's sizes in a JSON "
-            "file."
+            f"There is no file '{file}'. --weights {RANDOM}CONFIG.json needs a file of a network's sizes."
         )
-    has_tokenizer = any((file.parent / name).is_file() for name in ("vocab.json", "tokenizer.json"))
-    return file.parent if has_tokenizer else MINI, file
+    for name in ("vocab.json", "tokenizer.json"):
+        if (file.parent / name).is_file():
+            return file.parent, file
+    return MINI, file
 
 
-def _locate_folder(weights):
-    if str(weights) == "mini":
-        return MINI
-    folder, name = Path(weights).expanduser(), str(weights)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(
-                f"'{folder}' holds no config.json. Expected a folder in Hugging Face layout: config.json and "
-                "model.safetensors."
-            )
+def _locate_folder(name):
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file():
         return folder
+    if folder.is_dir():
+        raise FileNotFoundError(
+            f"'{folder}' holds no config.json. Expected a folder in Hugging Face layout: config.json and "
+            "model.safetensors."
+        )
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise FileNotFoundError(
             f"There is no folder '{name}' with weights, and it is no hub id of the form 'owner/name' either."
@@ -89,12 +95,12 @@ def _locate_folder(weights):
 def _download(name):
     from huggingface_hub import snapshot_download
 
-    say_once(name, f"The base's weights are '{name}' on the Hugging Face hub, which is asked for them.")
-
+    say_once(name, f"Looking for the weights '{name}' on the Hugging Face hub.")
     try:
-        folder = Path(snapshot_download(name, allow_patterns=TEXT_FILES + ["model.safetensors"]))
+        folder = Path(snapshot_download(name, allow_patterns=[*TEXT_FILES, "model.safetensors"]))
         if not (folder / "model.safetensors").is_file():
-            folder = Path(snapshot_download(name, allow_patterns=TEXT_FILES + ["pytorch_model.bin"]))
+            folder = Path(snapshot_download(name, allow_patterns=[*TEXT_FILES, "pytorch_model.bin"]))
+        return folder
     except Exception as error:  # the hub raises a dozen unrelated types; all mean the same to the user
         if type(error).__name__ == "GatedRepoError":
             raise FileNotFoundError(
@@ -108,16 +114,16 @@ def _download(name):
             "DIR`, copy DIR here and pass --weights DIR. To try things without a network, --weights mini "
             "runs offline."
         ) from error
-    return folder
 
 
 def read_tensors(folder):
     """Read all tensors of `model.safetensors`, or else of `pytorch_model.bin`, by name, in float32.
 
-    Raises FileNotFoundError where there is neither, ValueError where the file is damaged or holds more than
+    Raises FileNotFoundError if there is neither, ValueError if the file is damaged or holds more than
     tensors.
     """
-    safe, pickled = Path(folder) / "model.safetensors", Path(folder) / "pytorch_model.bin"
+    safe = Path(folder) / "model.safetensors"
+    pickled = Path(folder) / "pytorch_model.bin"
     if not safe.is_file() and not pickled.is_file():
         raise FileNotFoundError(f"'{folder}' holds neither model.safetensors nor pytorch_model.bin.")
     try:
@@ -130,40 +136,47 @@ def read_tensors(folder):
         raise ValueError(
             f"The weights in '{folder}' cannot be read ({reason}). Is the file complete?"
         ) from error
-    return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            tensors[name] = tensor.float()
+    return tensors
 
 
 def describe_mismatch(expected, given):
-    """Return in words how names and shapes of `given` tensors differ from the `expected`, if they do."""
-    shapes = [
-        f"{n} {list(given[n].shape)} instead of {list(expected[n].shape)}"
-        for n in expected
-        if n in given and given[n].shape != expected[n].shape
+    """Return how names and shapes of `given` tensors differ from the `expected`, as a text; empty if not."""
+    missing = sorted(set(expected) - set(given))
+    left_over = sorted(set(given) - set(expected))
+    other_shape = []
+    for name in expected:
+        if name in given and given[name].shape != expected[name].shape:
+            shape = list(given[name].shape)
+            other_shape.append(f"{name} {shape} instead of {list(expected[name].shape)}")
+    differences = [
+        _count(missing, "missing"),
+        _count(left_over, "left over"),
+        _count(other_shape, "of another shape"),
     ]
-    kinds = {
-        "missing": sorted(set(expected) - set(given)),
-        "left over": sorted(set(given) - set(expected)),
-        "of another shape": shapes,
-    }
-    return "; ".join(
-        f"{len(n)} {kind}: {', '.join(n[:6])}{', ...' if len(n) > 6 else ''}"
-        for kind, n in kinds.items()
-        if n
-    )
+    return "; ".join(filter(None, differences))
+
+
+def _count(names, difference):
+    if not names:
+        return ""
+    more = ", ..." if len(names) > 6 else ""
+    return f"{len(names)} {difference}: {', '.join(names[:6])}{more}"
 
 
 def load_strictly(module, tensors, source, file_names):
     """Load `tensors` into `module` by name; every name and shape must match.
 
-    Raises ValueError, which names the `source` and says what a file with tensors of `file_names` looks like.
+    Raises ValueError, which names the `source` and guesses the network from the `file_names` of its tensors.
     """
     mismatch = describe_mismatch(module.state_dict(), tensors)
     if mismatch:
-        network = type(module).__name__
-        raise ValueError(
-            f"{source} does not fit a {network} of this configuration. Tensors {mismatch}. "
-            f"{guess_kind(file_names)}".rstrip()
+        message = (
+            f"{source} does not fit a {type(module).__name__} of this configuration. Tensors {mismatch}."
         )
+        raise ValueError(f"{message} {guess_kind(file_names)}".rstrip())
     module.load_state_dict(tensors, assign=True)
 
 
