@@ -19,8 +19,7 @@ from vlsm.data.cache import chunks, device_batches
 from vlsm.data.records import choose_prompt
 from vlsm.metrics import dsc, iou
 from vlsm.model import build
-from vlsm.networks.image_side import image_side
-from vlsm.networks.weights import is_random
+from vlsm.networks.weights import image_side, is_random
 from vlsm.system import parallel
 from vlsm.system.console import Interrupt, friendly_errors, progress, say
 from vlsm.system.parallel import autocast, choose_device

@@ -5,8 +5,7 @@ from argparse import BooleanOptionalAction
 from itertools import combinations
 
 from vlsm.methods.adapters import DenseAdapters, ShallowAdapters
-from vlsm.methods.lora import LoRA
-from vlsm.methods.own_weights import DecoderTuner, FullTuner
+from vlsm.methods.baselines import DecoderTuner, FullTuner, LoRA, TelescopicAdapters
 from vlsm.methods.prompt_learners import (
     VPT,
     CoCoOp,
@@ -16,7 +15,6 @@ from vlsm.methods.prompt_learners import (
     SharedAttention,
     SharedSeparate,
 )
-from vlsm.methods.telescopic import TelescopicAdapters
 from vlsm.methods.upsampler import Upsampler
 from vlsm.networks.hooks import PLAIN_ADDITIONS, Contexts, Tuner
 

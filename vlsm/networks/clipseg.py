@@ -15,15 +15,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from vlsm.networks.base import FrozenBlocks, ImageFeatures, Network
-from vlsm.networks.encoder_config import VISION_DEFAULTS, EncoderConfig, select_fields
 from vlsm.networks.transformer import (
     MLP,
+    VISION_DEFAULTS,
     Attention,
+    EncoderConfig,
     TextEncoder,
     encoder_blocks,
     initialise_embeddings,
     insert_context,
     patch_tokens,
+    select_fields,
     text_model,
     to_map,
     tokens_at,

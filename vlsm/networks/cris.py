@@ -17,9 +17,17 @@ from torch import nn
 
 from vlsm.networks.base import EOS_IS_MAX_ID, ImageFeatures, Network
 from vlsm.networks.clip import CLIP, CLIP_MEAN, CLIP_STD
-from vlsm.networks.encoder_config import EncoderConfig, select_fields
 from vlsm.networks.renaming import OPENAI_BLOCK
-from vlsm.networks.transformer import Attention, noise, resize_positions, to_map, to_tokens, tokens_at
+from vlsm.networks.transformer import (
+    Attention,
+    EncoderConfig,
+    noise,
+    resize_positions,
+    select_fields,
+    to_map,
+    to_tokens,
+    tokens_at,
+)
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from vlsm.networks.base import ImageFeatures, Network
-from vlsm.networks.encoder_config import VISION_DEFAULTS, EncoderConfig, select_fields
 from vlsm.networks.transformer import (
     MLP,
+    VISION_DEFAULTS,
     Attention,
     Block,
+    EncoderConfig,
     TextEncoder,
     initialise_embeddings,
+    select_fields,
     text_model,
     to_map,
     to_tokens,

@@ -17,9 +17,19 @@ from torch import nn
 
 from vlsm.networks.base import EOS_IS_MAX_ID, ImageFeatures, Network
 from vlsm.networks.clip import CLIP, CLIP_MEAN, CLIP_STD, SIZE_TENSORS, VisionTransformer, from_hugging_face
-from vlsm.networks.encoder_config import VISION_DEFAULTS, EncoderConfig, select_fields
 from vlsm.networks.renaming import OPENAI_BLOCK
-from vlsm.networks.transformer import Block, noise, resize_positions, to_map, to_tokens, tokens_at, tree
+from vlsm.networks.transformer import (
+    VISION_DEFAULTS,
+    Block,
+    EncoderConfig,
+    noise,
+    resize_positions,
+    select_fields,
+    to_map,
+    to_tokens,
+    tokens_at,
+    tree,
+)
 
 SIDE, CLIP_PART = "side_adapter_network.", "clip_model."
 HIDDEN = -100.0  # attention bias that hides a token (published value)
