@@ -190,35 +190,3 @@ def _nsd(pred, target, tolerance):
     within = zeros.index_add(0, list_index, lengths * near).view(2, -1).sum(0)
     share = within / total.clamp(min=1)
     return _fill_empty(share, counts, one=0.0, both=1.0)
-
-
-def summarise(dsc_values, iou_values, hd95_values, diagonals, target_empty, pred_empty, **others):
-    """Return means over images, as a dictionary ready for JSON; all arguments `[N]`.
-
-    `dsc`, `iou`, `hd95`, and each of `others` (nsd=...): mean, std (population) and n. For hd95 n counts the
-    defined pairs, `n_undefined` those with exactly one empty mask, and `mean_with_diagonal` puts the image's
-    diagonal in their place. `dsc_nonempty`: over images whose truth is not empty; `empty_correct`: the share
-    of empty truths predicted exactly empty. Where nothing is to be averaged the value is None.
-    """
-
-    def stats(values):
-        values = torch.as_tensor(values, dtype=torch.float64)
-        if not len(values):
-            return dict(mean=None, std=None, n=0)
-        return dict(mean=values.mean().item(), std=values.std(correction=0).item(), n=len(values))
-
-    d, h = torch.as_tensor(dsc_values, dtype=torch.float64), torch.as_tensor(hd95_values, dtype=torch.float64)
-    diagonals = torch.as_tensor(diagonals, dtype=torch.float64)
-    empty, pred_empty = (torch.as_tensor(t, dtype=torch.bool) for t in (target_empty, pred_empty))
-    defined = ~h.isnan()
-    hd = stats(h[defined])
-    hd["n_undefined"] = int((~defined).sum())
-    hd["mean_with_diagonal"] = stats(torch.where(defined, h, diagonals))["mean"]
-    return dict(
-        dsc=stats(d),
-        iou=stats(iou_values),
-        hd95=hd,
-        **{name: stats(values) for name, values in others.items()},
-        dsc_nonempty=stats(d[~empty]),
-        empty_correct=stats(pred_empty[empty].double()),
-    )
