@@ -22,7 +22,7 @@ import vlsm
 from kernels import dice_bce_loss
 from kernels.dice_bce import dice_bce_torch
 from tests.bench.published import published_network
-from vlsm.data.cache import Normaliser, device_batches, normalise, open_split
+from vlsm.data.cache import device_batches, normalise, open_split
 from vlsm.data.images import mask_image
 from vlsm.networks import transformer
 from vlsm.networks.base import IMAGENET_MEAN, IMAGENET_STD
@@ -155,7 +155,7 @@ def _step(bench, label):
         bench.row(f"step {label}, attention fused", bench.time(sides, bench.step_runs, warm=1))
     if method == "coop":  # as in epochs after the first, for images that augmentation leaves as they are
         with torch.no_grad(), autocast(bench.device, pair.amp):
-            kept = pair.model.base.encode_image(pixels, pair.model.tuner)
+            kept = pair.model.network.encode_image(pixels, pair.model.tuner)
         sides = dict(ours=lambda: pair.our_step(None, ids, target, image_features=kept), reference=reference)
         times = bench.time(sides, bench.step_runs, warm=1)
         bench.row(f"step {label}, image activations kept", times)
@@ -226,12 +226,11 @@ def bench_cache(bench):
         data = open_split(training_records(bench, folder), 352, folder / "cache", "bench")
         if bench.cuda:
             data.move_to(bench.device)
-        buffer = torch.empty(32, 3, 352, 352, device=bench.device)
         rows = torch.randint(len(data), (32,)).tolist()
 
         def ours():
             images = data.batch(rows)[0]
-            return normalise(images, IMAGENET_MEAN, IMAGENET_STD, buffer)
+            return normalise(images, IMAGENET_MEAN, IMAGENET_STD)
 
         times = bench.time(dict(ours=ours))
         bench.row("cache to normalised batch of 32", times, images_per_second=32 / times["ours"])
@@ -250,22 +249,21 @@ def _epoch(bench, method, folder):
     pair = Pair(device, bench.dtype, folder, method)
     records = training_records(bench, folder)
     data = open_split(records, 352, folder / "cache", "bench")
-    normaliser = Normaliser(IMAGENET_MEAN, IMAGENET_STD, device)
     ids = prompts_of(B, 14)
 
     def tokenizer(prompts):
         return torch.stack([ids[int(p or 0)] for p in prompts]), None
 
-    frozen = FrozenCache(pair.model, tokenizer, normaliser, device, pair.amp, None, folder)
+    pair.model.tokenizer = lambda: tokenizer  # the network of random weights comes without one
+    frozen = FrozenCache(pair.model, device, pair.amp, None, folder)
     frozen.add_split("bench", data, B)
     batches = [list(range(i, min(i + B, len(data)))) for i in range(0, len(data), B)]
 
     def our_loss(indices, images, masks):
         prompts = [str(k) for k in range(len(indices))]
-        pixel_values = None if images is None else normaliser(images)
-        kept = frozen.lookup("bench", indices, prompts, pixel_values)
+        inputs = frozen.model_inputs("bench", indices, images, prompts)
         with autocast(device, pair.amp):
-            logits = pair.model(pixel_values, *tokenizer(prompts), **kept)
+            logits = pair.model(*inputs)
         return dice_bce_loss(logits, masks)
 
     step = stepper(pair.model.tuned_parameters().values(), our_loss, device)
