@@ -1,25 +1,24 @@
-"""Every data set: the place of its files, its prompts and splits.
+"""Find the files, prompts and splits of every data set.
 
 `python datasets.py --prepare NAME --src DOWNLOAD` makes a data set's folder of its raw download, `--check
-NAME` prints its counts and writes a contact sheet.
+NAME` prints its statistics and writes a contact sheet.
 
 Layout (MedVLSM's): DATA_ROOT/<folder>/images/..., masks/..., anns/{train,val,test}.json. A user's own folder
 needs images/ and masks/ only, or train/ val/ test/ with these inside.
 """
 
 import argparse
-import hashlib
 import random
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from vlsm.data.images import image_files
-from vlsm.data.records import DataError, Record, choose_prompt, class_word, first_few, read_annotations
-from vlsm.system.console import friendly_errors, say
-from vlsm.system.files import check_targets, owned_write
+from vlsm.data.records import DataError, Record, choose_prompt, class_word, read_annotations
+from vlsm.system.console import first_few, friendly_errors, say
+from vlsm.system.files import check_targets, digest, owned_write
 
 SPLITS = ("train", "val", "test")
-SPLIT_FOLDERS = {
+SPLIT_FOLDERS = {  # names of a split's folder in a user's own data set
     "train": ("train", "training"),
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
@@ -94,22 +93,22 @@ def available_splits(dataset, data_root="data", split_seed=0):
         if source:
             available = (root / "anns" / f"{split}.json").is_file()
         else:
-            available = bool(_folder_records(root, split, split_seed))
+            available = _folder_records(root, split, split_seed)
         if available:
             splits.append(split)
     return splits
 
 
 def group_pattern(dataset, group=None):
-    """Return (pattern of the bootstrap's group in an image's name, or None; the group in words).
+    """Return (regular expression of the bootstrap's group in an image's name, the group in words).
 
-    group: a pattern that replaces the data set's own.
+    group: a pattern that replaces the data set's own. Without one: (None, "image").
     """
     if not group and dataset in DATASETS:
         group = DATASETS[dataset].group
     if not group:
         return None, "image"
-    return group, f"what '{group}' finds in an image's name"
+    return group, f"match of '{group}' in an image's name"
 
 
 def _locate(dataset, data_root):
@@ -164,6 +163,7 @@ class ImageFolder:
 
 
 def _stem(name):
+    """Return a relative name without its suffix, in lower case, by which images and masks are paired."""
     return str(PurePosixPath(name).with_suffix("")).casefold()
 
 
@@ -218,10 +218,9 @@ def _split_folder(root, split):
 
 
 def _unit_hash(name, seed):
-    """Return a number in 0..1 of a file's name alone, so that it keeps its split when others are added."""
+    """Return a number in 0..1 from a file's name alone, so that it keeps its split when others are added."""
     text = f"{seed}:{name}".encode(errors="surrogateescape")  # names need not be UTF-8
-    digest = hashlib.blake2b(text, digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
+    return int(digest(text), 16) / 2**64
 
 
 def _paired_records(folder):
@@ -347,7 +346,7 @@ def open_run_split(
 
 
 def check(dataset, data_root, split_seed, out, overwrite=False):
-    """Print a data set's fingerprint and write a contact sheet. Raises as `records` does."""
+    """Print a data set's statistics and write a contact sheet. Raises as `records` does."""
     from vlsm.data.check import describe_splits, inspect_splits, sheet_rows
     from vlsm.results.figures import sheet
 
@@ -393,6 +392,7 @@ def prepare(name, source, data_root, anns, descriptions, overwrite):
 
 
 def main(argv=None):
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Data sets for train.py and evaluate.py.")
     add = parser.add_argument
     add("--list", action="store_true", help="list the known data sets and where to download them")
@@ -402,7 +402,7 @@ def main(argv=None):
     add("--anns", metavar="DIR", help="published annotation files: MedVLSM's data folder, or a data set's")
     add("--describe", metavar="FILE.json", help="list of descriptions of the class, for prompts p7 to p9")
     add("--overwrite", action="store_true", help="replace files that this program did not write")
-    add("--check", metavar="NAME|PATH", help="print a data set's fingerprint, and write a contact sheet")
+    add("--check", metavar="NAME|PATH", help="print a data set's statistics, and write a contact sheet")
     add("--split-seed", type=int, default=0, help="of the 80/10/10 split of your own folder (default: 0)")
     add("--out", metavar="FILE.png", help="contact sheet of --check (default: NAME-check.png)")
     args = parser.parse_args(argv)

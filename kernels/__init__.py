@@ -20,6 +20,7 @@ __all__ = list(_MODULES)
 
 
 def __getattr__(name):
+    """Load a function of this package on first use; other names come from Hugging Face's package."""
     if name in _MODULES:
         globals()[name] = getattr(import_module(f"kernels.{_MODULES[name]}"), name)
         return globals()[name]

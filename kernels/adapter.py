@@ -26,7 +26,7 @@ from .dispatch import dot_precision, launcher, runs_triton, tl, triton
 
 
 def adapter_torch(h, residual, down_weight, down_bias, up_weight, up_bias):
-    """Compute the same in plain torch, as eager code writes it; arguments as in `adapter_bottleneck`."""
+    """Compute `adapter_bottleneck` in plain torch, as eager code writes it; the arguments are the same."""
     a = F.linear(h, down_weight, down_bias).relu()
     out = h + F.linear(a, up_weight, up_bias).relu()
     if residual is None:
@@ -232,6 +232,7 @@ def _runs_kernels(h, r):
 
 
 def _launch(kernel, grid, *tensors, **sizes):
+    """Run a kernel on a grid of programs, with the precision of its products added."""
     launcher(kernel)[grid](*tensors, **sizes, PRECISION=dot_precision())
 
 
@@ -307,6 +308,7 @@ def _backward(
 
 
 def _save_for_backward(ctx, inputs, output):
+    """Keep for `_gradients` the tensors that the backward kernels read."""
     h, _, down_weight, _, up_weight, up_bias, _ = inputs
     _, a = output
     ctx.save_for_backward(h, a, down_weight, up_weight, up_bias)

@@ -31,7 +31,7 @@ FINISH = dict(BLOCK_B=32, BLOCK_T=32)  # samples and tiles that the single progr
 
 
 def dice_bce_torch(logits, target, dice_weight=1.5, bce_weight=1.0, smooth=1e-5, ce="logits"):
-    """Compute the same in plain torch, as eager code writes it; arguments as in `dice_bce_loss`."""
+    """Compute `dice_bce_loss` in plain torch, as eager code writes it; the arguments are the same."""
     dtype = torch.promote_types(logits.dtype, torch.float32)  # sums in half precision would be inexact
     z = logits.to(dtype).flatten(1)  # [B, pixels]
     y = target.to(dtype).flatten(1)  # [B, pixels]
@@ -183,6 +183,7 @@ def _backward(g: Tensor, logits: Tensor, target: Tensor, terms: Tensor, bce_weig
 
 
 def _save_for_backward(ctx, inputs, output):
+    """Keep for `_gradients` the tensors and numbers that the backward kernel reads."""
     logits, target, _, bce_weight, _, ce = inputs
     _, terms = output
     ctx.bce_weight = bce_weight

@@ -86,6 +86,7 @@ def _checked_pairs(pred, target):
 
 
 def _as_bool(masks):
+    """Return masks as a bool tensor. Raises ValueError for values other than 0 and 1."""
     masks = torch.as_tensor(masks)
     if masks.dtype == torch.bool:
         return masks
@@ -98,6 +99,7 @@ def _as_bool(masks):
 
 
 def _joined(values):
+    """Return the values of all pairs as one tensor, float64 `[N]`."""
     if not values:
         return torch.zeros(0, dtype=torch.float64)
     return torch.cat(values)
@@ -122,7 +124,7 @@ def _ratio(numerator, denominator):
 
 
 def _hd95(pred, target):
-    """Compute HD95 of masks `[B, H, W]`.
+    """Compute HD95 of masks `[B, H, W]`, float64 `[B]`.
 
     The percentile interpolates between roots of integer squares, and its rank 0.95 (n - 1) is computed in
     integers: exact.
@@ -152,7 +154,7 @@ def _list_index(counts, total):
 
 def _fill_empty(values, counts, one, both):
     """Return values `[B]` with `one` where one mask of the pair is empty and `both` where both are."""
-    empty = counts == 0  # [2, B]
+    empty = counts == 0  # [2, B]: of predictions and targets
     values = values.masked_fill(empty.any(0), one)
     return values.masked_fill(empty.all(0), both)
 
@@ -174,7 +176,7 @@ def _corner_codes(masks):
 
 
 def _nsd(pred, target, tolerance):
-    """Compute NSD of masks `[B, H, W]`."""
+    """Compute NSD of masks `[B, H, W]`, float64 `[B]`."""
     pred_codes = _corner_codes(pred)
     target_codes = _corner_codes(target)
     pred_contour = pred_codes % 15 > 0  # neither 0 nor 15: the four pixels differ

@@ -174,7 +174,7 @@ def test_one_empty_mask_is_data_but_only_empty_ones_are_a_mistake(folder):
     [
         ("{not json", "is not valid JSON"),
         ('{"a": 1}', "should hold a list of records"),
-        ('[{"img_name": "d0.png", "prompts": {}}]', "record 0: the key 'mask_name' is missing"),
+        ('[{"img_name": "d0.png", "prompts": {}}]', "record 0.*mask_name"),
         (
             '[{"img_name": "d0.png", "mask_name": "d0.png", "prompts": {"p1": 3}}]',
             "prompt 'p1' is neither a text",

@@ -12,6 +12,7 @@ from tests.raw.layouts import LAYOUTS, Layout
 from tests.raw.test_formats import strips
 from vlsm.data.images import read_image, read_mask
 from vlsm.raw.prepare import draw_splits
+from vlsm.results import figures
 
 RECORDS = dict(
     kvasir=(8, 1, 1),
@@ -274,5 +275,7 @@ def test_the_look_at_a_data_set(prepared, cli, tmp_path):
     assert said.count("NOTE") == 1  # an equal image has its warning
     assert f"UNREADABLE: 1 ({train[2]['img_name']}" in said
     empty = sum(int(line.split(":")[1]) for line in said.splitlines() if "empty masks" in line)
-    assert empty in (0, 1) and Image.open(out).width == 2 * 228 + 8
+    assert empty in (0, 1) and Image.open(out).width == round(
+        figures.DPI * (figures.GAP + 2 * (figures.CELL + figures.GAP))
+    )
     assert cli("datasets", "--check", "demo", "--out", out)[0] == 0

@@ -1,10 +1,9 @@
 """The decode-once cache: every image is read, checked and resized once, into memory-mapped uint8 arrays.
 
-And what follows: batches on the device, and their normalisation.
+Also: batches on the device, and the normalisation of images.
 """
 
 import glob
-import hashlib
 import json
 import math
 import os
@@ -18,7 +17,7 @@ import torch
 from vlsm.data.images import ImageError, read_image, read_mask, resize_image, resize_mask
 from vlsm.data.records import DataError, index_images
 from vlsm.system.console import ADVICE, progress
-from vlsm.system.files import atomic_write, reserve, sweep_temporary
+from vlsm.system.files import atomic_write, digest, reserve, sweep_temporary
 
 FORMAT = 2  # increased whenever a reader or a resizer gives other pixels: old cache files are then ignored
 THREADS = min(16, os.cpu_count() or 1)  # Pillow and numpy release the interpreter lock while they decode
@@ -42,9 +41,7 @@ class CachedSplit:
         self.images = images
         self.masks = masks
         self.image_of = np.asarray(image_of)
-        self.image_count = len(images)
         self.side = masks.shape[-1]
-        self.nbytes = images.nbytes + masks.nbytes
 
     def __len__(self):
         return len(self.records)
@@ -61,7 +58,8 @@ class CachedSplit:
 
     def move_to(self, device):
         """Copy all pixels to a GPU, if they take at most an eighth of its free memory."""
-        if device.type != "cuda" or self.nbytes > torch.cuda.mem_get_info(device)[0] / 8:
+        nbytes = self.images.nbytes + self.masks.nbytes
+        if device.type != "cuda" or nbytes > torch.cuda.mem_get_info(device)[0] / 8:
             return
         self.images = torch.from_numpy(np.array(self.images)).to(device)
         self.masks = torch.from_numpy(np.array(self.masks)).to(device)
@@ -115,7 +113,7 @@ def device_batches(data, batches, device, with_images=True):
 
 
 class _BadRecord(Exception):
-    """A record that cannot be used. args: the problem, and the name to print."""
+    """A record that cannot be used. args: (problem, name to print)."""
 
 
 def _read_pair(record):
@@ -190,7 +188,7 @@ def open_split(records, size, folder, label):
         decode(records, images, masks, label)
     else:
         images, masks = _cached_arrays(records, shapes, Path(folder), label)
-    if not any(mask.any() for mask in masks):  # as a rule the first one has foreground
+    if not any(mask.any() for mask in masks):  # one by one: usually the first has foreground, and it ends
         raise ValueError(
             f"Every mask of {label} is empty ({len(records)} masks), so nothing can be learnt. Foreground is "
             "white (255), or 1 in a file of 0 and 1."
@@ -199,9 +197,10 @@ def open_split(records, size, folder, label):
 
 
 def _cached_arrays(records, shapes, folder, label):
-    """Return the arrays of `shapes` mapped from their files; missing or broken ones are made anew."""
+    """Return (images, masks) mapped from cache files of `shapes`; write missing or broken files anew."""
     size = shapes[0][-1]
-    source = hashlib.blake2b(str(Path(records[0].image).parent).encode(), digest_size=4).hexdigest()
+    first_folder = Path(records[0].image).parent
+    source = digest(str(first_folder).encode(), 4)  # data sets of one name in two folders stay apart
     stem = f"{label.replace('/', '-').replace(' ', '-')}-{source}-{size}"
     key = _cache_key(records, size)
     files = [folder / f"{stem}-{key}.{content}.npy" for content in ("images", "masks")]
@@ -219,7 +218,7 @@ def _cache_key(records, size):
     """Return a hash of the size and of every file's path, length and modification time."""
     stamps = [[_stamp(record.image), _stamp(record.mask)] for record in records]
     text = json.dumps([FORMAT, size, stamps])
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return digest(text.encode())
 
 
 def _stamp(path):
@@ -254,12 +253,9 @@ def _write_arrays(files, shapes, records, label):
 
 def _array_on_disk(file, shape):
     """Return a uint8 array mapped to a new .npy file whose blocks are all reserved on the disk."""
-    header = dict(descr="|u1", fortran_order=False, shape=shape)
-    with open(file, "wb") as stream:
-        np.lib.format.write_array_header_1_0(stream, header)
-        offset = stream.tell()
-    reserve(file, math.prod(shape), offset)
-    return np.memmap(file, np.uint8, "r+", offset, shape)
+    array = np.lib.format.open_memmap(file, "w+", np.uint8, shape)
+    reserve(file, array.nbytes, array.offset)
+    return array
 
 
 def _open_arrays(files, shapes):
@@ -267,7 +263,7 @@ def _open_arrays(files, shapes):
     arrays = []
     for file, shape in zip(files, shapes):
         try:
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
+            array = np.load(file, mmap_mode="r")
         except (OSError, ValueError, EOFError):
             return None
         if array.shape != shape or array.dtype != np.uint8:

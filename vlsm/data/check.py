@@ -1,22 +1,23 @@
-"""A data set at a glance: counts, sizes, mask areas, empty masks, prompts; images that two splits share, or
-that look nearly alike.
+"""Statistics of a data set: counts, sizes, mask areas, empty masks, prompts; equal and similar images in two
+splits (leakage).
 """
 
-import hashlib
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass, field
+from itertools import combinations
 
 import numpy as np
 from PIL import Image
 
 from vlsm.data.images import ImageError, read_image, read_mask
-from vlsm.data.records import first_few, index_images, prompt_texts
-from vlsm.system.console import progress
+from vlsm.data.records import index_images, prompt_texts
+from vlsm.system.console import first_few, progress
+from vlsm.system.files import digest
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SHEET_ROWS = 8
 THUMBNAIL = 16  # side in pixels
-ALIKE = 0.99  # correlation of thumbnails above which two images are taken for frames of one video
+ALIKE = 0.99  # correlation of two thumbnails above which the images may be frames of one video
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Summary:
     sizes: Counter = field(default_factory=Counter)  # (width, height) -> number of images
     areas: list = field(default_factory=list)
     names: dict = field(default_factory=dict)  # digest of the pixels -> name of the image
-    thumbnails: dict = field(default_factory=dict)  # name -> [768]
+    thumbnails: dict = field(default_factory=dict)  # digest of the pixels -> [768]
     prompts: Counter = field(default_factory=Counter)  # key -> number of records
     words: list = field(default_factory=list)  # number of words of every prompt
     unreadable: list = field(default_factory=list)  # names
@@ -41,7 +42,7 @@ def inspect_splits(splits):
         first, _ = index_images(records)
         summary = Summary(len(records), len(first))
         owners = set(first)
-        for i, record in enumerate(progress(records, f"looking at {split}")):
+        for i, record in enumerate(progress(records, f"checking {split}")):
             try:
                 if i in owners:
                     _add_image(summary, record)
@@ -55,12 +56,13 @@ def inspect_splits(splits):
 
 
 def _add_image(summary, record):
+    """Add the image of a record to a summary. Raises ImageError or OSError if it cannot be read."""
     image = read_image(record.image)
     height, width, _ = image.shape
-    digest = hashlib.blake2b(image.tobytes(), digest_size=16).digest()
+    key = digest(image.tobytes(), 16)
     summary.sizes[width, height] += 1
-    summary.names[digest] = record.name
-    summary.thumbnails[record.name] = _thumbnail(image)
+    summary.names[key] = record.name
+    summary.thumbnails[key] = _thumbnail(image)
 
 
 def _thumbnail(image):
@@ -74,76 +76,60 @@ def _thumbnail(image):
     return colours / max(np.linalg.norm(colours), 1e-6)
 
 
-def shared_images(summaries):
-    """Return {(split, later split): [(name, name there), ...]} of equal images."""
-    places = defaultdict(list)
-    for split, summary in summaries.items():
-        for digest, name in summary.names.items():
-            places[digest].append((split, name))
-    shared = defaultdict(list)
-    for copies in places.values():
-        for k, (split, name) in enumerate(copies):
-            for later_split, later_name in copies[k + 1 :]:
-                shared[split, later_split].append((name, later_name))
-    return dict(shared)
-
-
-def similar_images(summaries):
-    """Return {(split, earlier split): [(name, most similar name there), ...]}, the most similar first.
-
-    Equal images are left out.
-    """
-    shared = shared_images(summaries)
-    splits = list(summaries)
-    similar = {}
-    for k, split in enumerate(splits):
-        for earlier in splits[:k]:
-            thumbnails = dict(summaries[split].thumbnails)
-            for _, name in shared.get((earlier, split), []):
-                thumbnails.pop(name, None)
-            pairs = _closest(thumbnails, summaries[earlier].thumbnails)
-            if pairs:
-                similar[split, earlier] = [(name, other) for _, name, other in pairs]
-    return similar
-
-
-def _closest(thumbnails, others):
-    """Return [(correlation, name, most similar name among `others`)] above ALIKE, the highest first."""
-    if not others:
-        return []
-    names = list(others)
-    pixels = np.stack(list(others.values()))  # [n, 768]
+def shared_images(summary, later):
+    """Return [(name, name in the later split)] of the images that are in both splits."""
     pairs = []
-    for name, thumbnail in thumbnails.items():
-        correlations = pixels @ thumbnail
+    for key, name in summary.names.items():
+        if key in later.names:
+            pairs.append((name, later.names[key]))
+    return pairs
+
+
+def similar_images(summary, earlier):
+    """Return [(name, most similar name in the earlier split)], the most similar first.
+
+    Pairs are correlated above ALIKE. Images that are in both splits are left out.
+    """
+    if not earlier.names:
+        return []
+    names = [earlier.names[key] for key in earlier.thumbnails]
+    pixels = np.stack(list(earlier.thumbnails.values()))  # [n, 768]
+    pairs = []
+    for key, thumbnail in summary.thumbnails.items():
+        correlations = pixels @ thumbnail  # [n]
         best = correlations.argmax()
-        if correlations[best] > ALIKE:
-            pairs.append((float(correlations[best]), name, names[best]))
-    return sorted(pairs, reverse=True)
+        if key not in earlier.names and correlations[best] > ALIKE:
+            pairs.append((float(correlations[best]), summary.names[key], names[best]))
+    pairs.sort(reverse=True)
+    return [(name, other) for _, name, other in pairs]
 
 
 def describe_splits(name, summaries):
-    """Return the fingerprint of a data set as text; images in two splits come last."""
+    """Return the statistics of a data set as text; images in two splits come last."""
     lines = []
     for split, summary in summaries.items():
         lines.append(f"{name} {split}: {summary.records} records of {summary.images} images")
         lines += _describe(summary)
-    for (split, later), pairs in shared_images(summaries).items():
-        lines.append(
-            f"WARNING: {len(pairs)} images are in {split} and in {later} ({_examples(pairs, '=')}): test "
-            "results would be too good."
-        )
-    for (split, earlier), pairs in similar_images(summaries).items():
-        lines.append(
-            f"NOTE: {len(pairs)} of {summaries[split].images} images in {split} look nearly like one in "
-            f"{earlier} ({_examples(pairs, '~')}). If they are frames of one video or of one patient, scores "
-            "on them are too good."
-        )
+    for split, later in combinations(summaries, 2):
+        pairs = shared_images(summaries[split], summaries[later])
+        if pairs:
+            lines.append(
+                f"WARNING: {len(pairs)} images are in {split} and in {later} ({_examples(pairs, '=')}): test "
+                "results would be too good."
+            )
+    for earlier, split in combinations(summaries, 2):
+        pairs = similar_images(summaries[split], summaries[earlier])
+        if pairs:
+            lines.append(
+                f"NOTE: {len(pairs)} of {summaries[split].images} images in {split} look nearly like one in "
+                f"{earlier} ({_examples(pairs, '~')}). If they are frames of one video or of one patient, "
+                "scores on them are too good."
+            )
     return "\n".join(lines)
 
 
 def _describe(summary):
-    """Return the lines on one split."""
+    """Return the lines of text on one split."""
     sizes = [f"{width} x {height} ({n})" for (width, height), n in summary.sizes.most_common()]
     lines = [f"  sizes: {first_few(sizes, 4) or 'none'}"]
     areas = np.array(summary.areas)

@@ -6,14 +6,16 @@ Templates: Poudel et al., "Exploring Transfer Learning in Medical Image Segmenta
 import numpy as np
 from scipy import ndimage
 
-SMALL = 0.08  # of the image's area: masks below it are small
+SMALL = 0.08  # fraction of the image's area: masks below it are small
 MEDIUM = 0.30  # masks below it are medium, others large
-GREY_SPREAD = 8  # the channels of a grey pixel differ by no more (JPEG's noise)
+GREY_SPREAD = 8  # largest difference between the channels of a grey pixel (JPEG's noise)
 SPECK = 0.001  # components below this share of the image are not counted
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-COLUMNS = ("left", "", "right")
-ROWS = ("top", "", "bottom")
-LOCATIONS = tuple(f"{row} {column}".strip() or "center" for row in ROWS for column in COLUMNS)
+LOCATIONS = (
+    "top left", "top", "top right",
+    "left", "center", "right",
+    "bottom left", "bottom", "bottom right",
+)  # fmt: skip
 COLOURS = {
     "red": (190, 50, 45), "pink": (225, 140, 135), "white": (235, 225, 215), "yellow": (215, 180, 80),
     "orange": (215, 125, 55), "brown": (120, 75, 50), "purple": (120, 60, 120), "black": (30, 25, 25),
@@ -31,22 +33,18 @@ def components(mask):
     return sorted(masks, key=lambda component: -component.sum())
 
 
-def location(cy, cx):
-    """Return the name of the cell of a 3 x 3 grid that holds a point (in fractions of height and width)."""
-    row = min(2, int(3 * cy))
-    column = min(2, int(3 * cx))
-    return LOCATIONS[3 * row + column]
-
-
 def locations(masks):
-    """Return the places of components, joined by commas: the centre of each one's box on a 3 x 3 grid."""
+    """Return the places of components on a 3 x 3 grid, joined by commas: the centres of their boxes."""
     names = []
     for mask in masks:
         height, width = mask.shape
         rows, columns = np.nonzero(mask)
+        # The centre of the box, in fractions of height and width
         cy = (rows.min() + rows.max() + 1) / 2 / height
         cx = (columns.min() + columns.max() + 1) / 2 / width
-        names.append(location(cy, cx))
+        row = min(2, int(3 * cy))
+        column = min(2, int(3 * cx))
+        names.append(LOCATIONS[3 * row + column])
     return ", ".join(names)
 
 

@@ -1,4 +1,4 @@
-"""Images and masks: the one reader of each, for all formats that users have; resizing.
+"""Read and resize images and masks: one reader for each, for all formats that users have.
 
 Images and masks are turned upright by their EXIF orientation, as viewers show them, so that both match.
 """
@@ -10,17 +10,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from vlsm.data.records import first_few
-from vlsm.system.console import say_once
+from vlsm.system.console import first_few, say_once
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+HIDDEN = re.compile(r"(^|/)\.")  # in paths: files and folders such as macOS adds to archives
 GREY_FROM = 32  # of 255: from here to GREY_TO a value is neither background nor foreground
 GREY_TO = 223
-ONE_VALUE = (
-    5e-4,
-    0.02,
-)  # a grey value is noise below one of these shares, of the image and of the foreground
-ALL_VALUES = (5e-3, 0.2)  # all grey values together are noise below one of these shares
+# Grey pixels of a mask are noise if they are few: as a share of the image, or of the foreground.
+ONE_VALUE = (5e-4, 0.02)  # the pixels of one grey value
+ALL_VALUES = (5e-3, 0.2)  # the pixels of all grey values together
 NOT_FINITE = "it holds NaN or infinite values"
 LFS_POINTER = b"version https://git-lfs"
 
@@ -41,7 +39,7 @@ def image_files(root):
     """Return the image files below a folder, sorted by path; hidden files and folders are left out."""
     files = []
     for path in root.rglob("*"):
-        hidden = any(name.startswith(".") for name in path.relative_to(root).parts)
+        hidden = HIDDEN.search(path.relative_to(root).as_posix())
         if path.suffix.lower() in EXTENSIONS and not hidden:
             files.append(path)
     return sorted(files)
@@ -54,20 +52,17 @@ def open_image(source, name=None):
     ImageError if the file is damaged, too large or no image.
     """
     name = name or source
-    data = source if isinstance(source, bytes) else None
     try:
-        with Image.open(source if data is None else io.BytesIO(data)) as image:
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    except (IsADirectoryError, PermissionError) as error:
+        raise ImageError(name, error.strerror.lower()) from error
+    try:
+        with Image.open(io.BytesIO(data)) as image:
             frames = getattr(image, "n_frames", 1)
             if frames > 1:
                 say_once("frames", f"'{name}' holds {frames} frames; only the first one of a file is read.")
             return ImageOps.exif_transpose(image)
-    except FileNotFoundError:
-        raise
-    except (IsADirectoryError, PermissionError) as error:
-        raise ImageError(name, error.strerror.lower()) from error
     except Exception as error:  # Pillow's decoders raise many types
-        if data is None:
-            data = Path(source).read_bytes()
         tiff = Path(str(name)).suffix.lower() in (".tif", ".tiff") and data[:2] in (b"II", b"MM")
         if tiff and not isinstance(error, MemoryError):
             return Image.fromarray(read_tiff(data, name))
@@ -128,12 +123,12 @@ def read_image(source, name=None):
     image = open_image(source, name)
     if not image.mode.startswith(("I", "F")):
         return np.array(image.convert("RGB"))
-    grey = _eight_bits(np.asarray(image), name or source)
+    grey = to_eight_bits(np.asarray(image), name or source)
     return np.repeat(grey[..., None], 3, 2)
 
 
-def _eight_bits(values, name):
-    """Return numbers `[H, W]` scaled to uint8. Raises ImageError for NaN or infinity."""
+def to_eight_bits(values, name):
+    """Scale numbers `[H, W]` to uint8, as `read_image` says. Raises ImageError for NaN or infinity."""
     if not np.isfinite(values).all():
         raise ImageError(name, NOT_FINITE)
     low = float(values.min())
@@ -141,8 +136,8 @@ def _eight_bits(values, name):
     if low < 0:
         scale = 255 / max(high - low, 1e-12)
         return ((values - low) * scale).astype(np.uint8)
-    unit = values.dtype.kind == "f" and high <= 1
-    top = 1.0 if unit else max(high, 255.0)
+    unit_range = values.dtype.kind == "f" and high <= 1
+    top = 1.0 if unit_range else max(high, 255.0)
     return (values * (255 / top)).astype(np.uint8)
 
 
@@ -161,7 +156,7 @@ def read_mask(source, name=None):
 
 
 def _mask_values(image):
-    """Return the numbers `[H, W]` of a Pillow image that tell foreground from background."""
+    """Return the numbers `[H, W]` of a Pillow image in which foreground is high and background low."""
     if image.mode.startswith(("I", "F")):
         return np.asarray(image)
     if image.mode in ("1", "L"):
@@ -191,7 +186,7 @@ def _foreground(values, name):
     high = values.max()
     if low >= 0 and high <= 1 and not (values % 1).any():
         return values > 0
-    full = 65535
+    full = 65535  # the number that stands for white
     if high <= 255:
         full = 1 if high <= 1 else 255
     scaled = values if full == 255 else values * (255 / full)
@@ -202,9 +197,9 @@ def _foreground(values, name):
     else:
         wrong = _grey_values(scaled)
     if len(wrong):
-        values = first_few([f"{float(value) * full / 255:.4g}" for value in wrong], 6)
+        wrong = first_few([f"{float(value) * full / 255:.4g}" for value in wrong], 6)
         raise ImageError(
-            name, f"a mask holds 0 and 255, or 0 and 1, and this one also {values}; make a mask of each class"
+            name, f"a mask holds 0 and 255, or 0 and 1, and this one also {wrong}; make a mask of each class"
         )
     return values > full / 2
 

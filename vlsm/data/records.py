@@ -1,37 +1,31 @@
-"""A record of a data set, its annotation files and prompts; the error that lists records to mend."""
+"""The record of a data set, annotation files, prompts, and the error that lists unusable records."""
 
+import dataclasses
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from vlsm.system.files import leaves_folder, read_json
+from vlsm.system.console import first_few
+from vlsm.system.files import field, leaves_folder, read_json
 
 PROMPT_KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
-@dataclass
+@dataclasses.dataclass
 class Record:
     """One (image, mask, prompts) triple.
 
     image, mask: a path, or the pixels (uint8 `[H, W, 3]`, bool `[H, W]`).
     """
 
-    name: str  # of the image, to be printed
+    name: str  # of the image's file, for messages and results
     mask_name: str
     image: object
     mask: object
-    prompts: dict = field(default_factory=dict)
+    prompts: dict = dataclasses.field(default_factory=dict)  # key (p0..p9) -> text, or list of texts
     class_word: str | None = None
     problem: str | None = None  # why it cannot be used, if that is known before its files are read
-
-
-def first_few(texts, most=3):
-    """Join the first texts by commas, with dots for the others."""
-    texts = list(texts)
-    dots = ["..."] if len(texts) > most else []
-    return ", ".join(texts[:most] + dots)
 
 
 class DataError(ValueError):
@@ -51,7 +45,7 @@ class DataError(ValueError):
 
 
 def index_images(records):
-    """Return (index of the first record of each image, the image of each record); records may share one."""
+    """Return (index of each image's first record, each record's image number); records may share an image."""
     rows = {}  # an image's path or identity -> its row
     first = []
     image_of = []
@@ -68,35 +62,35 @@ def index_images(records):
 def read_annotations(path):
     """Return the entries of an annotation file: dictionaries of img_name, mask_name and prompts.
 
-    Raises ValueError, which names the file and the record, for an entry that is not one.
+    Raises ValueError, which names the file and the record, for an entry that lacks one of these.
     """
     entries = read_json(path, list, "a list of records")
     for i, entry in enumerate(entries):
-        _check_entry(entry, f"'{path}', record {i}")
+        _check_entry(entry, f"{path}, record {i}")
     return entries
 
 
-def _check_entry(entry, place):
-    """Raise ValueError, which begins with `place`, unless an annotation file's entry is a record."""
-    for key, value_type in (("img_name", str), ("mask_name", str), ("prompts", dict)):
-        if not isinstance(entry, dict) or not isinstance(entry.get(key), value_type):
-            expected = "text" if value_type is str else "object"
-            raise ValueError(f"{place}: the key '{key}' is missing or is no {expected}.")
+def _check_entry(entry, source):
+    """Raise ValueError, which names `source`, unless an annotation file's entry is a record."""
     for key in ("img_name", "mask_name"):
-        if leaves_folder(entry[key]):
-            raise ValueError(f"{place}: the file name '{entry[key]}' leaves the data set's folder.")
-    for key, value in entry["prompts"].items():
+        name = field(source, entry, key, kind=str, words="a text")
+        if leaves_folder(name):
+            raise ValueError(f"'{source}': the file name '{name}' leaves the data set's folder.")
+    prompts = field(source, entry, "prompts", kind=dict, words="an object")
+    for key, value in prompts.items():
         if not PROMPT_KEY.fullmatch(key):  # --all-prompts makes a folder of it
-            raise ValueError(f"{place}: the prompt's key '{key}' should be letters, digits, - and _ alone.")
+            raise ValueError(
+                f"'{source}': the prompt's key '{key}' should be letters, digits, - and _ alone."
+            )
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{place}: prompt '{key}' is neither a text nor a list of texts.")
+            raise ValueError(f"'{source}': prompt '{key}' is neither a text nor a list of texts.")
 
 
 # Prompts
 
 
-# What follows the class in MedVLSM's p1: "Myocardium of the heart."
+# The anatomical place after the class in MedVLSM's p1: "Myocardium of the heart."
 PLACE = re.compile(
     r"\s+(in|of)\s+(the|a)\s+(heart|cardiac ultrasound|chest x-?ray|breast ultrasound image).*$", re.I
 )

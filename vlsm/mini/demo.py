@@ -1,8 +1,7 @@
 """The demo data set: colonoscopy-like images generated from a seed, with masks and prompts in MedVLSM's form.
 
-Images are float32 `[H, W, 3]` in 0..1 while they are painted. y, x: pixel centres in units of the height. A
-signed field `[H, W]` is positive inside a shape. The order of random draws is fixed: another order would be
-another data set.
+Images are float32 `[H, W, 3]` in 0..1 while they are painted. A signed field `[H, W]` is positive inside a
+shape. The order of random draws is fixed: another order would be another data set.
 """
 
 import numpy as np
@@ -13,6 +12,9 @@ from vlsm.data.records import Record
 
 SHAPE = (112, 128)  # height, width
 ASPECT = SHAPE[1] / SHAPE[0]
+_ROWS, _COLUMNS = np.mgrid[: SHAPE[0], : SHAPE[1]].astype(np.float32)
+Y = (_ROWS + 0.5) / SHAPE[0]  # pixel centres [H, W], in units of the height
+X = (_COLUMNS + 0.5) / SHAPE[0]
 COUNTS = {"train": 240, "val": 48, "test": 60}
 DESCRIPTIONS = (
     "a growth of tissue that projects from the wall",
@@ -29,14 +31,14 @@ HIGHLIGHT = (1, 1, 0.97)
 SURROUND = (0.03, 0.03, 0.035)
 
 
-def records(split, seed=0):
-    """Return the records of a split, pixels in memory; always the same for a seed."""
+def records(split):
+    """Return the records of a split, pixels in memory; always the same ones."""
     first = 0
     for name, count in COUNTS.items():
         if name == split:
             break
         first += count
-    return [record(seed, index) for index in range(first, first + COUNTS[split])]
+    return [record(0, index) for index in range(first, first + COUNTS[split])]
 
 
 def record(seed, index):
@@ -45,13 +47,12 @@ def record(seed, index):
     About one in twelve shows no polyp: its mask is empty, and its prompts describe one that is absent.
     """
     rng = np.random.default_rng([seed, index, 11])
-    y, x = pixel_centres()
-    bare = mucosa(rng, y, x)
+    bare = mucosa(rng)
     image = bare.copy()
     polyps = []
     count = rng.choice([1, 2, 3], p=[0.7, 0.2, 0.1])
     for _ in range(count):
-        field = place(rng, polyps, y, x)
+        field = place(rng, polyps)
         if field is not None:
             polyps.append(field)
             paint_polyp(rng, image, field)
@@ -60,26 +61,19 @@ def record(seed, index):
     if rng.random() < 1 / 12:
         image = bare
         mask = np.zeros_like(mask)
-    image = finish(rng, image, y, x)
+    image = finish(rng, image)
     name = f"demo_{index:04d}.png"
     return Record(name, name, image, mask, prompts, "polyp")
 
 
-def pixel_centres():
-    """Return the coordinates y, x `[H, W]` of pixel centres, in units of the height, from 0."""
-    height, width = SHAPE
-    y, x = np.mgrid[:height, :width].astype(np.float32)
-    return (y + 0.5) / height, (x + 0.5) / height
-
-
-def mucosa(rng, y, x):
+def mucosa(rng):
     """Paint the wall of the gut: colour, folds as dark curved bands, fine vessels, perhaps the lumen."""
     image = np.empty((*SHAPE, 3), np.float32)
     colour = np.array(MUCOSA[rng.integers(len(MUCOSA))])
     image[:] = colour + rng.normal(0, 0.04, 3)
     image *= channels(1 + 0.08 * noise(rng, 4))
     cy, cx = rng.uniform(-0.2, 1.2, 2)
-    r = np.hypot(y - cy, x - cx)
+    r = np.hypot(Y - cy, X - cx)
     bent_r = r + 0.05 * noise(rng, 3, octaves=1)
     period = rng.uniform(0.22, 0.4)
     folds = np.sin(2 * np.pi * bent_r / period) ** 8
@@ -93,10 +87,10 @@ def mucosa(rng, y, x):
     return image
 
 
-def place(rng, others, y, x):
+def place(rng, others):
     """Return the signed field of a blob apart from the others, or None if ten trials find no room."""
     for _ in range(10):
-        field = random_blob(rng, y, x)
+        field = random_blob(rng)
         inside = field > 0
         surroundings = field > -0.03
         overlaps = any((surroundings & (other > 0)).any() for other in others)
@@ -105,7 +99,7 @@ def place(rng, others, y, x):
     return None
 
 
-def random_blob(rng, y, x):
+def random_blob(rng):
     """Return the signed field of a blob of random place, size, direction and outline."""
     log_radius = rng.uniform(np.log(0.08), np.log(0.28))
     cy = rng.uniform(0.18, 0.82)
@@ -113,8 +107,8 @@ def random_blob(rng, y, x):
     angle = rng.uniform(0, np.pi)
     flattening = rng.uniform(1, 1.5)
     wobble = rng.choice([0.05, 0.15, 0.4])
-    dy = y - cy
-    dx = x - cx
+    dy = Y - cy
+    dx = X - cx
     cos = np.cos(angle)
     sin = np.sin(angle)
     along = dx * cos + dy * sin
@@ -152,40 +146,40 @@ def paint_polyp(rng, image, field):
     blend(image, tint * channels(light), surface * opacity)
 
 
-def finish(rng, image, y, x):
+def finish(rng, image):
     """Add the light of the lens, wet highlights, the black surround and sensor noise; return uint8."""
-    image = image * channels(lens_light(rng, y, x))
+    image = image * channels(lens_light(rng))
     highlights = rng.integers(3, 9)
     for _ in range(highlights):
-        blend(image, HIGHLIGHT, highlight(rng, y, x))
-    blend(image, SURROUND, surround(y, x))
+        blend(image, HIGHLIGHT, highlight(rng))
+    blend(image, SURROUND, surround())
     sensor_noise = rng.normal(0, 0.012, image.shape)
     return to_uint8(image + sensor_noise.astype(np.float32))
 
 
-def lens_light(rng, y, x):
+def lens_light(rng):
     """Return the brightness `[H, W]` around a random bright point."""
     cy = rng.uniform(0.3, 0.7)
     cx = rng.uniform(0.3, 0.7) * ASPECT
-    r = np.hypot(y - cy, x - cx)
+    r = np.hypot(Y - cy, X - cx)
     return 1.12 - 0.5 * r**2
 
 
-def highlight(rng, y, x):
+def highlight(rng):
     """Return the weight `[H, W]` of a small bright spot."""
     cy = rng.uniform(0.1, 0.9)
     cx = rng.uniform(0.1, 0.9) * ASPECT
     height = rng.uniform(0.008, 0.022)
     width = height * rng.uniform(0.6, 2.5)
-    dy = (y - cy) / height
-    dx = (x - cx) / width
+    dy = (Y - cy) / height
+    dx = (X - cx) / width
     return np.exp(-(dy**2 + dx**2))
 
 
-def surround(y, x):
+def surround():
     """Return the weight `[H, W]` of the tube's black surround: the image's corners, cut off."""
-    dy = abs(y - 0.5)
-    dx = abs(x - ASPECT / 2)
+    dy = abs(Y - 0.5)
+    dx = abs(X - ASPECT / 2)
     side = np.maximum(dy / 0.5, dx / (ASPECT / 2))
     corner = side + 0.35 * (dy + dx)
     return ((corner - 1.16) / 0.02).clip(0, 1)
@@ -206,6 +200,7 @@ def noise(rng, cells, octaves=3):
 
 
 def bell(x):
+    """Return exp(-x^2): 1 at 0, near 0 beyond 2."""
     return np.exp(-(x**2))
 
 
@@ -221,5 +216,6 @@ def blend(image, colour, alpha):
 
 
 def to_uint8(image):
+    """Round an image in 0..1 to uint8."""
     levels = image.clip(0, 1) * 255 + 0.5
     return levels.astype(np.uint8)

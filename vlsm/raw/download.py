@@ -1,4 +1,4 @@
-"""A raw download, as published: a folder or a zip archive. Nothing is ever written there."""
+"""Read a raw download, as published: a folder or a zip archive. Nothing is ever written there."""
 
 import gzip
 import math
@@ -13,16 +13,15 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from vlsm.data.images import ImageError, NeedsPackage, open_image, read_image, read_mask
-from vlsm.data.records import first_few
+from vlsm.data.images import HIDDEN, ImageError, NeedsPackage, open_image, read_image, read_mask
+from vlsm.system.console import first_few
 
-# What damaged files and archives raise: encrypted, of an unknown compression, cut off, of wrong types.
+# Errors that damaged files and archives raise: encrypted, of an unknown compression, cut off, of wrong types.
 UNREADABLE = (
     OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, NotImplementedError, MemoryError,
     zlib.error, zipfile.BadZipFile, struct.error,
 )  # fmt: skip
 LIMIT = 1 << 30  # bytes of a file in an archive
-HIDDEN = re.compile(r"(^|/)\.")  # files and folders such as macOS adds to archives
 
 
 @dataclass
@@ -31,7 +30,7 @@ class Sample:
 
     name: str  # of the image's file in the data set
     image: object  # a file of the download, or the pixels
-    masks: list  # of (name of its file in the data set, pixels as bool, class in words)
+    masks: list  # [(name of its file in the data set, bool [H, W], class in words), ...]
     split: str | None = None  # if the publisher fixes it
     group: str | None = None  # samples of a group (a patient) share a split
     subfolder: str = ""  # of images/ and masks/, if the layout has one for the split
@@ -126,7 +125,7 @@ class Download:
                 yield stem, images[stem], masks[stem]
 
     def skip(self, name, reason):
-        """Note a file that is not used."""
+        """Add a file to the skipped ones."""
         self.skipped[reason].append(name)
 
     @contextmanager
@@ -166,11 +165,8 @@ MOST_PIXELS = 1 << 28  # of a mask in run lengths; pycocotools does not survive 
 
 def read_mhd(download, name):
     """Return the pixels of a little-endian MetaImage (.mhd with its .raw or .zraw), first axis last."""
-    fields = {}
-    for line in download.read(name).decode("ascii", "replace").splitlines():
-        key, separator, value = line.partition("=")
-        if separator:
-            fields[key.strip()] = value.strip()
+    header = download.read(name).decode("ascii", "replace")
+    fields = dict(re.findall(r"^\s*(\w+)\s*=\s*(.*?)\s*$", header, re.MULTILINE))  # "DimSize = 549 778 1"
     file = PurePosixPath(name).with_name(PurePosixPath(fields["ElementDataFile"]).name)
     data = download.read(file.as_posix())
     if fields.get("CompressedData", "False").lower() == "true":

@@ -1,8 +1,7 @@
-"""From a raw download to a folder in MedVLSM's layout: images, a binary PNG for each record, annotation files
-with prompts and splits.
+"""Turn a raw download into a folder in MedVLSM's layout: images, a binary PNG for each record, annotation
+files with prompts and splits.
 """
 
-import hashlib
 import io
 import json
 import random
@@ -15,12 +14,13 @@ from PIL import Image
 
 from vlsm.data.describe import describe
 from vlsm.data.images import mask_image, read_image
-from vlsm.data.records import first_few, read_annotations
+from vlsm.data.records import read_annotations
 from vlsm.raw.download import Download
 from vlsm.raw.readers import READERS
-from vlsm.system.console import progress, say
+from vlsm.system.console import first_few, progress, say
 from vlsm.system.files import (
     check_targets,
+    digest,
     leaves_folder,
     owned_write,
     read_json,
@@ -28,21 +28,21 @@ from vlsm.system.files import (
     temporary_beside,
 )
 
-# Numbers of MedVLSM's records for train, val, test: our splits have these shares unless they are published.
+# Numbers of MedVLSM's records for train, val, test: splits that are drawn here have these shares.
 SIZES = {
     "kvasir": (800, 100, 100), "clinicdb": (490, 61, 61), "bkai": (800, 100, 100), "isic": (810, 90, 0),
     "dfu": (1600, 200, 200), "camus": (400, 50, 50), "busi": (624, 78, 78),
     "chexlocalize": (1279, 446, 452), "cityscapes": (9, 1, 0), "voc": (9, 1, 0),
 }  # fmt: skip
 SEED = 0  # of the splits
-CLASS_WORD_ONLY = ("cityscapes", "voc")  # as TuneVLSeg
+CLASS_WORD_ONLY = ("cityscapes", "voc")  # the class is their only prompt, as in TuneVLSeg
 
 
 class Writer:
     """Files below a folder that are written together or not at all, and only if their content is new.
 
-    They wait in a temporary folder beside it until `commit`. overwrite: replace files that were changed since
-    an earlier run wrote them. written, unchanged: numbers of files.
+    They are in a temporary folder beside it until `commit`. overwrite: replace files that were changed since
+    an earlier run wrote them. Attributes `written`, `unchanged`: numbers of files.
     """
 
     def __init__(self, root, overwrite=False):
@@ -152,16 +152,15 @@ def _write_samples(name, download, writer, descriptions, made):
     split, group and subfolder.
     """
     entries = []
-    group_of = {}  # of a group, or of an image's content: equal images under two names stay together
+    group_of = {}  # group, or digest of an image -> group: equal images under two names stay in one split
     with progress(None, f"preparing {name}") as bar:
         for sample in READERS[name](download):
             bar.update()
             with download.skipping(sample.name):
                 data, pixels = _write_image(download, writer, sample, made)
                 group = sample.group or f"{sample.subfolder}/{sample.name}"
-                equal = group_of.setdefault(hashlib.blake2b(data).digest(), group)
+                equal = group_of.setdefault(digest(data, 16), group)
                 group = group_of.setdefault(group, equal)
-                common = dict(split=sample.split, group=group, subfolder=sample.subfolder)
                 rows = []
                 for mask_name, mask, word in sample.masks:
                     if pixels is not None and mask.shape != pixels.shape[:2]:
@@ -169,14 +168,22 @@ def _write_samples(name, download, writer, descriptions, made):
                         raise ValueError(f"image and mask differ in size, {sizes}")
                     writer.png(PurePosixPath("masks", sample.subfolder, mask_name), mask)
                     prompts = _make_prompts(name, pixels, mask, word, descriptions) if made else None
-                    row = dict(img_name=sample.name, mask_name=mask_name, prompts=prompts)
-                    rows.append(row | common)
+                    rows.append(
+                        dict(
+                            img_name=sample.name,
+                            mask_name=mask_name,
+                            prompts=prompts,
+                            split=sample.split,
+                            group=group,
+                            subfolder=sample.subfolder,
+                        )
+                    )
                 entries += rows
     return entries
 
 
 def _write_image(download, writer, sample, decode):
-    """Write a sample's image; returns (bytes that tell it from others, pixels or None unless `decode`)."""
+    """Write a sample's image; returns (its bytes, pixels `[H, W, 3]` or None unless `decode`)."""
     target = PurePosixPath("images", sample.subfolder, sample.name)
     if isinstance(sample.image, str):
         data = download.read(sample.image)
@@ -191,6 +198,7 @@ def _write_image(download, writer, sample, decode):
 
 
 def _make_prompts(name, pixels, mask, word, descriptions):
+    """Return the prompts of a mask of a data set."""
     if name in CLASS_WORD_ONLY:
         return dict(p0="", p1=word)
     return describe(pixels, mask, word, descriptions)
@@ -216,10 +224,10 @@ def draw_splits(name, entries):
         groups[entry["split"], entry["group"]].append(entry)
     free = sorted(group for fixed, group in groups if fixed is None)
     random.Random(SEED).shuffle(free)
-    train, val, test = SIZES.get(name, (0, 0, 1))
+    train, val, test = SIZES.get(name, (1, 0, 0))  # test sets have no records to draw
     if any(fixed == "test" for fixed, _ in groups):
         test = 0
-    total = train + val + test or 1
+    total = train + val + test
     train_end = round(len(free) * train / total)
     val_end = round(len(free) * (train + val) / total)
     drawn = {"train": free[:train_end], "val": free[train_end:val_end], "test": free[val_end:]}
@@ -266,6 +274,7 @@ def _published(folder, writer, entries):
 
 
 def _without_suffix(name):
+    """Return a file's name without its suffix: the published one may differ from the prepared one."""
     return PurePosixPath(name).with_suffix("")
 
 

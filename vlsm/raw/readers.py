@@ -1,16 +1,17 @@
-"""A reader for each data set: a function of a `Download` that yields its images and masks as `Sample`s.
+"""Read each data set's download: a function of a `Download` yields its images and masks as `Sample`s.
 
 Readers never write. A file that they cannot use goes to `Download.skip`, with the reason.
 """
 
-import json
 import re
 from collections import defaultdict
 from pathlib import PurePosixPath
 
 import numpy as np
 
+from vlsm.data.images import to_eight_bits
 from vlsm.raw.download import Sample, decode_run_lengths, read_mhd, read_nifti
+from vlsm.system.files import field, parse_json
 
 IMAGE = r"[^/]+\.(?:jpe?g|png|tiff?|bmp)"  # a file's name
 CAMUS = {1: "left ventricular cavity", 2: "myocardium", 3: "left atrium cavity"}
@@ -38,6 +39,7 @@ def _samples(download, pairs, word, split=None):
 
 
 def kvasir(download):
+    """Read images/ and masks/ with equal stems."""
     pairs = download.pairs(rf"images/{IMAGE}", rf"masks/{IMAGE}")
     return _samples(download, pairs, "polyp")
 
@@ -55,12 +57,13 @@ def clinicdb(download):
 
 
 def bkai(download):
-    """Read masks in red (neoplastic) and green (other) as polyps, all of them."""
+    """Read masks in red (neoplastic) and green (other); both are polyps."""
     pairs = download.pairs(rf"(?:train/)?train/{IMAGE}", rf"(?:train_gt/)?train_gt/{IMAGE}")
     return _samples(download, pairs, "polyp")
 
 
 def isic(download):
+    """Read the folders of ISBI 2016, part 1; Test is the test split."""
     for folder, split in (("Training", None), ("Test", "test")):
         prefix = f"ISBI2016_ISIC_Part1_{folder}"
         images = download.by_stem(rf"{prefix}_Data/{IMAGE}")
@@ -69,6 +72,7 @@ def isic(download):
 
 
 def dfu(download):
+    """Read the training images of DFUC 2022 with masks/ or labels/."""
     prefix = r"(?:DFUC2022_train_)?"
     pairs = download.pairs(rf"{prefix}images/{IMAGE}", rf"{prefix}(?:masks|labels)/{IMAGE}")
     return _samples(download, pairs, "foot ulcer")
@@ -78,6 +82,7 @@ def _test_polyps(folder):
     """Return a reader of one of the test sets that PraNet's authors ship together."""
 
     def reader(download):
+        """Read images/ and masks/ of the test set."""
         pairs = download.pairs(rf"{folder}/images/{IMAGE}", rf"{folder}/masks/{IMAGE}")
         return _samples(download, pairs, "polyp", "test")
 
@@ -134,8 +139,7 @@ def camus(download):
             read = readers[match[2].lower()]
             image = np.squeeze(read(download, name))
             labels = np.squeeze(read(download, truth))
-            scale = 255 / max(float(image.max()), 255.0)
-            image = (image * scale).astype(np.uint8)
+            image = to_eight_bits(image, name)
             stem = match[1]
             masks = [(f"mask_{k}/{stem}_gt.png", labels == k, word) for k, word in CAMUS.items()]
             test = re.search(r"(^|/)test(ing)?/", name, re.I)
@@ -168,26 +172,23 @@ def chexlocalize(download):
 
 
 def _segmentations(download, name):
-    """Return the dictionaries of a segmentation file. Raises ValueError, which names the file and the key."""
-    try:
-        segmentations = json.loads(download.read(name))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"'{name}' is not valid JSON ({error}).") from error
-    if not isinstance(segmentations, dict):
-        raise ValueError(f"'{name}' should hold a dictionary of images.")
-    for key, classes in segmentations.items():
-        if not isinstance(classes, dict):
-            raise ValueError(f"'{name}', key '{key}': expected a dictionary of classes.")
+    """Return {image: {class: run lengths}} of a segmentation file.
+
+    Raises ValueError, which names the file and the key, for another content.
+    """
+    segmentations = parse_json(download.read(name), name, dict, "an object of images")
+    for key in segmentations:
+        field(name, segmentations, key, kind=dict, words="an object of classes")
     return segmentations
 
 
 def _class_masks(labels, words, stem):
-    """Return a mask for each class of {number: word} that an image of class numbers holds."""
-    present = set(np.unique(labels).tolist())
+    """Return [(file name, mask, class)] of the classes {number: word} that a label image `[H, W]` holds."""
     masks = []
     for number, word in words.items():
-        if number in present:
-            masks.append((f"{word}/{stem}.png", labels == number, word))
+        mask = labels == number
+        if mask.any():
+            masks.append((f"{word}/{stem}.png", mask, word))
     return masks
 
 

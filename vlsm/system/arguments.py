@@ -42,6 +42,7 @@ def number(cast, low=-math.inf, high=math.inf, above=-math.inf):
 
 
 def _describe_limits(low, high, above):
+    """Return the range of a `number` in words."""
     if above > -math.inf:
         return f"more than {above:g}" + (f" and at most {high:g}" if high < math.inf else "")
     if low > -math.inf:

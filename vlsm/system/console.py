@@ -42,6 +42,13 @@ def say_once(key, line):
         print(line, file=sys.stderr, flush=True)
 
 
+def first_few(texts, most=3):
+    """Join the first `most` texts by commas, with dots in place of the others."""
+    texts = list(texts)
+    dots = ["..."] if len(texts) > most else []
+    return ", ".join(texts[:most] + dots)
+
+
 @contextmanager
 def friendly_errors():
     """Turn a user's mistake into a sentence on stderr and exit code 2.
@@ -69,15 +76,15 @@ def friendly_errors():
 
 
 def _sentence(error):
-    """Return what to tell the user of an error."""
+    """Return an error as a sentence for the user."""
     if isinstance(error, OSError) and error.errno:
-        advice = ADVICE.get(error.errno, (error.strerror or "").lower())
-        return advice[:1].upper() + advice[1:] + (f" ('{error.filename}')." if error.filename else ".")
+        advice = ADVICE.get(error.errno, error.strerror or "")
+        return advice.capitalize() + (f" ('{error.filename}')." if error.filename else ".")
     return str(error)
 
 
 def progress(work, label, unit="img"):
-    """Return a progress bar over an iterable, or over a number of things to `update`.
+    """Return a tqdm progress bar over an iterable, or over a number of steps (None: unknown) to `update`.
 
     It is hidden if stderr is no terminal, and in every process but the first.
     """
@@ -90,11 +97,12 @@ class Interrupt:
     """A context in which Ctrl-C and SIGTERM wait for `leave`; a second Ctrl-C stops at once."""
 
     def __enter__(self):
-        self.signal = None
+        self.signal = None  # number of the signal that came
         self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _note(self, number, frame):
+        """Handle a signal: keep its number, and let the next Ctrl-C stop at once."""
         self.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

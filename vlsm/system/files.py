@@ -16,7 +16,13 @@ import socket
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-HOST = hashlib.blake2b(socket.gethostname().encode(), digest_size=4).hexdigest()
+
+def digest(data, size=8):
+    """Return a hash of bytes as text: `size` bytes of BLAKE2, in hexadecimal digits."""
+    return hashlib.blake2b(data, digest_size=size).hexdigest()
+
+
+HOST = digest(socket.gethostname().encode(), 4)
 TEMPORARY = re.compile(rf"\.vlsm-{HOST}-(\d+)-.*\.tmp")
 LEDGER = ".vlsm-written"  # a file in each folder: digest and name of every file that this program wrote there
 FULL = 1 << 20  # bytes; with fewer left, a writer's error without a reason means that the disk is full
@@ -55,7 +61,7 @@ def atomic_write(path):
 
 def temporary_beside(path):
     """Return a path beside `path` whose name holds the machine and the process."""
-    short = hashlib.blake2b(os.fsencode(path.name), digest_size=6).hexdigest()  # a long name still fits
+    short = digest(os.fsencode(path.name), 6)  # the name itself may be too long to be lengthened
     return path.with_name(f".vlsm-{HOST}-{os.getpid()}-{short}.tmp")
 
 
@@ -68,6 +74,7 @@ def sweep_temporary(folder):
 
 
 def _is_alive(pid):
+    """Tell whether a process with this number runs on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -136,11 +143,12 @@ def _is_own(path, ledger):
     """Tell whether a file is as this program wrote it, by the lines of its folder's ledger."""
     if path.is_symlink() or not path.is_file():
         return False
-    return f"{_digest(path)} {path.name}" in ledger
+    return _ledger_line(path, path.name) in ledger
 
 
-def _digest(path):
-    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+def _ledger_line(path, name):
+    """Return the ledger's line on a file's content, under the name that it has or will have."""
+    return f"{digest(path.read_bytes())} {name}"
 
 
 @contextmanager
@@ -149,9 +157,9 @@ def owned_write(path):
     path = Path(path)
     with atomic_write(path) as temporary:
         yield temporary
-        line = f"{_digest(temporary)} {path.name}\n".encode(errors="surrogateescape")
+        line = _ledger_line(temporary, path.name) + "\n"
         with open(path.parent / LEDGER, "ab") as ledger:  # short appends of several processes stay whole
-            ledger.write(line)
+            ledger.write(line.encode(errors="surrogateescape"))
 
 
 def delete_owned(folder):
@@ -226,10 +234,18 @@ def csv_text(rows):
 def read_json(path, kind=dict, words="a JSON object"):
     """Return the value of type `kind` (in words: `words`) that a JSON file holds.
 
-    Raises ValueError if the file is no JSON or holds another type, FileNotFoundError if it is missing.
+    Raises FileNotFoundError if the file is missing, ValueError as `parse_json`.
+    """
+    return parse_json(Path(path).read_bytes(), path, kind, words)
+
+
+def parse_json(data, path, kind=dict, words="a JSON object"):
+    """Return the value of type `kind` (in words: `words`) in the bytes `data` of a JSON file.
+
+    Raises ValueError, which names `path`, if they are no JSON or hold another type.
     """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"'{path}' is not valid JSON ({error}). Was it cut off, or saved as another format?"

@@ -1,11 +1,12 @@
 """Devices, and several processes of one run, as torchrun starts them: their shares of the work, their sums.
 
-A step reduces one buffer of gradients: what is trained is small, and the frozen base needs no traffic.
-Without torchrun every function does what a single process needs.
+A step reduces one buffer of gradients: the trained parameters are few, and frozen ones have no gradients.
+Without torchrun every function works for a single process.
 """
 
 import os
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ def join_processes(device):
 
 
 def shut_down():
-    """Wait for the other processes and close the connections, on which their threads may still be reading."""
+    """Wait for the other processes, whose threads may still read from the connections, and close these."""
     if world_size() > 1:
         barrier()
         dist.destroy_process_group()
@@ -43,13 +44,13 @@ def rank():
 
 
 def local_rank():
-    """Return this process's rank on its machine."""
-    return int(os.environ.get("LOCAL_RANK", 0)) if world_size() > 1 else 0
+    """Return this process's rank on its machine; torchrun puts it into the environment."""
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def local_world_size():
     """Return the number of processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if world_size() > 1 else 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
 def barrier():
@@ -96,12 +97,11 @@ def share_batch(batch, parts=1):
     shares = []
     for k in range(parts):
         places = slice(rank() + k * world_size(), None, parts * world_size())
-        records = batch[places]
-        weight = len(records) * world_size() / len(batch)
-        if records:
-            shares.append(Share(records, len(records), weight, places, len(batch)))
-        else:
-            shares.append(Share(batch[:1], 0, weight, slice(0, 1), len(batch)))
+        count = len(batch[places])
+        if not count:
+            places = slice(0, 1)
+        weight = count * world_size() / len(batch)
+        shares.append(Share(batch[places], count, weight, places, len(batch)))
     return shares
 
 
@@ -125,21 +125,13 @@ def all_reduce_sum(numbers, device):
     return sums.tolist()
 
 
-def all_gather(value):
-    """Return every process's value, by rank."""
-    if world_size() == 1:
-        return [value]
-    values = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 def gather_sorted(items):
     """Return the (index, ...) tuples of all processes, sorted by index."""
-    gathered = []
-    for of_one_process in all_gather(items):
-        gathered += of_one_process
-    return sorted(gathered, key=lambda item: item[0])
+    if world_size() > 1:
+        items_of = [None] * world_size()  # by rank
+        dist.all_gather_object(items_of, items)
+        items = chain.from_iterable(items_of)
+    return sorted(items, key=lambda item: item[0])
 
 
 # Devices

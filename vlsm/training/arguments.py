@@ -1,4 +1,4 @@
-"""The command line of train.py: its options, the papers' recipes, and the values that follow from others."""
+"""Parse the command line of train.py: its options, the papers' recipes, defaults that depend on others."""
 
 import argparse
 from argparse import BooleanOptionalAction
@@ -33,12 +33,12 @@ NETWORK_RATES = {"cris": 1e-4, "san": 3e-4, "sam3": 1e-4}  # of full and decoder
 COOP_INIT = "a photo of a"
 DEMO_EPOCHS = 40  # of --dataset demo, which is small
 
-# The options that a checkpoint's metadata keep as its recipe.
+# The options that a checkpoint's metadata holds as its recipe.
 RECIPE_FIELDS = (
     "epochs", "min_epochs", "patience", "monitor", "batch_size", "lr", "weight_decay", "lr_factor",
     "lr_patience", "clip", "dice_weight", "bce_weight", "ce", "augment", "amp", "limit_train", "seed",
 )  # fmt: skip
-# Options of one start of the program, which config.json does not keep.
+# Options of one start of the program, which are not written to config.json.
 OF_THE_START = ("out", "resume", "overwrite", "changed_data", "dry_run")
 # Options that may differ when a run is resumed; any other would make it another run.
 FREE_ON_RESUME = {
@@ -61,7 +61,7 @@ def train_parser():
 
 
 def add_data_arguments(add):
-    """Declare which records are trained on, and how they are read; add: a group's `add_argument`."""
+    """Add the options of the training data; add: a group's `add_argument`."""
     add(
         "--dataset",
         default="demo",
@@ -102,7 +102,7 @@ def add_data_arguments(add):
 
 
 def add_model_arguments(add):
-    """Declare the network, its weights and the tuning method; add: a group's `add_argument`."""
+    """Add the options of the network, its weights and the tuning method; add: a group's `add_argument`."""
     add("--model", default="clipseg", choices=list(NETWORKS), help="network (default: clipseg)")
     add(
         "--weights",
@@ -126,11 +126,10 @@ def add_model_arguments(add):
 
 
 def add_recipe_arguments(add):
-    """Declare how long and by which steps the method is trained; add: a group's `add_argument`."""
+    """Add the options of the training recipe; add: a group's `add_argument`."""
 
     def default(name):
-        adapters, learners = ADAPTER_RECIPE[name], LEARNER_RECIPE[name]
-        return f"default {adapters}" + (f" [{learners}]" if learners != adapters else "")
+        return f"default {ADAPTER_RECIPE[name]} [{LEARNER_RECIPE[name]}]"
 
     epochs = number(int, 1, 10**6)
     add("--epochs", type=epochs, help=f"at most so many ({default('epochs')}; demo {DEMO_EPOCHS})")
@@ -167,7 +166,7 @@ def add_recipe_arguments(add):
 
 
 def add_run_arguments(add):
-    """Declare the run's folder and its use of memory; add: a group's `add_argument`."""
+    """Add the options of the run's folder and of its memory; add: a group's `add_argument`."""
     add("--out", help="folder of the run (default: runs/<dataset>-<method>-...)")
     add("--resume", action="store_true", help="continue the run in that folder, with its options")
     add("--overwrite", action="store_true", help="delete the files of the run that is in that folder")
@@ -210,7 +209,6 @@ def parse_arguments(argv=None):
     parser = train_parser()
     args = parser.parse_args(argv)
     peft = args.peft or default_method(args.model)
-    split_methods(peft)
     out = args.out or default_folder(
         args.dataset, args.model, peft, args.branches, args.dim, args.prompt_depth, f"seed{args.seed}"
     )
@@ -223,8 +221,7 @@ def parse_arguments(argv=None):
         peft = args.peft
     args.out = out
     args.peft = peft
-    explicit = "context" if args.context is not None else None
-    defaults = recipe(args.model, peft, args.dataset, args.reference, explicit)
+    defaults = recipe(args.model, peft, args.dataset, args.reference, args.context)
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -237,10 +234,10 @@ def parse_arguments(argv=None):
     return args
 
 
-def recipe(model, peft, dataset, reference, explicit_context=None):
+def recipe(model, peft, dataset, reference, context=None):
     """Return the defaults that depend on other options: the paper's recipe, the weights, the cache folder.
 
-    explicit_context: not None if the number of context vectors was given, so that no text sets it.
+    context: the number of context vectors; if it is given, the vectors do not begin as a text's.
     """
     names = split_methods(peft)
     learner = issubclass(METHODS[names[0]], PromptLearner)
@@ -255,7 +252,7 @@ def recipe(model, peft, dataset, reference, explicit_context=None):
         defaults["epochs"] = DEMO_EPOCHS
         if model == "clipseg":
             defaults["weights"] = "mini"
-    if explicit_context is None and {"coop", "cocoop"} & set(names):
+    if context is None and {"coop", "cocoop"} & set(names):
         defaults["context_init"] = [COOP_INIT]
     defaults["cache_dir"] = default_cache()
     return defaults
@@ -282,12 +279,12 @@ def default_folder(dataset, model, peft, branches, dim, prompt_depth, suffix):
 
 
 def method_options(values):
-    """Return the options of the tuning method that were given, of a dictionary of all options."""
+    """Select the options of the tuning method that were given from a dictionary of all options."""
     return {name: values[name] for name in OPTIONS if values[name] is not None}
 
 
 def stored_settings(values):
-    """Return the options that config.json keeps, of a dictionary of all options."""
+    """Select the options that are written to config.json from a dictionary of all options."""
     return {name: value for name, value in values.items() if name not in OF_THE_START}
 
 
@@ -309,7 +306,7 @@ def read_stored(parser, out):
     if not isinstance(stored, dict) or not {"dataset", "peft"} <= set(stored):
         raise ValueError(f"'{file}' is not the config.json of a run: 'options' should name dataset and peft.")
     argv = []
-    for action in parser._actions:  # options of older versions are not among these, and count no more
+    for action in parser._actions:  # stored options of older versions are not among these: they are ignored
         value = stored.get(action.dest)
         if value is not None and action.dest not in OF_THE_START:
             argv += typed(action, value)
@@ -320,11 +317,11 @@ def read_stored(parser, out):
 
 
 def typed(action, value):
-    """Return an option as it would be typed: the words of its value in config.json."""
+    """Return the words on a command line that give an option its value from config.json."""
     flag = action.option_strings[0]
     if isinstance(action, BooleanOptionalAction):
         return [flag if value is True else action.option_strings[1]]
-    if isinstance(action, argparse._StoreTrueAction):
+    if action.nargs == 0:  # store_true
         return [flag] if value is True else []
     if isinstance(value, list):
         return [flag, *map(str, value)]

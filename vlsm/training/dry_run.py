@@ -1,4 +1,4 @@
-"""The memory that a run needs: two real training steps on the device that would train."""
+"""Measure the memory that a run needs, in real training steps on the device that would train."""
 
 import re
 from contextlib import suppress
@@ -30,7 +30,7 @@ def peak_bytes(device):
     with suppress(OSError):
         status = Path("/proc/self/status").read_text()
         return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
 
 
 def run_step(model, cache, optimizer, criterion, side, batch):
@@ -63,7 +63,7 @@ def describe_memory(model, cache, optimizer, criterion, side):
         reset_peak(cache.device)
         run_step(model, cache, optimizer, criterion, side, batch)
         peaks.append(peak_bytes(cache.device))
-    each = max(peaks[2] - peaks[1], 1)
+    each = max(peaks[2] - peaks[1], 1)  # bytes an image
     fixed = max(peaks[1] - least * each, 0)
     batches = []
     for size in CARDS:

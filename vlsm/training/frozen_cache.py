@@ -1,8 +1,8 @@
 """Activation caching: the output of frozen encoders is computed once and read in every later epoch.
 
-Kept are the features of a frozen image encoder, or of its first blocks where training changes later ones, and
-the features of a frozen text encoder. Tuning methods do not declare what they leave frozen: an encoder is
-frozen if its output requires no gradient.
+Cached are the features of a frozen image encoder, or of its first blocks where training changes later ones,
+and the features of a frozen text encoder. Tuning methods do not declare which encoders they leave frozen: an
+encoder is frozen if its output requires no gradient.
 """
 
 import math
@@ -21,7 +21,7 @@ from vlsm.system.console import progress
 from vlsm.system.files import reserve
 from vlsm.system.parallel import autocast
 
-SHARE = 0.5  # of the free memory or disk, at most
+SHARE = 0.5  # largest fraction of the free memory or disk that is used
 GB = 1 << 30
 
 
@@ -47,6 +47,7 @@ class FeatureStore:
         bytes_each = sum(map(math.prod, shapes)) * dtype.itemsize
         self.on_gpu = count * bytes_each <= gpu_bytes
         self.held = count if self.on_gpu else min(count, int(disk_bytes // bytes_each))
+        self.complete = self.held == count
         self.nbytes = self.held * bytes_each
         self.tensors = []
         for shape in shapes:
@@ -57,14 +58,14 @@ class FeatureStore:
                 self.tensors.append(mapped_tensor(size, dtype, folder))
 
     def put(self, first, values):
-        """Keep the rows from `first` on: `values`, a tensor `[n, *shape]` for each shape."""
-        for kept, value in zip(self.tensors, values):
-            rows = kept[first : first + len(value)]
+        """Write `values`, a tensor `[n, *shape]` for each shape, into the rows from `first` on."""
+        for tensor, value in zip(self.tensors, values):
+            rows = tensor[first : first + len(value)]
             rows.copy_(value[: len(rows)])
 
     def get(self, rows):
         """Return `[n, *shape]` for each shape, on the device; rows: int64 on the CPU, all below `held`."""
-        return [kept.index_select(0, rows.to(kept.device)).to(self.device) for kept in self.tensors]
+        return [t.index_select(0, rows.to(t.device)).to(self.device) for t in self.tensors]
 
 
 def mapped_tensor(size, dtype, folder):
@@ -72,13 +73,10 @@ def mapped_tensor(size, dtype, folder):
     if not math.prod(size):
         return torch.empty(size, dtype=dtype)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    file, name = tempfile.mkstemp(prefix="activations-", dir=folder)
-    os.close(file)
-    try:
-        reserve(name, math.prod(size) * dtype.itemsize)
-        return torch.from_file(name, shared=True, size=math.prod(size), dtype=dtype).view(size)
-    finally:
-        os.unlink(name)
+    count = math.prod(size)
+    with tempfile.NamedTemporaryFile(prefix="activations-", dir=folder) as file:  # the mapping outlives it
+        reserve(file.name, count * dtype.itemsize)
+        return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(size)
 
 
 def tensors_of(features):
@@ -99,10 +97,10 @@ def interleave(first, a, b):
 
 
 class FrozenCache:
-    """The features that training cannot change, kept by split and by prompt.
+    """The features that training cannot change, cached by split and by prompt.
 
-    cache_gb: GB for image features in all; 0: none are kept; None: half of what is free. folder: where the
-    memory-mapped file is made.
+    cache_gb: GB for image features in all; 0: none are cached; None: half of the free memory. folder: where
+    the memory-mapped file is made.
 
     Attributes: `images_frozen` and `prompts_frozen`, whether an encoder is frozen as a whole; `depth`, the
     number of the image encoder's first blocks that are frozen where it is not.
@@ -118,10 +116,11 @@ class FrozenCache:
         self.splits = {}
         self.stores = {}
         self.texts = {}  # prompt -> its text features, without the batch dimension
-        network, tuner = model.network, model.tuner
+        network = model.network
+        tuner = model.tuner
         side = network.smallest_side()
         probe = torch.zeros(1, 3, side, side, device=device)
-        # eagerly: a batch of one would be compiled apart
+        # Gradients show which encoders are trained. Eagerly: a batch of one would be compiled separately
         with torch.enable_grad(), autocast(device, dtype), torch.compiler.set_stance("force_eager"):
             contexts = tuner.contexts()
             image = network.encode_image(probe, tuner, contexts.vision)
@@ -133,20 +132,20 @@ class FrozenCache:
         self.depth = 0
         if blocks is not None and not model.updated_buffers and not self.images_frozen:
             self.depth = blocks.depth
-        self.keeps_images = bool(self.images_frozen or self.depth) and cache_gb != 0
+        self.keeps_images = (self.images_frozen or self.depth) and cache_gb != 0
 
     # Filling
 
     def add_split(self, name, data, batch_size):
         """Encode the images of a split (`CachedSplit`) once, as far as they are frozen and there is room.
 
-        The order and the batches are fixed, so that a resumed run gets the same bits. Returns a line that
-        says how many images' features are kept and where, or None if none are.
+        The order and the batches are fixed, so that a resumed run gets the same bits. Returns a line of text
+        on the number of cached images and their place, or None if none are cached.
         """
         self.splits[name] = data
         if not self.keeps_images:
             return None
-        count = data.image_count
+        count = len(data.images)
         first = tensors_of(self.encode_rows(data, range(min(batch_size, count))))
         shapes = [t.shape[1:] for t in first]
         store = FeatureStore(
@@ -173,19 +172,20 @@ class FrozenCache:
         if self.cache_gb is None:
             return on_gpu, on_disk
         used = sum(store.nbytes for store in self.stores.values())
-        left = max(0, int(self.cache_gb * GB) - used)
+        left = int(self.cache_gb * GB) - used
         return min(on_gpu, left), min(on_disk, left)
 
     @torch.no_grad()
     def encode_rows(self, data, rows):
-        """Return the frozen features of a range of images."""
+        """Compute the frozen features of a range of images of a `CachedSplit`."""
         images = data.image_range(rows).to(self.device)
         with autocast(self.device, self.dtype):
             return self.encode_frozen(self.normalise(images))
 
     def encode_frozen(self, pixel_values):
-        """Return the features that are kept of images `[B, 3, S, S]`."""
-        network, tuner = self.model.network, self.model.tuner
+        """Compute the frozen `ImageFeatures`, or `FrozenBlocks`, of `pixel_values` `[B, 3, S, S]`."""
+        network = self.model.network
+        tuner = self.model.tuner
         if self.images_frozen:
             return network.encode_image(pixel_values, tuner)
         return network.encode_blocks(pixel_values, tuner, depth=self.depth)
@@ -198,15 +198,15 @@ class FrozenCache:
 
     def needs_pixels(self, name):
         """Tell whether batches of a split need their images, unless augmentation changes these."""
-        complete = name in self.stores and self.stores[name].held == self.splits[name].image_count
+        complete = name in self.stores and self.stores[name].complete
         return self.model.network.decoder_reads_pixels or not complete
 
     def model_inputs(self, name, indices, images, prompts, changed=None):
-        """Return the arguments of the model's forward pass for records of a split, kept features among them.
+        """Return the arguments of the model's forward pass for records of a split, with cached features.
 
         images: uint8 or float `[B, 3, S, S]` from 0 to 255; None if cached features replace them, see
         `needs_pixels`. changed: bool `[B]` on the CPU, the images that augmentation has altered; these, and
-        those whose features are not kept, are encoded now.
+        those whose features are not cached, are encoded now.
         """
         pixel_values = None if images is None else self.normalise(images)
         with autocast(self.device, self.dtype):
@@ -215,20 +215,21 @@ class FrozenCache:
         return pixel_values, *self.tokenizer(prompts), image_features, text_features
 
     def image_features(self, name, indices, pixel_values, changed):
-        """Return kept `ImageFeatures` or `FrozenBlocks` of records; None if none of these is kept."""
+        """Return the `ImageFeatures` or `FrozenBlocks` of records; None if none of them is cached."""
         if name not in self.stores:
             return None
-        store, data = self.stores[name], self.splits[name]
+        store = self.stores[name]
+        data = self.splits[name]
         rows = torch.as_tensor(data.image_of[indices])
-        kept = rows < store.held
+        cached = rows < store.held
         if changed is not None:
-            kept &= ~changed
-        if not kept.any():
+            cached &= ~changed
+        if not cached.any():
             return None
-        tensors = store.get(rows[kept])
-        if not kept.all():
-            fresh = tensors_of(self.encode_frozen(pixel_values[~kept]))
-            tensors = [interleave(kept, a, b) for a, b in zip(tensors, fresh)]
+        tensors = store.get(rows[cached])
+        if not cached.all():
+            fresh = tensors_of(self.encode_frozen(pixel_values[~cached]))
+            tensors = [interleave(cached, a, b) for a, b in zip(tensors, fresh)]
         size = (data.side, data.side)
         if self.depth:
             return FrozenBlocks(self.depth, tensors[0], tensors[1:], size)
@@ -236,7 +237,7 @@ class FrozenCache:
         return ImageFeatures(tensors, embedding, size)
 
     def text_features(self, prompts):
-        """Return the text features of prompts, rows for tokens padded with zeros to the longest."""
+        """Return the text features of prompts; rows of tokens are padded with zeros to the longest."""
         for prompt in set(prompts) - set(self.texts):  # one by one: bit-identical whatever the batch
             with torch.no_grad():
                 features = self.model.network.encode_prompts(*self.tokenizer([prompt]), self.model.tuner)

@@ -1,6 +1,5 @@
-"""A run: its folder, its history, its checkpoints, and going on with it after a stop."""
+"""A training run: its folder, history and checkpoints, and how it is resumed."""
 
-import hashlib
 import json
 import math
 import platform
@@ -12,15 +11,24 @@ import torch
 
 from vlsm.checkpoint import load_state, save_state, save_tuned
 from vlsm.system import parallel, plots
-from vlsm.system.console import say
-from vlsm.system.files import atomic_write, delete_owned, is_filled, locked, read_json, write_csv, write_json
+from vlsm.system.console import first_few, say
+from vlsm.system.files import (
+    atomic_write,
+    delete_owned,
+    digest,
+    is_filled,
+    locked,
+    read_json,
+    write_csv,
+    write_json,
+)
 
 PROGRESS = 1e-4  # by which the monitored value must improve
 COLUMNS = (
     "epoch", "train_loss", "train_dsc", "val_loss", "val_dsc", "val_iou", "lr", "seconds",
     "images_per_second",
 )  # fmt: skip
-# What `Run` writes into its folder; evaluations note theirs in a ledger.
+# The files that `Run` writes into its folder; those of evaluations are in their folder's ledger.
 FILES = (
     "config.json", "best.safetensors", "last.safetensors", "log.csv", "curves.png", "state.pt",
     "tensorboard/events.out.tfevents.*", ".vlsm-*.tmp",
@@ -30,11 +38,12 @@ FILES = (
 class Run:
     """A run in progress.
 
-    dtype: of autocast, or None. metadata: what config.json and the checkpoints say of the run besides the
-    model. monitor: "dsc" or "loss", the validation metric for early stopping.
+    dtype: of autocast, or None. metadata: the run's data, recipe and versions, for config.json and the
+    checkpoints, see `describe_run`. monitor: "dsc" or "loss", the validation metric for early stopping.
 
     Attributes: `history`, a row of log.csv for each epoch; `best`, the best validation DSC; `stalled`, the
-    epochs since the monitored metric last improved by `PROGRESS`; `mark`, the metric's value then.
+    epochs since the monitored metric last improved by `PROGRESS`; `mark`, its value then (of the loss,
+    negated).
     """
 
     def __init__(self, out, model, optimizer, scheduler, dtype, metadata, monitor="dsc"):
@@ -51,20 +60,22 @@ class Run:
         self.stalled = 0
         self.mark = -math.inf
         self.gradients_checked = False
-        self.writer = None  # of TensorBoard
+        self.writer = None  # TensorBoard's
 
     @property
     def device(self):
+        """Return the device of the model."""
         return next(self.model.parameters()).device
 
     @property
     def next_epoch(self):
+        """Return the number of the next epoch; the first one is 1."""
         return len(self.history) + 1
 
     def start(self, settings, resume=False, overwrite=False, changed_data=False, tensorboard=False):
         """Continue the run in its folder, or make the folder with its config.json.
 
-        settings: the options that config.json keeps. changed_data: continue with other records. Raises
+        settings: the options for config.json. changed_data: continue with other records. Raises
         ValueError for a run that cannot continue.
         """
         if resume and (self.out / "state.pt").is_file():
@@ -85,7 +96,7 @@ class Run:
     # An epoch
 
     def end_epoch(self, **row):
-        """Note a row of the log, and lower the learning rate if the validation loss stalls.
+        """Add a row to the log, and lower the learning rate if the validation loss stalls.
 
         Returns the row as a line of text; a star marks the best validation DSC so far.
         """
@@ -137,12 +148,12 @@ class Run:
         """Raise Diverged for a loss of nan or infinity, before anything of that epoch is written."""
         if math.isfinite(loss):
             return
-        kept = "No epoch was finished."
+        saved = "No epoch was finished."
         if self.history:
-            kept = f"The last good state, after epoch {len(self.history)}, is kept in '{self.out}'."
+            saved = f"The last good state, after epoch {len(self.history)}, is kept in '{self.out}'."
         lr = self.optimizer.param_groups[0]["lr"]
         raise Diverged(
-            f"The {description} became {loss}, at learning rate {lr:.3g}. {kept} Try a smaller --lr, or "
+            f"The {description} became {loss}, at learning rate {lr:.3g}. {saved} Try a smaller --lr, or "
             "--amp off."
         )
 
@@ -154,7 +165,7 @@ class Run:
     # Resuming
 
     def state(self):
-        """Return what resuming needs, besides config.json."""
+        """Return the content of state.pt: all that resuming needs besides config.json."""
         on_gpu = self.device.type == "cuda"
         return dict(
             tuned=self.model.tuned_state_dict(),
@@ -216,7 +227,7 @@ def held_folder(out, resume=False, overwrite=False):
 
 
 def check_folder(out, resume, overwrite):
-    """Refuse a folder that holds another run, or something else.
+    """Refuse a folder that holds another run, or other files.
 
     Raises FileExistsError, or ValueError for a run that cannot continue.
     """
@@ -244,7 +255,6 @@ def check_folder(out, resume, overwrite):
 
 def make_folder(out, settings, metadata, overwrite=False):
     """Make a run's folder with its config.json; with `overwrite`, delete the run that is there first."""
-    out = Path(out)
     if overwrite and is_filled(out):
         delete_run(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -254,7 +264,7 @@ def make_folder(out, settings, metadata, overwrite=False):
 
 
 def delete_run(out):
-    """Delete the files that a run and its evaluations wrote, and no others; say which files stay.
+    """Delete the files that a run and its evaluations wrote, and no others; print which files stay.
 
     Links are removed, not followed.
     """
@@ -270,16 +280,16 @@ def delete_run(out):
         events.rmdir()
     left = sorted(path.name for path in out.iterdir())
     if left:
-        say(f"'{out}' also holds {', '.join(left[:5])}{', ...' if len(left) > 5 else ''}; this stays.")
+        say(f"'{out}' also holds {first_few(left, 5)}; this stays.")
 
 
-# What config.json and the checkpoints say of a run
+# The metadata of a run
 
 
 def describe_run(model, data, side, settings, recipe_fields):
     """Return the metadata of a run: data set, image size, normalisation, recipe, versions.
 
-    data: {split: `CachedSplit`}. settings: all options by name.
+    data: {split: `CachedSplit`}. side: of the images, in pixels. settings: all options by name.
     """
     words = set()
     for split in data.values():
@@ -302,12 +312,12 @@ def describe_run(model, data, side, settings, recipe_fields):
 def fingerprint_records(records):
     """Return 16 hex digits of the names and prompts of records."""
     rows = json.dumps([[record.name, record.mask_name, record.prompts] for record in records])
-    return hashlib.blake2b(rows.encode(), digest_size=8).hexdigest()
+    return digest(rows.encode())
 
 
 def check_records(out, fingerprints):
     """Raise ValueError if the records differ from those of the run in `out`."""
-    stored = read_json(Path(out, "config.json")).get("records")
+    stored = read_json(out / "config.json").get("records")
     if stored not in (None, fingerprints):
         raise ValueError(
             f"The data set's records have changed since the run in '{out}' began (added, removed, renamed or "
@@ -328,14 +338,15 @@ class Diverged(ValueError):
 
 
 def check_gradients(model):
-    """Return a line on the gradients: each trained tensor needs a finite one, no frozen one has any.
+    """Check that each trained tensor has a finite gradient and no frozen one has any; returns a line on it.
 
     model: a `VLSM` after a backward pass. Raises ValueError if a gradient is missing, not finite, or on a
     frozen tensor.
     """
     tuned = model.tuned_parameters()
     published = model.info["reference"]  # published code trains some tensors that nothing reads
-    broken, zero = [], []
+    broken = []
+    zero = []
     for name, parameter in tuned.items():
         gradient = parameter.grad
         if gradient is None:
@@ -354,12 +365,12 @@ def check_gradients(model):
                 leaking.append(name)
     if broken or leaking:
         raise ValueError(
-            f"First step: {len(broken)} trained tensors without a finite gradient ({', '.join(broken[:3])}), "
-            f"{len(leaking)} frozen ones with one ({', '.join(leaking[:3])}). Training would be wrong; "
+            f"First step: {len(broken)} trained tensors without a finite gradient ({first_few(broken)}), "
+            f"{len(leaking)} frozen ones with one ({first_few(leaking)}). Training would be wrong; "
             "please report this."
         )
     counts = f"{len(tuned) - len(zero)} of {len(tuned)} trained tensors finite and non-zero"
     line = f"gradients at the first step: {counts}, 0 of {frozen} frozen ones have any"
     if zero:
-        line += f"; ZERO, so not learning yet: {', '.join(zero[:4])}{', ...' if len(zero) > 4 else ''}"
+        line += f"; ZERO, so not learning yet: {first_few(zero, 4)}"
     return line
