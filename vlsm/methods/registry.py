@@ -273,12 +273,13 @@ def _check_type(name, value, default):
     if default is not None and isinstance(default, bool) != isinstance(value, bool):
         wanted = "yes or no" if isinstance(default, bool) else "a number"
         raise ValueError(f"{flag} {value!r}: give {wanted}.")
-    is_number = isinstance(value, (int, float))
-    takes_one = isinstance(default, (int, float)) and name != "intermediate_dim"
-    if takes_one and not is_number:
-        raise ValueError(f"{flag} {value!r}: give a number of at most {LARGEST}.")
-    for number in value if isinstance(value, (list, tuple)) else [value]:
-        if isinstance(number, (int, float)) and not abs(number) <= LARGEST:
+    one_number = isinstance(default, (int, float)) and name != "intermediate_dim"
+    several = isinstance(value, (list, tuple)) and not one_number
+    for number in value if several else [value]:
+        wrong = one_number
+        if isinstance(number, (int, float)):
+            wrong = not abs(number) <= LARGEST  # NaN is refused, too
+        if wrong:
             raise ValueError(f"{flag} {number!r}: give a number of at most {LARGEST}.")
 
 

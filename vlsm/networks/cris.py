@@ -59,20 +59,15 @@ class CRISConfig:
     @classmethod
     def from_dict(cls, raw):
         """Read the dictionary of a `config.json`. Raises ValueError for sizes that cannot work."""
-        sizes = select_fields(cls, raw)
-        for name, value in sizes.items():
-            if isinstance(value, list):
-                sizes[name] = tuple(value)
-        config = cls(**sizes)
+        config = cls(**select_fields(cls, raw))
         if len(config.vision_layers) != 4 or len(config.fpn_out) != 3:
             raise ValueError(
-                f"vision_layers {list(config.vision_layers)} should be four numbers and fpn_out "
-                f"{list(config.fpn_out)} three."
+                f"vision_layers {config.vision_layers} should be four numbers and fpn_out {config.fpn_out} "
+                "three."
             )
         if config.fpn_out[1] != config.text_width:
             raise ValueError(
-                f"fpn_out {list(config.fpn_out)}: its second width must be the text encoder's, "
-                f"{config.text_width}."
+                f"fpn_out {config.fpn_out}: its second width must be the text encoder's, {config.text_width}."
             )
         config.check_heads("vision_heads", 32 * config.vision_width)
         config.check_heads("text_heads", config.text_width)
@@ -365,9 +360,9 @@ class CRIS(Network):
     """CRIS of a `CRISConfig`.
 
     Padding tokens are hidden from the decoder, BatchNorm keeps the running statistics of its checkpoint while
-    its weights are trained, and prompts may have any length up to the window. With `reference`, as the
-    published code has it: the decoder sees all 77 tokens but those of id 0 (the word "!"), and BatchNorm
-    takes the batch's statistics and moves its own.
+    its weights are trained, and prompts may have any length up to the window. With `reference`, as in the
+    published code, the decoder sees all 77 tokens except those of id 0 (the word "!"), and BatchNorm takes
+    the batch's statistics in training and updates its own.
     """
 
     name = "CRIS"
@@ -393,7 +388,7 @@ class CRIS(Network):
         self.decoder = Decoder(config)
         self.proj = Projector(config)
         self.keeps_padding = reference
-        self.without_statistics = set()
+        self.updated_norms = set()  # names of BatchNorm modules, see `updated_buffers`
 
     def encode_image(self, pixel_values, tuner, contexts=()):
         """Encode images `[B, 3, H, W]` to three maps; the embedding is the mean of the last one."""
@@ -460,32 +455,25 @@ class CRIS(Network):
                 norms[name] = module
         return norms
 
-    def on_weights_loaded(self):
-        """Note which BatchNorm modules have no statistics yet: mean 0, variance 1, as at a random start."""
-        self.without_statistics = set()
-        for name, norm in self.batch_norms().items():
-            if not norm.running_mean.any() and (norm.running_var == 1).all():
-                self.without_statistics.add(name)
-
-    def updates_statistics(self, name, norm):
-        """Tell whether a BatchNorm takes the batch's statistics in training, and moves its own.
-
-        With `reference` any does; else one that is trained and has none yet, but never the text gate's: there
-        equal prompts have no variance, and their text would be lost.
-        """
-        if self.reference:
-            return True
-        return name in self.without_statistics and norm.weight.requires_grad and name != "neck.txt_proj.1"
-
     def updated_buffers(self):
-        names = []
+        """Choose which BatchNorm modules take the batch's statistics in training and update their own.
+
+        With `reference` all do; else those that are trained and have no statistics yet (mean 0, variance 1),
+        except the text gate's: there equal prompts have no variance, and their text would be lost. Returns
+        the names of their statistics.
+        """
+        self.updated_norms = set()
+        buffers = []
         for name, norm in self.batch_norms().items():
-            if self.updates_statistics(name, norm):
-                names += [f"{name}.running_mean", f"{name}.running_var"]
-        return names
+            untouched = not norm.running_mean.any() and (norm.running_var == 1).all()
+            learns = untouched and norm.weight.requires_grad and name != "neck.txt_proj.1"
+            if self.reference or learns:
+                self.updated_norms.add(name)
+                buffers += [f"{name}.running_mean", f"{name}.running_var"]
+        return buffers
 
     def train(self, mode=True):
         super().train(mode)
         for name, norm in self.batch_norms().items():
-            norm.train(mode and self.updates_statistics(name, norm))
+            norm.train(mode and name in self.updated_norms)
         return self

@@ -28,7 +28,7 @@ def replace(name, old, new):
 
 
 def to_own(tensors, pairs):
-    """Return tensors under our names; those that have such a name already keep it."""
+    """Rename tensors to our names; those that have such a name already keep it."""
     renamed = {}
     for name, tensor in tensors.items():
         for published, ours in pairs:
@@ -42,16 +42,17 @@ def to_own(tensors, pairs):
 
 
 def to_published(tensors, pairs):
-    """Undo `to_own`. Projections of which one is missing are not stacked."""
+    """Rename tensors to the published names: undo `to_own`. If q, k or v is missing, they are not stacked."""
     renamed = {}
     for name, tensor in tensors.items():
         stacked = _published_name(PROJECTION.sub(STACKED, name), pairs)
-        parts = [PROJECTION.sub(f".{letter}_proj.", name) for letter in "qkv"]
-        is_stacked = PROJECTION.search(name) and STACKED not in stacked and set(parts) <= set(tensors)
+        qkv = [PROJECTION.sub(f".{letter}_proj.", name) for letter in "qkv"]  # three times the name, if other
+        # a pair of names for the stacked tensor exists only if it has been renamed
+        is_stacked = PROJECTION.search(name) and STACKED not in stacked and set(qkv) <= set(tensors)
         if not is_stacked:
             renamed[_published_name(name, pairs)] = tensor
-        elif name == parts[0]:
-            renamed[stacked] = torch.cat([tensors[part] for part in parts])
+        elif name == qkv[0]:  # stacked at the place of q; k and v are skipped
+            renamed[stacked] = torch.cat([tensors[part] for part in qkv])
     return renamed
 
 

@@ -26,6 +26,7 @@ from vlsm.networks.transformer import (
     EncoderConfig,
     TextEncoder,
     initialise_embeddings,
+    rename_keys,
     select_fields,
     text_model,
     to_map,
@@ -33,6 +34,7 @@ from vlsm.networks.transformer import (
     tree,
 )
 
+SCALE_FACTORS = [4.0, 2.0, 1.0, 0.5]  # of the published neck; its last level does not reach the mask
 LEVELS = (4, 2, 1)  # by how much the neck enlarges the vision transformer's map, finest first
 JOINS = len(LEVELS) - 1
 PREFIXES = ("detector_model.", "sam3.")  # name prefixes of other exports
@@ -115,21 +117,16 @@ class SAM3Config:
         backbone = vision.get("backbone_config") or {}
         rope = backbone.get("rope_parameters") or {}
         sizes = select_fields(cls, {**backbone, **rope, "width": vision.get("fpn_hidden_size")})
-        for theirs, ours in FUSION_SIZES.items():
-            if theirs in fusion:
-                sizes[ours] = fusion[theirs]
-        if "num_attention_heads" in mask:
-            sizes["mask_heads"] = mask["num_attention_heads"]
-        if "global_attn_indexes" in sizes:
-            sizes["global_attn_indexes"] = tuple(sizes["global_attn_indexes"])
+        sizes.update(rename_keys(fusion, FUSION_SIZES))
+        sizes.update(rename_keys(mask, {"num_attention_heads": "mask_heads"}))
         text = {**TEXT_SIZES, **text}
         sizes["text"] = EncoderConfig.from_dict(text, "text_config")
         backbone = {**VISION_SIZES, **backbone}
         sizes["vision"] = EncoderConfig.from_dict(backbone, "vision_config.backbone_config")
         config = cls(**sizes)
-        factors = tuple(vision.get("scale_factors", (4, 2, 1, 0.5)))
-        if factors != (4, 2, 1, 0.5):
-            raise ValueError(f"vision_config.scale_factors {list(factors)} are not 4, 2, 1, 0.5.")
+        factors = list(vision.get("scale_factors", SCALE_FACTORS))
+        if factors != SCALE_FACTORS:
+            raise ValueError(f"vision_config.scale_factors {factors} are not {SCALE_FACTORS}.")
         head_width = config.vision.hidden_size // config.vision.num_attention_heads
         if config.width % 8 or head_width % 4:
             raise ValueError(

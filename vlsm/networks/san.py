@@ -23,6 +23,7 @@ from vlsm.networks.transformer import (
     Block,
     EncoderConfig,
     noise,
+    rename_keys,
     resize_positions,
     select_fields,
     to_map,
@@ -52,17 +53,12 @@ SIDE_SIZES = dict(
 )
 
 
-def select(values, names):
-    """Return the values that have a name in `names`, by the names that these map to."""
-    return {ours: values[theirs] for theirs, ours in names.items() if theirs in values}
-
-
 def encoder_config(raw, names, defaults):
     """Return the `EncoderConfig` of the first of some parts of a `config.json`, over defaults."""
     given = {}
     for name in reversed(names):
         given = raw.get(name) or given
-    values = {**defaults, **given, **select(given, ENCODER_SIZES)}
+    values = {**defaults, **given, **rename_keys(given, ENCODER_SIZES)}
     values.setdefault("intermediate_size", 4 * values.get("hidden_size", EncoderConfig.hidden_size))
     values["eos_token_id"] = EOS_IS_MAX_ID
     return EncoderConfig.from_dict(values, names[0])
@@ -102,7 +98,7 @@ class SANConfig:
         masks = raw.get("mask_decoder") or {}
         sizes = select_fields(cls, {"projection_dim": raw.get("embed_dim"), **raw, **masks})
         sizes["side_img_size"] = sizes.get("img_size", cls.img_size)
-        sizes.update(select(side, SIDE_SIZES))
+        sizes.update(rename_keys(side, SIDE_SIZES))
         sizes["fusion_map"] = {}
         for block, layer in (raw.get("fusion_map") or {}).items():
             sizes["fusion_map"][int(block)] = int(layer)
@@ -160,8 +156,8 @@ class Fusion(nn.Module):
         return to_tokens(x)
 
 
-class MLP(nn.Module):
-    """Three layers with ReLU between; on maps they are 1 x 1 convolutions."""
+class ThreeLayerMLP(nn.Module):
+    """Three layers with ReLU between them; on maps they are 1 x 1 convolutions."""
 
     def __init__(self, dim, hidden, out, of_maps):
         super().__init__()
@@ -177,13 +173,15 @@ class MLP(nn.Module):
 
 
 class MaskDecoder(nn.Module):
+    """Makes masks and CLIP's attention biases from queries and pixels, by inner products."""
+
     def __init__(self, c):
         super().__init__()
         self.heads = c.vision.num_attention_heads
         width, hidden, out = c.side_width, c.mlp_channels, c.embed_channels
-        self.query_mlp = MLP(width, hidden, out, of_maps=False)
-        self.pix_mlp = MLP(width, hidden, out, of_maps=True)
-        self.attn_mlp = MLP(width, hidden, out * self.heads, of_maps=True)
+        self.query_mlp = ThreeLayerMLP(width, hidden, out, of_maps=False)
+        self.pix_mlp = ThreeLayerMLP(width, hidden, out, of_maps=True)
+        self.attn_mlp = ThreeLayerMLP(width, hidden, out * self.heads, of_maps=True)
         self.bias_scaling = nn.Linear(1, 1)
 
     def forward(self, queries, pixels):
@@ -199,7 +197,7 @@ class MaskDecoder(nn.Module):
 
 
 class SideNetwork(nn.Module):
-    """What SAN trains; a fresh one starts as published."""
+    """The side network, which SAN trains; it proposes masks and attention biases."""
 
     def __init__(self, c):
         super().__init__()
@@ -242,11 +240,11 @@ class SideNetwork(nn.Module):
 class SAN(Network):
     """SAN of a `SANConfig`.
 
-    Logits are the masks, each weighted by the cosine of its embedding and the prompt's, and summed. (SAN's
-    own scale on the cosine sharpens a softmax over many classes; one prompt has none.) Gradients run through
-    the frozen CLIP into the biases, as SAN means it. With `reference`, as the published comparison has it:
-    CLIP runs without gradients, so that the biases never learn, the fusion map is inverted, and the weight is
-    the mean over channels of the product with the prompt's embedding as it is.
+    Logits are the sum of the masks, each weighted by the cosine of its embedding and the prompt's. (SAN's own
+    scale on the cosine sharpens a softmax over many classes; with one prompt there is no softmax.) Gradients
+    run through the frozen CLIP into the biases, as in SAN's paper. With `reference`, as in the published
+    comparison: CLIP runs without gradients, so that the biases never learn; the fusion map is inverted; and
+    the weight is the mean over channels of the product with the prompt's unnormalised embedding.
     """
 
     name = "SAN"

@@ -124,21 +124,19 @@ def run_trial(optuna, study, trial, words, folder, by_loss):
         words.append("--resume")
     elif is_filled(folder):  # killed before its first file was whole
         delete_run(folder)
-    reported = max(study.trials[trial.number].intermediate_values, default=0)  # epochs
 
     def score(history):
         return -history[-1]["val_loss"] if by_loss else max(row["val_dsc"] for row in history)
 
     def report_epochs(run):  # also those between the last report and an interruption
-        for epoch in range(reported + 1, len(run.history) + 1):
+        reported = study.trials[trial.number].intermediate_values  # by epoch
+        for epoch in range(len(reported) + 1, len(run.history) + 1):
             trial.report(score(run.history[:epoch]), epoch)
         trial.set_user_attr("val_dsc", run.best)
         trial.set_user_attr("epochs", len(run.history))
 
     def after_epoch(run):
-        nonlocal reported
         report_epochs(run)
-        reported = len(run.history)
         if trial.should_prune():
             raise optuna.TrialPruned
 
