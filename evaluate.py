@@ -117,7 +117,6 @@ def evaluate_run(args, checkpoints):
     data, texts = open_run_split(
         metadata, args.split, args.dataset, args.data_root, args.prompts, args.seed, args.cache_dir
     )
-    trained, total = predictor.count_parameters()
     place = checkpoints[0]
     members = []
     suffixes = ["mirror"] if args.mirror else []
@@ -134,8 +133,8 @@ def evaluate_run(args, checkpoints):
         seed=metadata["recipe"]["seed"] if args.seed is None else args.seed,
         weights=metadata["weights"],
         method=metadata["method"],
-        trained=trained,
-        total=total,
+        trained=predictor.trained,
+        total=predictor.total,
         mirror=args.mirror,
         ensemble=members,
         nsd_tolerance=args.nsd_tolerance,

@@ -5,7 +5,7 @@ Names load when first asked for.
 
 from importlib import import_module
 
-_HOMES = dict(
+_HOMES = dict(  # public name -> its module
     METHODS="vlsm.methods.registry",
     Tuner="vlsm.networks.hooks",
     VLSM="vlsm.model",

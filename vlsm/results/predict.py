@@ -49,7 +49,8 @@ class Predictor:
     """A model on its device, ready to segment uint8 images of its size.
 
     model: a VLSM that `vlsm.load` returned. dtype: autocast's, or None. mirror: average the probabilities of
-    each image and of its mirror image.
+    each image and of its mirror image. Attributes: `size`, the side of its images in pixels; `trained`,
+    `total`, numbers of parameters.
     """
 
     def __init__(self, model, device, dtype, mirror=False):
@@ -60,10 +61,7 @@ class Predictor:
         self.metadata = model.metadata
         self.size = model.metadata["image_size"]
         self.tokenizer = model.tokenizer()
-
-    def count_parameters(self):
-        """Return (trained, total) numbers of parameters."""
-        return self.model.count_parameters()
+        self.trained, self.total = model.count_parameters()
 
     def logits(self, images, prompts):
         """Return float32 logits `[B, 1, S, S]` of uint8 images `[B, 3, S, S]` and B prompts."""
@@ -97,16 +95,8 @@ class Ensemble:
         sizes = {predictor.size for predictor in predictors}
         if len(sizes) > 1:
             raise ValueError(f"--ensemble needs runs of one image size; these have {sorted(sizes)} pixels.")
-
-    def count_parameters(self):
-        """Return (trained, total) numbers of parameters, summed over the members."""
-        trained = 0
-        total = 0
-        for predictor in self.predictors:
-            counts = predictor.count_parameters()
-            trained += counts[0]
-            total += counts[1]
-        return trained, total
+        self.trained = sum(predictor.trained for predictor in predictors)
+        self.total = sum(predictor.total for predictor in predictors)
 
     def logits(self, images, prompts):
         """Return float32 logits `[B, 1, S, S]`, as `Predictor.logits`."""
