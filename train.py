@@ -130,15 +130,15 @@ def train_epoch(
     for step in steps:
         for share in step:
             parts.append(share.indices)
-    with_images = augmented or cache.needs_pixels("train")
-    batches = device_batches(data, parts, device, with_images)
+    batches = device_batches(data, parts, device, augmented or cache.needs_pixels("train"))
     with progress(len(records), f"epoch {epoch}/{epochs}") as bar:
-        for k, step in enumerate(steps):
+        for k, step in enumerate(steps):  # step: this rank's shares of a batch, one for each accumulation
             run.optimizer.zero_grad(set_to_none=True)
             for share, (indices, images, masks) in zip(step, batches):
                 # images: uint8 [B, 3, S, S], None if cached features replace them; masks: uint8 [B, 1, S, S]
                 changed = None
                 if augmented:
+                    # seeded by the batch: every rank draws for the whole batch and takes its share
                     generator = torch.Generator().manual_seed(epoch_seed * SEED_STEP + k * batch_size)
                     images, masks, changed = augment(images, masks, generator, share.batch_size, share.part)
                 prompts = [choose_prompt(records[i], prompt_mode, seed, epoch, i) for i in indices]
@@ -147,6 +147,7 @@ def train_epoch(
                     logits = model(*inputs)  # [B, 1, S, S]
                 loss = criterion(logits, masks)
                 run.scaler.scale(loss * share.weight).backward()
+                # a rank without records of this batch has computed one, with weight and count 0
                 scores = dsc(logits.detach()[:, 0] > 0, masks[:, 0] > 0)[: share.count]
                 share_loss = loss.detach().double() * share.count
                 sums += torch.stack([share_loss, scores.sum()])
@@ -172,7 +173,7 @@ def optimizer_step(run, loss, clip):
     parallel.all_reduce_mean(gradients)
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
-    overflow = run.scaler.is_enabled() and not norm.isfinite()  # fp16's first steps seek a scale
+    overflow = run.scaler.is_enabled() and not norm.isfinite()  # in fp16's first steps, until a scale fits
     if not run.gradients_checked and loss.isfinite() and not overflow:
         line = check_gradients(run.model)
         if not parallel.rank():

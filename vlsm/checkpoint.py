@@ -144,7 +144,7 @@ def load(path, weights=None, base=None):
 
 
 def _identity(info):
-    """Return the (model, reference, fingerprint) that identify a base in a model's `info`, or in a checkpoint's metadata."""
+    """Return what identifies a base: (model, reference, fingerprint) of a VLSM's `info`, or of metadata."""
     return info["model"], info["reference"], info["fingerprint"]
 
 

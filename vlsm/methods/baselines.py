@@ -1,4 +1,4 @@
-"""Methods beside the two papers': LoRA, the network's own weights, telescopic adapters.
+"""Methods that are in neither of the two papers: LoRA, decoder and full fine-tuning, telescopic adapters.
 
 Sources: Hu et al., "LoRA" (ICLR 2022); telescopic adapters: arXiv 2512.13855 (WACV 2026).
 """
@@ -86,14 +86,14 @@ class LoRA(Tuner):
 
 
 class DecoderTuner(Tuner):
-    """Trains the parameters that follow the network's encoders, nothing else."""
+    """Trains the network's decoder alone: the parameters after the encoders."""
 
     def trained_network_parameters(self, network):
         return network.decoder_names()
 
 
 class FullTuner(DecoderTuner):
-    """Trains the network itself, as its `full_tuning_names` have it."""
+    """Trains all parameters of the network that reach the logits: its `full_tuning_names`."""
 
     def trained_network_parameters(self, network):
         return network.full_tuning_names()

@@ -238,7 +238,7 @@ class CLIPSeg(Network):
         if contexts:
             x = insert_context(x, x.shape[1], contexts[0])
         x = self.clip.vision_model.pre_layrnorm(x)  # [B, 1+N+n, D]
-        return FrozenBlocks(0, x, [], tuple(pixel_values.shape[-2:]))
+        return FrozenBlocks(0, x, [], pixel_values.shape[-2:])
 
     def run_vision(self, blocks, stop, tuner, contexts=()):
         """Run the vision encoder's blocks `blocks.depth` to `stop` - 1: `FrozenBlocks` -> `FrozenBlocks`.

@@ -53,7 +53,7 @@ class CRISConfig:
     dim_ffn: int = 2048
     dropout: float = 0.2
 
-    stride = 32  # sides of images are multiples of this
+    stride = 32  # image sides must be multiples of it
     published_coop_ignores_upsampler = False
 
     @classmethod
@@ -145,12 +145,12 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(Attention):
-    """Self-attention of the last map's pixels, plus a linear path; the map is kept."""
+    """CLIP's attention pool without pooling: self-attention of the last map's pixels, plus a linear path."""
 
     def __init__(self, c):
         width = 32 * c.vision_width
         side = c.image_resolution // 32
-        position = noise(side**2 + 1, width, std=width**-0.5)  # row 0 belonged to CLIP's mean token
+        position = noise(side**2 + 1, width, std=width**-0.5)  # row 0 is that of CLIP's mean token, not used
         super().__init__(width, c.vision_heads, out_dim=c.embed_dim)
         self.positional_embedding = position
         self.connect = nn.Sequential(plain_conv(width, c.embed_dim, 1), nn.BatchNorm2d(c.embed_dim))
@@ -208,10 +208,12 @@ def stage(width, planes, count, stride):
 
 
 def conv(a, b, kernel):
+    """Return a convolution from `a` to `b` channels that keeps the size, with BatchNorm and ReLU."""
     return nn.Sequential(plain_conv(a, b, kernel), nn.BatchNorm2d(b), nn.ReLU())
 
 
 def double(x):
+    """Enlarge a map bilinearly: `[B, C, h, w]` -> `[B, C, 2h, 2w]`."""
     return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
@@ -233,6 +235,8 @@ class CoordConv(nn.Module):
 
 
 class Neck(nn.Module):
+    """Joins the three maps and gates them by the prompt."""
+
     def __init__(self, c):
         super().__init__()
         a, b, d = c.fpn_out
@@ -278,6 +282,8 @@ def pixel_positions(h, w, d, device):
 
 
 class DecoderLayer(nn.Module):
+    """Self-attention of pixels, cross-attention to words, MLP."""
+
     def __init__(self, c):
         super().__init__()
         d = c.fpn_out[1]
@@ -313,6 +319,8 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Transformer decoder: pixels attend to each other and to the prompt's words."""
+
     def __init__(self, c):
         super().__init__()
         self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_layers))
@@ -333,6 +341,8 @@ class Decoder(nn.Module):
 
 
 class Projector(nn.Module):
+    """Convolves the features by a 3 x 3 kernel that it makes from the prompt."""
+
     def __init__(self, c):
         super().__init__()
         d = c.fpn_out[1]
@@ -394,7 +404,7 @@ class CRIS(Network):
         """Encode images `[B, 3, H, W]` to three maps; the embedding is the mean of the last one."""
         maps = self.backbone.visual(pixel_values)
         embedding = maps[-1].mean((2, 3)) if tuner.needs_image_embedding else None  # [B, P]
-        return ImageFeatures(list(maps), embedding, tuple(pixel_values.shape[-2:]))
+        return ImageFeatures(list(maps), embedding, pixel_values.shape[-2:])
 
     def encode_text(self, input_ids, attention_mask, tuner, contexts=()):
         """Return (state `[B, P]`, words `[B, S, D]`, bool `[B, S]`: which words the decoder may see)."""
@@ -473,6 +483,7 @@ class CRIS(Network):
         return buffers
 
     def train(self, mode=True):
+        """Set training mode; BatchNorm takes a batch's statistics only where `updated_buffers` chose it."""
         super().train(mode)
         for name, norm in self.batch_norms().items():
             norm.train(mode and name in self.updated_norms)

@@ -1,7 +1,7 @@
-"""Names of tensors: a published checkpoint's into those of our modules, and back.
+"""Rename tensors: from a published checkpoint's names to those of our modules, and back.
 
-A network lists pairs of patterns, (published, ours), where # is a number. If a checkpoint stacks the
-projections to q, k and v, our pattern ends in `qkv_proj.`, and the tensor is split in three.
+A network lists pairs of patterns, (published, ours), in which # stands for a number. Where a checkpoint has
+the projections to q, k and v in one tensor, our pattern ends in `qkv_proj.`; the tensor is split in three.
 """
 
 import re
@@ -46,8 +46,8 @@ def to_published(tensors, pairs):
     renamed = {}
     for name, tensor in tensors.items():
         stacked = _published_name(PROJECTION.sub(STACKED, name), pairs)
-        qkv = [PROJECTION.sub(f".{letter}_proj.", name) for letter in "qkv"]  # three times the name, if other
-        # a pair of names for the stacked tensor exists only if it has been renamed
+        qkv = [PROJECTION.sub(f".{letter}_proj.", name) for letter in "qkv"]
+        # the checkpoint stacks them if a pair of patterns has replaced `qkv_proj.`
         is_stacked = PROJECTION.search(name) and STACKED not in stacked and set(qkv) <= set(tensors)
         if not is_stacked:
             renamed[_published_name(name, pairs)] = tensor

@@ -20,7 +20,6 @@ from torch import nn
 from vlsm.networks.base import ImageFeatures, Network
 from vlsm.networks.transformer import (
     MLP,
-    VISION_DEFAULTS,
     Attention,
     Block,
     EncoderConfig,
@@ -53,7 +52,6 @@ UNUSED = (
 )
 # sizes that a config.json leaves out: the published ones
 VISION_SIZES = dict(
-    VISION_DEFAULTS,
     hidden_size=1024,
     intermediate_size=4736,
     num_hidden_layers=32,
@@ -302,6 +300,7 @@ class FusionLayer(nn.Module):
         return x + self.drop(self.mlp(self.layer_norm3(x)))  # [B, h * w, P]
 
     def drop(self, x):
+        """Apply dropout in training."""
         return F.dropout(x, self.dropout, self.training)
 
 
@@ -376,7 +375,7 @@ class SAM3(Network):
         """
         vision = self.vision_encoder.backbone
         patches = vision.embeddings.patch_embeddings.projection(pixel_values)  # [B, D, h, w]
-        grid = tuple(patches.shape[-2:])
+        grid = patches.shape[-2:]
         x = to_tokens(patches)  # [B, h * w, D]
         x = x + self._tiled_positions(*grid).to(patches.dtype)
         x = vision.layer_norm(x)
@@ -386,7 +385,7 @@ class SAM3(Network):
         if tuner.needs_image_embedding:
             coarsest = self.vision_encoder.neck.fpn_layers[-1]
             embedding = coarsest(to_map(x, grid)).mean((2, 3))  # [B, P]
-        return ImageFeatures([x], embedding, tuple(pixel_values.shape[-2:]))
+        return ImageFeatures([x], embedding, pixel_values.shape[-2:])
 
     def _tiled_positions(self, h, w):
         """Return position embeddings `[h * w, D]`: those of the pretraining's grid, repeated."""

@@ -1,5 +1,5 @@
 """SAN in plain PyTorch: a small vision transformer next to a frozen CLIP proposes masks, and attention biases
-by which CLIP names each mask.
+with which CLIP computes an embedding of each mask.
 
 Parameters carry the published names (`clip_model...`, `side_adapter_network...`) except in blocks
 (`SAN.renames`); CLIP's come from a Hugging Face CLIP folder. Shapes: B images; H x W, the side network's
@@ -19,7 +19,6 @@ from vlsm.networks.base import EOS_IS_MAX_ID, ImageFeatures, Network
 from vlsm.networks.clip import CLIP, CLIP_MEAN, CLIP_STD, SIZE_TENSORS, VisionTransformer, from_hugging_face
 from vlsm.networks.renaming import OPENAI_BLOCK
 from vlsm.networks.transformer import (
-    VISION_DEFAULTS,
     Block,
     EncoderConfig,
     noise,
@@ -73,7 +72,7 @@ class SANConfig:
     projection_dim: int = 512
     img_size: int = 640
     clip_resolution: float = 0.5  # of the images that CLIP sees
-    split_layer: int = 9  # CLIP's layers from here on name the masks
+    split_layer: int = 9  # CLIP's layers from here on compute the masks' embeddings
     num_queries: int = 100
     side_width: int = 240
     side_depth: int = 8
@@ -82,7 +81,7 @@ class SANConfig:
     side_img_size: int = 640
     embed_channels: int = 256
     mlp_channels: int = 256
-    # side block -> CLIP layer; empty: as published, or as the published code has it
+    # side block -> CLIP layer; empty: FUSION, with `reference` FUSION_REFERENCE
     fusion_map: dict = field(default_factory=dict)
 
     upsampler_sizes = None  # the logits are a sum of masks, not made of features
@@ -103,8 +102,7 @@ class SANConfig:
         for block, layer in (raw.get("fusion_map") or {}).items():
             sizes["fusion_map"][int(block)] = int(layer)
         sizes["text"] = encoder_config(raw, ("text_config", "clip_text"), {})
-        vision_defaults = dict(VISION_DEFAULTS, patch_size=16)
-        del vision_defaults["intermediate_size"]
+        vision_defaults = dict(hidden_size=768, num_attention_heads=12, patch_size=16)
         sizes["vision"] = encoder_config(raw, ("vision_config", "clip_vision"), vision_defaults)
         config = cls(**sizes)
         if config.side_width % config.side_heads:
@@ -228,7 +226,7 @@ class SideNetwork(nn.Module):
         return self.mask_decoder(x[:, :Q], to_map(x[:, Q:], (H, W)))
 
     def fuse(self, n, x, features, clip_grid, grid):
-        """Add CLIP's patches to the pixels among tokens `[B, Q+H*W, D]` after n blocks, if a layer is due."""
+        """Add CLIP's patches to the pixels among tokens `[B, Q+H*W, D]`, if `fusion_map` has block n."""
         if n not in self.fusion_map:
             return x
         clip_patches = features[self.fusion_map[n]][:, 1:]
@@ -304,7 +302,7 @@ class SAN(Network):
                     activations.append(x)
                 if i < last:
                     x = block(x)
-        return ImageFeatures(activations, None, tuple(pixel_values.shape[-2:]))
+        return ImageFeatures(activations, None, pixel_values.shape[-2:])
 
     def encode_text(self, input_ids, attention_mask, tuner, contexts=()):
         """Encode prompts `[B, T]` to their embeddings, a tuple of one tensor `[B, P]`."""

@@ -59,14 +59,15 @@ def locate_weights(weights, network):
             f"{network.name}'s weights are on no hub. Convert a checkpoint that you have with `python -m "
             f"vlsm.tools.convert_{name} FILE DIR` and pass --weights DIR."
         )
+    weights = str(weights)
     if is_random(weights):
         return _locate_random(weights)
-    folder = MINI if str(weights) == "mini" else _locate_folder(str(weights))
+    folder = MINI if weights == "mini" else _locate_folder(weights)
     return folder, folder / "config.json"
 
 
 def _locate_random(weights):
-    file = Path(str(weights).removeprefix(RANDOM)).expanduser()
+    file = Path(weights.removeprefix(RANDOM)).expanduser()
     if not file.is_file():
         raise FileNotFoundError(
             f"There is no file '{file}'. --weights {RANDOM}CONFIG.json needs a file of a network's sizes."

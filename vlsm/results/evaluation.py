@@ -85,7 +85,8 @@ def predictions(predictor, data, prompts, batch_size):
     batches = [batch for _, batch in parallel.own_batches(chunks(wanted, batch_size))]
     with ThreadPoolExecutor(READERS) as pool, progress(len(wanted), "evaluating") as bar:
 
-        def read_masks(batch):  # at original size, in a thread, while the network works on the batch before
+        def read_masks(batch):
+            """Read masks at original size, in a thread, while the network works on the previous batch."""
             return list(pool.map(read_mask, [data.records[i].mask for i in batch]))
 
         for batch, masks in prefetch(read_masks, batches):
@@ -105,8 +106,10 @@ def measure_records(predictor, data, prompts, batch_size, measure):
     results = []
     for batch in predictions(predictor, data, prompts, batch_size):
         for index, prompt, logits, truth in batch:
-            results.append((index, measure(index, prompt, logits, truth)))
-    return [result for _, result in parallel.gather_sorted(results) if result is not None]
+            result = measure(index, prompt, logits, truth)
+            if result is not None:
+                results.append((index, result))
+    return [result for _, result in parallel.gather_sorted(results)]
 
 
 def evaluate_split(

@@ -1,6 +1,7 @@
 """Write a run with one prompt built in as an ONNX file, for programs without PyTorch.
 
-Needs: pip install onnxscript onnxruntime. The file is kept if ONNX Runtime's logits are PyTorch's.
+Needs: pip install onnxscript onnxruntime. The file is written only if ONNX Runtime's logits equal PyTorch's
+within 0.1 %.
 """
 
 import json
@@ -40,6 +41,7 @@ class Segmenter(nn.Module):
                 self.text = self.network.encode_prompts(self.ids, self.mask, self.tuner, contexts)
 
     def forward(self, pixels):
+        """Segment images `[B, 3, S, S]` by the prompt -> logits `[B, 1, S, S]`."""
         B = pixels.shape[0]
         x = (pixels - self.mean) / self.std  # `normalise` has a loop over images, which would fix B
         text = None
