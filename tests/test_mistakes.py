@@ -62,7 +62,7 @@ def test_disk_full_keeps_the_last_good_file(cli, quick, trained, monkeypatch):
 
     monkeypatch.setattr("vlsm.checkpoint.save_file", full)
     code, _, err = cli("train", "--out", trained, "--resume", "--epochs", 3)
-    assert code == 2 and "No space is left on the disk" in err and "--resume" in err
+    assert code == 2 and "No space left on the disk" in err and "--resume" in err
     after = load_file(trained / "last.safetensors")
     assert all(torch.equal(before[n], after[n]) for n in before) and not list(trained.glob(".*.tmp"))
 
