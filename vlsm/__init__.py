@@ -1,6 +1,6 @@
 """Fine-tuning of vision-language segmentation models with few trained parameters.
 
-Names load when first asked for.
+Modules are imported on first use of a name, so that `import vlsm` is quick.
 """
 
 from importlib import import_module

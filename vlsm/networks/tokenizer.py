@@ -1,4 +1,4 @@
-"""CLIP's tokenizer, from a folder in Hugging Face layout, on the `tokenizers` library."""
+"""CLIP's tokenizer, built with the `tokenizers` library from a folder in Hugging Face layout."""
 
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def read_tokenizer(folder):
 
 
 class Tokenizer:
-    """Prompts to `input_ids` and `attention_mask`, padded to the longest of the batch, cut to `limit` tokens.
+    """Turns prompts into `input_ids` and `attention_mask`, cut to `limit`, padded to the batch's longest.
 
     folder: holds vocab.json and merges.txt, or tokenizer.json. pad_to_limit: pad to the limit instead. Raises
     FileNotFoundError if the folder holds neither, ValueError for a tokenizer that is not CLIP's.

@@ -1,4 +1,4 @@
-"""The pre-norm transformer block of all networks, its attention and MLP, by Hugging Face's names for CLIP."""
+"""The pre-norm transformer block of all networks, its attention and MLP; names are Hugging Face CLIP's."""
 
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -45,7 +45,7 @@ def rotate(t, cos, sin):
 
 
 def linear_of(weight):
-    """Return a linear layer with a weight `[out, in]` and a bias of zeros."""
+    """Build a linear layer of a weight `[out, in]`, with a bias of zeros."""
     out_width, in_width = weight.shape
     layer = nn.Linear(in_width, out_width, device="meta")  # draws no random numbers
     layer.weight = nn.Parameter(weight)
@@ -227,7 +227,7 @@ def noise(*shape, std=0.02):
 
 
 def tree(**children):
-    """Return a module that only holds modules and parameters, grouped under a name as in a checkpoint."""
+    """Group modules and parameters under names, as a checkpoint does; the module has no forward pass."""
     module = nn.Module()
     for name, child in children.items():
         setattr(module, name, child)

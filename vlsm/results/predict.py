@@ -1,4 +1,4 @@
-"""Masks of a checkpoint: of images of the model's size, and of a folder of images without a ground truth."""
+"""Predict masks with a run's checkpoint: of images of the model's size, and of a folder of images."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -118,7 +118,7 @@ def load_ensemble(checkpoints, **settings):
 
 
 def mean_logits(logits):
-    """Return the logits of the mean probability of several logits."""
+    """Average the probabilities of several logits; returns float32 logits of their shape."""
     probabilities = torch.stack([z.double().sigmoid() for z in logits])
     return torch.logit(probabilities.mean(0), eps=1e-12).float()
 
