@@ -1,7 +1,7 @@
 """Evaluate a run: DSC, IoU, NSD and HD95 of its masks at original resolution, on a split of a data set.
 
-With --images: write masks of images without a ground truth. HD95 is in pixels, the larger of both directions'
-95th percentiles of boundary distances; vlsm/metrics.py defines all metrics.
+With --images: write masks of images without a ground truth. HD95 is in pixels: the larger of both directions'
+95th percentiles of boundary distances. vlsm/metrics.py defines all metrics.
 """
 
 import sys
@@ -117,7 +117,6 @@ def evaluate_run(args, checkpoints):
     data, texts = open_run_split(
         metadata, args.split, args.dataset, args.data_root, args.prompts, args.seed, args.cache_dir
     )
-    trained, total = predictor.count_parameters()
     place = checkpoints[0]
     members = []
     suffixes = ["mirror"] if args.mirror else []
@@ -134,8 +133,8 @@ def evaluate_run(args, checkpoints):
         seed=metadata["recipe"]["seed"] if args.seed is None else args.seed,
         weights=metadata["weights"],
         method=metadata["method"],
-        trained=trained,
-        total=total,
+        trained=predictor.trained,
+        total=predictor.total,
         mirror=args.mirror,
         ensemble=members,
         nsd_tolerance=args.nsd_tolerance,
@@ -206,7 +205,7 @@ def draw(args, records, scores, out, settings):
 
 
 def evaluate_all_prompts(args, predictor, data, out, settings):
-    """Evaluate under each prompt key: a row of a table, and results in a folder of its own."""
+    """Evaluate with each prompt key: print a row of a table, write results into a folder for each key."""
     keys = {}
     for record in data.records:
         keys.update(record.prompts)
@@ -252,7 +251,7 @@ def print_means(evaluations):
 
 
 def predict(args, checkpoints):
-    """Write the masks of --images; returns this process's messages on images that cannot be read."""
+    """Write the masks of --images; returns the messages on images that this process could not read."""
     if not args.prompt or not args.save_masks:
         raise ValueError('--images needs --prompt "a polyp" and --save-masks DIR.')
     predictor = load_runs(args, checkpoints)
@@ -271,6 +270,7 @@ def predict(args, checkpoints):
 
 
 def main(argv=None):
+    """Evaluate runs, or segment a folder of images; exits with 1 if an image could not be read."""
     args = parse_arguments(argv)
     runs = []
     for path in args.ckpt:

@@ -29,18 +29,20 @@ from vlsm.training.frozen_cache import FrozenCache
 from vlsm.training.run import Run, check_gradients, describe_run, held_folder
 
 SEED_STEP = 1_000_003  # between the seeds of two epochs, and of two batches
-LOOK_EVERY = 20  # steps between two looks at the sums on the device: each look waits for it
+LOOK_EVERY = 20  # steps between two readings of the sums on the device: each waits until it is idle
 
 
 def main(argv=None, after_epoch=None):
     """Train one run; after each epoch, call `after_epoch(run)`. Returns the `Run`, or None for --dry-run."""
     args = parse_arguments(argv)  # on --resume the stored values went through the same parser
-    device, dtype = choose_device(parallel.join_processes(args.device), args.amp)
+    device = parallel.join_processes(args.device)
+    device, dtype = choose_device(device, args.amp)
     if args.batch_size < parallel.world_size():
         raise ValueError(f"--batch-size {args.batch_size}: {parallel.world_size()} processes share a batch.")
-    datasets.available_splits(args.dataset, args.data_root, args.split_seed)  # fail early if it is missing
+    # looked up before the weights are loaded, to fail early if the data set is missing
+    splits = datasets.available_splits(args.dataset, args.data_root, args.split_seed)
     torch.manual_seed(args.seed)
-    with parallel.local_first():
+    with parallel.local_first():  # one process of a machine downloads the weights
         model = build(args.model, args.weights, args.peft, args.reference, **method_options(vars(args)))
     side = image_side(model.network.config, model.info["folder"], args.image_size)
     model.place_on(device, dtype, args.kernels, args.compile)
@@ -48,8 +50,9 @@ def main(argv=None, after_epoch=None):
     describe_model(model)
     if args.peft == "none":
         return save_untrained(args, model, side)
-    weights = dict(dice_weight=args.dice_weight, bce_weight=args.bce_weight, ce=args.ce)
-    criterion = partial(kernels.dice_bce_loss, **weights)
+    criterion = partial(
+        kernels.dice_bce_loss, dice_weight=args.dice_weight, bce_weight=args.bce_weight, ce=args.ce
+    )
     groups = model.parameter_groups(args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=device.type == "cuda")
     scheduler = ReduceLROnPlateau(optimizer, "min", args.lr_factor, args.lr_patience)
@@ -59,15 +62,15 @@ def main(argv=None, after_epoch=None):
         return None
     with held_folder(args.out, args.resume, args.overwrite):
         parallel.barrier()  # every rank checks the folder before rank 0 writes
-        data = open_data(args, side)
+        data = open_data(args, splits, side)
         settings = stored_settings(vars(args))
         metadata = describe_run(model, data, side, settings, RECIPE_FIELDS)
         run = Run(args.out, model, optimizer, scheduler, dtype, metadata, args.monitor)
         run.start(settings, args.resume, args.overwrite, args.changed_data, args.tensorboard)
         for split in ("train", "val"):
-            kept = cache.add_split(split, data[split], args.batch_size)
-            if kept:
-                say(kept)
+            description = cache.add_split(split, data[split], args.batch_size)
+            if description:
+                say(description)
             data[split].move_to(device)
         with Interrupt() as interrupt:
             train_epochs(args, run, data, cache, criterion, interrupt, after_epoch)
@@ -79,8 +82,7 @@ def train_epochs(args, run, data, cache, criterion, interrupt, after_epoch=None)
     """Train to the last epoch, or until validation stalls; save the run after each epoch."""
     for epoch in range(run.next_epoch, args.epochs + 1):
         if epoch > args.min_epochs and run.stalled >= args.patience:
-            metric = "DSC" if args.monitor == "dsc" else "loss"
-            say(f"Stopping early: {run.stalled} epochs without a better validation {metric}.")
+            say(f"Stopping early: {run.stalled} epochs without a better validation {args.monitor}.")
             break
         began = time.perf_counter()
         lr = run.optimizer.param_groups[0]["lr"]
@@ -114,54 +116,64 @@ def train_epoch(
     Raises Diverged for a loss of nan or infinity.
     """
     model = run.model.train()
-    device, dtype, records = cache.device, cache.dtype, data.records
+    device = cache.device
+    records = data.records
     epoch_seed = seed * SEED_STEP + epoch
-    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(epoch_seed)).tolist()
+    generator = torch.Generator().manual_seed(epoch_seed)
+    order = torch.randperm(len(records), generator=generator).tolist()
     steps = [parallel.share_batch(batch, accumulate) for batch in chunks(order, batch_size)]
-    if parallel.world_size() > 1:  # dropout: each rank draws its own, whatever was drawn before
+    if parallel.world_size() > 1:  # each rank draws its own dropout, whatever was drawn before
         torch.manual_seed(epoch_seed * SEED_STEP + parallel.rank())
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # of loss and DSC, over this rank's records
     seen = 0
-    shares = [share for step in steps for share in step]
-    with_images = augmented or cache.needs_pixels("train")
-    batches = device_batches(data, [share.indices for share in shares], device, with_images)
+    parts = []
+    for step in steps:
+        for share in step:
+            parts.append(share.indices)
+    batches = device_batches(data, parts, device, augmented or cache.needs_pixels("train"))
     with progress(len(records), f"epoch {epoch}/{epochs}") as bar:
-        for k, step in enumerate(steps):
+        for k, step in enumerate(steps):  # step: this rank's shares of a batch, one for each accumulation
             run.optimizer.zero_grad(set_to_none=True)
             for share, (indices, images, masks) in zip(step, batches):
                 # images: uint8 [B, 3, S, S], None if cached features replace them; masks: uint8 [B, 1, S, S]
                 changed = None
                 if augmented:
+                    # seeded by the batch: every rank draws for the whole batch and takes its share
                     generator = torch.Generator().manual_seed(epoch_seed * SEED_STEP + k * batch_size)
                     images, masks, changed = augment(images, masks, generator, share.batch_size, share.part)
                 prompts = [choose_prompt(records[i], prompt_mode, seed, epoch, i) for i in indices]
                 inputs = cache.model_inputs("train", indices, images, prompts, changed)
-                with autocast(device, dtype):
+                with autocast(device, cache.dtype):
                     logits = model(*inputs)  # [B, 1, S, S]
                 loss = criterion(logits, masks)
                 run.scaler.scale(loss * share.weight).backward()
+                # a rank without records of this batch has computed one, with weight and count 0
                 scores = dsc(logits.detach()[:, 0] > 0, masks[:, 0] > 0)[: share.count]
-                sums += torch.stack([loss.detach().double() * share.count, scores.sum()])
+                share_loss = loss.detach().double() * share.count
+                sums += torch.stack([share_loss, scores.sum()])
                 seen += share.count
             optimizer_step(run, loss, clip)
             bar.update(step[0].batch_size)
-            if (k + 1) % LOOK_EVERY == 0 or k + 1 == len(steps):
+            steps_done = k + 1
+            if steps_done % LOOK_EVERY == 0 or steps_done == len(steps):
                 loss_sum, dsc_sum = sums.tolist()
                 run.refuse_nonfinite(loss_sum, f"loss in epoch {epoch}")
-                bar.set_postfix(loss=f"{loss_sum / seen:.3f}", DSC=f"{100 * dsc_sum / seen:.1f}")
+                bar.set_postfix(loss=loss_sum / seen, DSC=100 * dsc_sum / seen)
             interrupt.leave(f"Interrupted in epoch {epoch}; {run.describe_saved()}")
-    parallel.all_reduce_mean(model.network.get_buffer(name) for name in model.updated_buffers)
+    buffers = [model.network.get_buffer(name) for name in model.updated_buffers]
+    parallel.all_reduce_mean(buffers)
     loss_sum, dsc_sum, count = parallel.all_reduce_sum([*sums.tolist(), seen], device)
     return loss_sum / count, dsc_sum / count
 
 
 def optimizer_step(run, loss, clip):
-    """Average the gradients over all ranks, clip them, and change what is trained."""
+    """Average the gradients over all ranks, clip them, and update the trained parameters."""
     parameters = run.model.tuned_parameters().values()
-    parallel.all_reduce_mean(p.grad for p in parameters if p.grad is not None)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    parallel.all_reduce_mean(gradients)
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
-    overflow = run.scaler.is_enabled() and not norm.isfinite()  # fp16's first steps seek a scale
+    overflow = run.scaler.is_enabled() and not norm.isfinite()  # in fp16's first steps, until a scale fits
     if not run.gradients_checked and loss.isfinite() and not overflow:
         line = check_gradients(run.model)
         if not parallel.rank():
@@ -176,39 +188,48 @@ def validate(model, data, cache, criterion, seed, prompt_mode, batch_size):
     """Return (loss, DSC, IoU), means over the validation records at the model's size."""
     model.eval()
     records = data.records
-    shares = parallel.own_batches(chunks(list(range(len(records))), batch_size))
-    batches = device_batches(data, [batch for _, batch in shares], cache.device, cache.needs_pixels("val"))
-    rows = []  # of each batch its number, the sum of its loss, DSC and IoU of its records
+    order = list(range(len(records)))
+    shares = parallel.own_batches(chunks(order, batch_size))
+    parts = [indices for _, indices in shares]
+    batches = device_batches(data, parts, cache.device, cache.needs_pixels("val"))
+    rows = []  # for each batch: its number, its records' summed loss, their DSC and IoU `[B, 2]`
     for (number, _), (indices, images, masks) in zip(shares, batches):
         prompts = [choose_prompt(records[i], prompt_mode, seed, i) for i in indices]
         inputs = cache.model_inputs("val", indices, images, prompts)
         with autocast(cache.device, cache.dtype):
             logits = model(*inputs)  # [B, 1, S, S]
-        loss = criterion(logits, masks).double() * len(indices)
-        predicted, truth = logits[:, 0] > 0, masks[:, 0] > 0
+        loss_sum = criterion(logits, masks).double() * len(indices)
+        predicted = logits[:, 0] > 0
+        truth = masks[:, 0] > 0
         scores = torch.stack([dsc(predicted, truth), iou(predicted, truth)], 1)
-        rows.append((number, loss, scores))
-    if parallel.world_size() > 1:
-        rows = parallel.gather_sorted([(number, loss.cpu(), scores.cpu()) for number, loss, scores in rows])
-    loss_sum = sum(loss for _, loss, _ in rows)
-    means = torch.cat([scores for _, _, scores in rows]).mean(0)
-    return loss_sum.item() / len(records), *means.tolist()
+        rows.append((number, loss_sum, scores))
+    # read from the device only now: every reading waits for it
+    rows = [(number, loss_sum.cpu(), scores.cpu()) for number, loss_sum, scores in rows]
+    _, loss_sums, scores = zip(*parallel.gather_sorted(rows))
+    loss = sum(loss_sums) / len(records)
+    means = torch.cat(scores).mean(0)
+    return loss.item(), *means.tolist()
 
 
 def describe_model(model):
     """Print how many parameters are trained, and warn of random weights."""
     weights = model.info["weights"]
     if is_random(weights):
-        note = "random weights, for tests and research: nothing in them is pretrained."
-        say(f"{weights}: {note}", file=sys.stderr)
+        say(f"{weights}: random weights, for tests and research; nothing is pretrained.", file=sys.stderr)
     trained, total = model.count_parameters()
-    share = f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f} %)"
-    say(f"{model.info['model']} ({weights}), --peft {model.info['method']}: {share}")
+    percent = 100 * trained / total
+    say(
+        f"{model.info['model']} ({weights}), --peft {model.info['method']}: {trained:,} of {total:,} "
+        f"parameters are trained ({percent:.2f} %)"
+    )
 
 
-def open_data(args, side):
-    """Return {split: `CachedSplit`} of the run. Raises ValueError without a training or validation split."""
-    splits = datasets.available_splits(args.dataset, args.data_root, args.split_seed) or ["train", "val"]
+def open_data(args, splits, side):
+    """Open the run's `splits` with images of `side` pixels; returns {split: `CachedSplit`}.
+
+    Raises ValueError without a training or validation split.
+    """
+    splits = splits or ["train", "val"]  # of a data set without records the message names these
     data = datasets.open_dataset(
         args.dataset, splits, side, args.data_root, args.cache_dir, args.split_seed, args.prompts,
         args.skip_bad, args.limit_train,
@@ -229,7 +250,8 @@ def save_untrained(args, model, side):
     if args.dry_run:
         return None
     settings = stored_settings(vars(args))
-    run = Run(args.out, model, None, None, None, describe_run(model, {}, side, settings, RECIPE_FIELDS))
+    metadata = describe_run(model, {}, side, settings, RECIPE_FIELDS)
+    run = Run(args.out, model, None, None, None, metadata)
     with held_folder(args.out, args.resume, args.overwrite):
         parallel.barrier()
         run.start(settings, args.resume, args.overwrite)

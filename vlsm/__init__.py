@@ -1,11 +1,11 @@
 """Fine-tuning of vision-language segmentation models with few trained parameters.
 
-Names load when first asked for.
+Modules are imported on first use of a name, so that `import vlsm` is quick.
 """
 
 from importlib import import_module
 
-_HOMES = dict(
+_HOMES = dict(  # public name -> its module
     METHODS="vlsm.methods.registry",
     Tuner="vlsm.networks.hooks",
     VLSM="vlsm.model",

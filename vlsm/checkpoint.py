@@ -17,7 +17,7 @@ METADATA = dict(
     data_root=str, split_seed=int, prompts=str, image_size=int, mean=list, std=list, recipe=dict,
 )  # fmt: skip
 REQUIRED = ("model", "weights", "fingerprint", "method", "options", "reference")
-OF_THIS_MACHINE = ("folder", "config", "fresh")  # parts of a model's `info` that no checkpoint holds
+OF_THIS_MACHINE = ("folder", "config", "fresh")  # keys of a model's `info` that a checkpoint leaves out
 HUB = "hub:"  # before the name of a repository on the Hugging Face hub
 HUB_ID = re.compile(rf"{HUB}[\w.-]+/[\w.-]+")
 
@@ -31,10 +31,10 @@ def save_tuned(path, model, **metadata):
 
 
 def locate_checkpoint(path):
-    """Return a checkpoint's file: of a run's folder the best one, of "hub:owner/name" the one in that hub
-    repository, downloaded.
+    """Return the file of a checkpoint: a file; a run's folder, of which the best one; or "hub:owner/name",
+    which is downloaded.
 
-    Raises FileNotFoundError where there is none.
+    Raises FileNotFoundError if there is no checkpoint.
     """
     if HUB_ID.fullmatch(str(path)):
         from huggingface_hub import hf_hub_download
@@ -54,7 +54,7 @@ def locate_checkpoint(path):
 
 
 def read_metadata(path):
-    """Return the metadata of a checkpoint, or of a run's best one, as a dictionary.
+    """Return the metadata of a checkpoint (of a run's folder: its best one) as a dictionary.
 
     Raises FileNotFoundError where there is none, ValueError for a file that is damaged or no checkpoint.
     """
@@ -102,7 +102,10 @@ def _check_metadata(path, metadata):
 
 
 def read_tuned(path):
-    """Return the tuned tensors of a checkpoint, or of a run's best one. Raises ValueError for NaN."""
+    """Return the tuned tensors of a checkpoint (of a run's folder: its best one).
+
+    Raises ValueError for NaN or infinity.
+    """
     path = locate_checkpoint(path)
     tensors = load_file(path)
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
@@ -119,10 +122,11 @@ def load(path, weights=None, base=None):
     checkpoint's metadata is `model.metadata`. Raises ValueError if the base is not the one that was tuned.
     """
     metadata = read_metadata(path)
-    wanted = metadata["model"], metadata["reference"], metadata["fingerprint"]
+    wanted = _identity(metadata)
     share = base is not None and not base.tuned_names and wanted == _identity(base.info)
     if share:
-        network, description = base.network, dict(base.info)
+        network = base.network
+        description = base.info
     else:
         network, description = read_network(
             metadata["model"], weights or metadata["weights"], metadata["reference"]
@@ -140,7 +144,7 @@ def load(path, weights=None, base=None):
 
 
 def _identity(info):
-    """Return what makes a base the same as another: network, published code's way or not, weights."""
+    """Return what identifies a base: (model, reference, fingerprint) of a VLSM's `info`, or of metadata."""
     return info["model"], info["reference"], info["fingerprint"]
 
 

@@ -22,14 +22,14 @@ NETWORKS = {"clipseg": CLIPSeg, "cris": CRIS, "san": SAN, "sam3": SAM3}
 
 
 class VLSM(nn.Module):
-    """Image and prompt in, logits out.
+    """A frozen `network` and a `tuner`: segments images by prompts.
 
-    Trains the tuner's parameters, and those of the network that the tuner names; all else has
-    `requires_grad` False. A network of which nothing is trained stays in evaluation mode: no dropout, no
-    statistics that drift.
+    The tuner's parameters are trained, and those of the network that the tuner names; all others have
+    `requires_grad` False. If none of the network's is trained, it stays in evaluation mode: without dropout,
+    with fixed BatchNorm statistics.
 
-    Attributes: `network`; `tuner`; `info`, a dictionary with model, weights, fingerprint, method, options,
-    reference, folder, config; `metadata`, that of the checkpoint that was loaded, or None.
+    Attributes: `info`, a dictionary with model, weights, fingerprint, method, options, reference, folder,
+    config; `metadata`, that of the checkpoint that was loaded, or None.
     """
 
     def __init__(self, network, tuner, info, metadata=None):
@@ -41,7 +41,8 @@ class VLSM(nn.Module):
         self.tuned_names = tuner.trained_network_parameters(network)
         for name in self.tuned_names:
             network.get_parameter(name).requires_grad_(True)
-        self.updated_buffers = network.updated_buffers() if self.tuned_names else []  # names
+        # names of the buffers that training changes
+        self.updated_buffers = network.updated_buffers() if self.tuned_names else []
 
     def forward(self, pixel_values, input_ids, attention_mask=None, image_features=None, text_features=None):
         """Segment images by prompts: `[B, 3, H, W]`, `[B, T]`, `[B, T]` -> logits `[B, 1, H, W]`.
@@ -53,14 +54,16 @@ class VLSM(nn.Module):
         )
 
     def train(self, mode=True):
+        """Set training mode, as `nn.Module.train`; the network follows only if a part of it is trained."""
         super().train(mode)
         self.network.train(mode and bool(self.tuned_names))
         return self
 
     def tokenizer(self):
-        """Return the network's tokenizer, which cuts prompts to its window less the context vectors.
+        """Return the network's tokenizer; it cuts prompts to the window of the text encoder, less n context
+        vectors.
 
-        Raises ValueError if it knows tokens that the network does not.
+        Raises ValueError if the tokenizer has more tokens than the network's vocabulary.
         """
         text = self.network.config.text
         limit = text.max_position_embeddings
@@ -86,14 +89,14 @@ class VLSM(nn.Module):
         return parameters
 
     def tuned_tensors(self):
-        """Return the trained parameters, and the buffers that training moves, by name."""
+        """Return the trained parameters, and the buffers that training changes, by name."""
         tensors = self.tuned_parameters()
         for name in self.updated_buffers:
             tensors[name] = self.network.get_buffer(name)
         return tensors
 
     def tuned_state_dict(self):
-        """Return copies of the tuned tensors on the CPU, in float32, by name; nothing of the frozen base."""
+        """Return copies of the tuned tensors by name, in float32 on the CPU."""
         state = {}
         for name, tensor in self.tuned_tensors().items():
             state[name] = tensor.detach().float().cpu().clone().contiguous()
@@ -101,7 +104,7 @@ class VLSM(nn.Module):
 
     @torch.no_grad()
     def load_tuned(self, tensors):
-        """Set the tuned tensors.
+        """Copy a checkpoint's tensors into the tuned ones.
 
         Raises ValueError unless names and shapes are those of `tuned_state_dict()`.
         """
@@ -122,8 +125,9 @@ class VLSM(nn.Module):
         return trained, sum(p.numel() for p in self.parameters())
 
     def parameter_groups(self, weight_decay):
-        """Return the optimizer's groups: tensors that decay, by the tuner's rule, and those that do not."""
-        decayed, others = [], []
+        """Return the optimizer's groups: parameters with weight decay, by the tuner's rule, and without."""
+        decayed = []
+        others = []
         for name, tensor in self.tuned_parameters().items():
             group = decayed if self.tuner.uses_weight_decay(name, tensor) else others
             group.append(tensor)
@@ -133,10 +137,10 @@ class VLSM(nn.Module):
     # Where it runs
 
     def place_on(self, device, dtype, use_kernels="auto", compile_blocks="auto"):
-        """Move to a device, in place: frozen matrices in the compute dtype, kernels chosen, layers compiled.
+        """Move to a device, in place, and return self; choose the kernels, compile the transformer layers.
 
-        use_kernels, compile_blocks: the options `--kernels` and `--compile`. Raises ValueError for a choice
-        that is not available.
+        dtype: of frozen matrices, or None to leave them as they are. use_kernels, compile_blocks: the options
+        `--kernels` and `--compile`. Raises ValueError for a choice that is not available.
         """
         triton = kernels.use_kernels(use_kernels)
         if dtype is not None:
@@ -154,39 +158,39 @@ class VLSM(nn.Module):
         return self
 
     def recompute_activations(self, recompute=True):
-        """Compute the transformer layers' activations again in the backward pass instead of keeping them."""
+        """Compute the transformer layers' activations again in the backward pass: less memory, more time."""
         for block in self.network.compilable_blocks():
             block.recompute = recompute
 
     def compile_blocks(self):
-        """Compile the transformer layers, once for each kind of layer, in place.
+        """Compile the transformer layers in place.
 
-        Sizes are left open where the network allows it: another batch or prompt length compiles nothing anew.
+        Shapes are dynamic where the network allows it, so that another batch size or prompt length does not
+        compile again.
         """
-        # a layer's variants: encoder, adapters or none, gradient on its input or none, training or not
+        # variants of a layer: encoder, with or without adapters, with or without gradients, training or not
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
         for block in self.network.compilable_blocks():
             block.compile(dynamic=self.network.compile_dynamic)
 
     def hold_frozen_weights_in(self, dtype):
-        """Keep frozen matrices in the compute dtype; norms, positions and the trained stay float32."""
+        """Cast frozen matrices to the compute dtype; norms, positions and trained layers stay float32."""
         heavy = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, Attention)
         for module in self.network.modules():
             frozen = not any(p.requires_grad for p in module.parameters())
             if type(module) in heavy and frozen:
                 module.to(dtype)
-        return self
 
 
 def network_class(model):
-    """Return the class of a name in `NETWORKS`. Raises ValueError for others."""
+    """Return the network class of a name. Raises ValueError for a name that is not in `NETWORKS`."""
     if model not in NETWORKS:
         raise ValueError(f"Model '{model}' is not known. Choose one of: {', '.join(NETWORKS)}.")
     return NETWORKS[model]
 
 
 def read_config(model, weights):
-    """Return (folder, dictionary of the `config.json`, the network's configuration) of some weights.
+    """Return (folder, contents of config.json, the network's `Config`) of some weights.
 
     Downloads weights that are on the hub. Raises ValueError if the file describes another network.
     """
@@ -195,10 +199,8 @@ def read_config(model, weights):
     raw = read_json(file)
     model_type = raw.get("model_type", wanted.model_types[0])
     if model_type not in wanted.model_types:
-        advice = ""
-        for name, other in NETWORKS.items():
-            if model_type in other.model_types:
-                advice = f" That is --model {name}."
+        others = [name for name, other in NETWORKS.items() if model_type in other.model_types]
+        advice = f" That is --model {others[0]}." if others else ""
         raise ValueError(
             f"'{file}' describes a '{model_type}' model; --model {model} needs a "
             f"{' or '.join(wanted.model_types)} one.{advice}"
@@ -218,19 +220,18 @@ def read_network(model, weights, reference=False):
     fresh = {}
     if weights_io.is_random(weights):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # the same weights in every run, so that a run finds its base again
+            torch.manual_seed(0)  # the same weights in every run, so that a checkpoint's fingerprint fits
             network = wanted(config, reference)
             network.initialise()
         tensors = network.published_names(network.state_dict())
     else:
-        with torch.device("meta"):
+        with torch.device("meta"):  # without memory; `load_strictly` puts the file's tensors in place
             network = wanted(config, reference)
         in_file = weights_io.read_tensors(folder)
         tensors = wanted.rename(in_file)
         fresh = network.fresh_tensors(tensors)
         own = {**network.own_names(tensors), **fresh}
         weights_io.load_strictly(network, own, f"The checkpoint in '{folder}'", in_file)
-    network.on_weights_loaded()
     description = dict(
         model=model, weights=str(weights), fingerprint=weights_io.fingerprint(tensors), reference=reference,
         folder=folder, config=raw, fresh=list(fresh),
@@ -238,20 +239,12 @@ def read_network(model, weights, reference=False):
     return network, description
 
 
-def share_network(network, tuned_names):
-    """Return a copy of a network that shares its parameters, except those of `tuned_names`, which are copied.
-
-    Buffers are copied, too: they are small, and training may move them.
-    """
-    shared = {id(p): p for name, p in network.named_parameters() if name not in tuned_names}
-    return copy.deepcopy(network, shared)
-
-
 def attach(network, description, method, given, share=False):
     """Return the `VLSM` of a network and a fresh tuner, in eval mode.
 
     description: of the network's weights, as `read_network` returns it. given: options of the method. share:
-    leave the network as it is, and tune a copy that shares its frozen parameters. Raises as `build`.
+    leave the network as it is, and tune a copy that shares its frozen parameters in memory. Raises as
+    `build`.
     """
     check_model(method, type(network))
     settings = complete_options(method, given, network.config)
@@ -260,11 +253,11 @@ def attach(network, description, method, given, share=False):
     if not set(description["fresh"]) <= set(tuned_names):
         raise ValueError(
             f"The weights in '{description['folder']}' are {network.name}'s frozen part alone; the rest "
-            f"starts at random, so --peft {method}, which does not train it, would leave noise. Use --peft "
-            "full or decoder."
+            f"starts at random, and --peft {method} would not train it. Use --peft full or decoder."
         )
-    if share:
-        network = share_network(network, tuned_names)
+    if share:  # deepcopy takes what is in its memo as it is, and copies the rest: trained tensors, buffers
+        memo = {id(p): p for name, p in network.named_parameters() if name not in tuned_names}
+        network = copy.deepcopy(network, memo)
     for name, value in tuner.on_attach(network, description["folder"]).items():
         settings[name] = {**settings[name], **value} if isinstance(value, dict) else value
     return VLSM(network, tuner, dict(description, method=method, options=settings)).eval()

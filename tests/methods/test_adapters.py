@@ -157,9 +157,8 @@ def test_wrong_options_are_sentences(options, message):
 
 
 def test_frozen_weights_in_half_precision_leave_the_trained_ones_alone():
-    model = vlsm.build("clipseg", GOLDEN / "clipseg-tiny", "dense", dim=4).hold_frozen_weights_in(
-        torch.bfloat16
-    )
+    model = vlsm.build("clipseg", GOLDEN / "clipseg-tiny", "dense", dim=4)
+    model.hold_frozen_weights_in(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         model(*batch()).float().mean().backward()
     assert all(

@@ -116,7 +116,7 @@ def test_upsampler_of_the_published_code(method, reads):
         ("none", dict(upsampler=True), "--peft none trains nothing"),
         ("lora", dict(lora_targets=("q", "mlp")), "--lora-targets mlp: give one or more of q, k, v, out"),
         ("lora", dict(dim=0), "--dim 0"),
-        ("lora", dict(branches="vc"), "--branches 'vc' is not known to lora"),
+        ("lora", dict(branches="vc"), "--branches 'vc' is not known"),
     ],
 )
 def test_wrong_options_are_sentences(method, options, message):

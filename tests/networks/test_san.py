@@ -216,7 +216,7 @@ def test_side_networks_of_two_seeds_have_one_base(hugging_face):
         torch.equal(a, b) for a, b in zip(models[0].state_dict().values(), models[1].state_dict().values())
     )
     with pytest.raises(
-        ValueError, match="SAN's frozen part alone; the rest starts at random, so --peft none"
+        ValueError, match="SAN's frozen part alone; the rest starts at random, and --peft none"
     ):
         vlsm.build("san", folder, "none")
 

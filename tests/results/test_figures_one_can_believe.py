@@ -76,7 +76,7 @@ def test_intervals_cover_what_they_say(n):
     """Of a mean of skewed scores in 0..1, such as DSC."""
     rng, true, hits, times = np.random.default_rng(0), 5 / 6, 0, 1500
     for k in range(times):
-        low, high = bootstrap_intervals({"x": rng.beta(5, 1, n)}, draws=600, seed=k)["x"]
+        low, high = bootstrap_intervals({"x": rng.beta(5, 1, n)}, range(n), draws=600, seed=k)["x"]
         hits += low <= true <= high
     assert 0.93 <= hits / times <= 0.97
 
@@ -85,12 +85,13 @@ def test_groups_widen_intervals_and_undefined_values_are_left_out():
     rng = np.random.default_rng(1)
     patient = np.repeat(np.arange(20), 10)
     values = rng.normal(0, 1, 20)[patient] + rng.normal(0, 0.1, 200)
-    alone, together = (bootstrap_intervals({"x": values}, groups)["x"] for groups in (None, patient))
+    alone, together = (bootstrap_intervals({"x": values}, groups)["x"] for groups in (range(200), patient))
     assert together[1] - together[0] > 2 * (alone[1] - alone[0])
     assert bootstrap_intervals({"x": values}, patient) == bootstrap_intervals({"x": values}, patient)
     holed = np.where(np.arange(200) % 2, np.nan, 3.0)
-    assert bootstrap_intervals({"x": holed, "y": np.full(200, np.nan)}) == {"x": [3.0, 3.0], "y": None}
-    assert bootstrap_intervals({"x": [1.0]}) == {"x": None} and bootstrap_intervals({"x": []}) == {"x": None}
+    values = {"x": holed, "y": np.full(200, np.nan)}
+    assert bootstrap_intervals(values, range(200)) == {"x": [3.0, 3.0], "y": None}
+    assert bootstrap_intervals({"x": [1.0]}, ["a"]) == {"x": None} == bootstrap_intervals({"x": []}, [])
 
 
 def test_groups_come_from_names():
@@ -106,7 +107,7 @@ def test_means_where_masks_are_empty():
     empty = torch.zeros(4, 5, dtype=torch.bool)
     some = empty.clone()
     some[1, 2] = True
-    scores = score([(empty, empty), (empty, some), (some, empty), (some, some)])
+    scores = [score(*pair) for pair in ((empty, empty), (empty, some), (some, empty), (some, some))]
     assert [s["dsc"] for s in scores] == [1, 0, 0, 1] and [s["hd95"] for s in scores][::3] == [0, 0]
     means = summarise(scores)
     hd95 = means["hd95"]

@@ -3,17 +3,14 @@
 Source: Dhakal et al., "VLSM-Adapter" (MICCAI 2024), Eq. 1 and Section 3.
 """
 
-import re
-
 import torch
 from torch import nn
 
 import kernels
+from vlsm.methods.branches import BRANCHES, check_branches, check_width, choose_blocks
 from vlsm.networks.hooks import Tuner
 
-COND_DIM = 256  # width of the adapter on the conditional embedding, whatever `dim` is (as published)
-BRANCHES = dict(v="vision", l="language", c="conditional")
-BLOCKS = re.compile(r"(?:([vl]):)?(\d{1,4})(?:-(\d{1,4}))?")  # of --blocks
+COND_DIM = 256  # published width of the adapter on the conditional embedding, whatever `dim` is
 
 
 class Adapter(nn.Module):
@@ -34,55 +31,11 @@ class Adapter(nn.Module):
         return kernels.adapter_bottleneck(x, residual, down.weight, down.bias, up.weight, up.bias)
 
 
-def check_branches(branches, known, method=""):
-    """Raise ValueError unless `branches` are some of the letters `known`, each once."""
-    unknown = set(branches) - set(known)
-    repeated = len(set(branches)) < len(branches)
-    if not branches or unknown or repeated:
-        letters = ", ".join(f"{letter} ({BRANCHES[letter]})" for letter in known)
-        owner = f" to {method}" if method else ""
-        raise ValueError(
-            f"--branches '{branches}' is not known{owner}; give one or more of the letters {letters}."
-        )
-
-
-def check_width(dim):
-    """Raise ValueError for a width that leaves an adapter without a hidden unit."""
-    if dim < 1:
-        raise ValueError(
-            f"--dim {dim} leaves an adapter without a hidden unit; give a width of 1 or more (the paper's: "
-            "64 dense, 512 shallow)."
-        )
-
-
-def choose_blocks(blocks, encoder, default, count):
-    """Return the blocks of an encoder on which a method acts.
-
-    blocks: None; "5-8" (or "5"), of both encoders; or "v:5-8,l:9-11", where an encoder that is not named
-    keeps its `default`, a range. encoder: "v" or "l". count: of the blocks that reach the logits. Raises
-    ValueError for another form, and for blocks beyond them.
-    """
-    named = {}
-    for text in str(blocks).split(",") if blocks else []:
-        match = BLOCKS.fullmatch(text)
-        letters = match[1] or "vl" if match else ""
-        if not match or set(letters) & set(named):
-            raise ValueError(f"--blocks '{blocks}': give a range such as 5-8, or v:5-8,l:9-11.")
-        for letter in letters:
-            named[letter] = range(int(match[2]), int(match[3] or match[2]) + 1)
-    chosen = named.get(encoder, default)
-    if not chosen or chosen[-1] >= count:
-        raise ValueError(
-            f"--blocks '{blocks}': of the {BRANCHES[encoder]} encoder blocks 0 to {count - 1} reach the "
-            "logits."
-        )
-    return chosen
-
-
 class Adapters(Tuner):
-    """Base of dense and shallow adapters: `vision` and `text`, adapters by the name of their layer; `cond`.
+    """Base of dense and shallow adapters.
 
-    branches: "v" (vision encoder), "l" (language encoder), "c" (conditional embedding).
+    branches: any of "v" (vision encoder), "l" (language encoder), "c" (conditional embedding). Attributes:
+    `vision` and `text`, adapters by the number of their layer, as text; `cond`, if "c" is chosen.
     """
 
     def __init__(self, config, branches="vl", reference=False):
@@ -96,35 +49,34 @@ class Adapters(Tuner):
 
 
 class DenseAdapters(Adapters):
-    """Adapters before both residual additions of blocks: of every one below the deepest extract layer (9 of
-    12), unless `blocks` says otherwise.
+    """Adapters before both residual additions of a block.
 
-    dim: an adapter's width. dims: its width in each block instead.
+    dim: an adapter's hidden width. dims: instead of `dim`, a width for each block. blocks: see
+    `choose_blocks` (default: every block below the deepest extract layer, which are 9 of CLIPSeg's 12).
     """
 
     adapter_class = Adapter
+    cond_dim = COND_DIM  # None: `dim`
 
     def __init__(self, config, branches="vl", dim=64, dims=None, blocks=None, reference=False):
         super().__init__(config, branches, reference)
-        vision, text = config.vision, config.text
         if "v" in branches:
             count = max(config.extract_layers) + 1  # deeper blocks do not reach the logits
             chosen = choose_blocks(blocks, "v", self.default_blocks("v", config), count)
-            self.vision = self.adapters(vision.hidden_size, chosen, self.widths("v", len(chosen), dim, dims))
+            widths = self.widths("v", len(chosen), dim, dims)
+            self.vision = self.adapters(config.vision.hidden_size, chosen, widths)
         if "l" in branches:
-            chosen = choose_blocks(blocks, "l", self.default_blocks("l", config), text.num_hidden_layers)
-            self.text = self.adapters(text.hidden_size, chosen, self.widths("l", len(chosen), dim, dims))
+            count = config.text.num_hidden_layers
+            chosen = choose_blocks(blocks, "l", self.default_blocks("l", config), count)
+            widths = self.widths("l", len(chosen), dim, dims)
+            self.text = self.adapters(config.text.hidden_size, chosen, widths)
         if "c" in branches:
-            self.cond = self.adapter_class(config.projection_dim, self.cond_width(dim))
+            self.cond = self.adapter_class(config.projection_dim, self.cond_dim or dim)
 
     def default_blocks(self, encoder, config):
         """Return the range of blocks of an encoder ("v" or "l") that have adapters."""
         layers = (config.vision if encoder == "v" else config.text).num_hidden_layers
         return range(min(max(config.extract_layers), layers))
-
-    def cond_width(self, dim):
-        """Return the width of the adapter on the conditional embedding."""
-        return COND_DIM
 
     def widths(self, encoder, count, dim, dims):
         """Return the width in each of `count` blocks. Raises ValueError for another number of `dims`."""
@@ -138,7 +90,7 @@ class DenseAdapters(Adapters):
         return list(dims)
 
     def adapters(self, d, blocks, widths):
-        """Return two adapters for each block of an encoder of width d."""
+        """Return a pair of adapters for each of some blocks, by block number; d: the encoder's width."""
         adapters = nn.ModuleDict()
         for i, dim in zip(blocks, widths):
             check_width(dim)
@@ -155,10 +107,10 @@ class DenseAdapters(Adapters):
 
 
 class ShallowAdapters(Adapters):
-    """Adapters on the activations that the decoder reads.
+    """Adapters on the activations that the decoder reads, of hidden width `dim`.
 
-    The text side's, of the end-of-text token's states, are added to the conditional embedding; where the
-    decoder reads the prompt's tokens instead (SAM 3), one adapter acts on these.
+    In the text branch they adapt the end-of-text token's states, and their sum is added to the conditional
+    embedding. Where the decoder reads the prompt's tokens instead (SAM 3), one adapter acts on these.
     """
 
     def __init__(self, config, branches="vl", dim=512, reference=False):
@@ -193,7 +145,7 @@ class ShallowAdapters(Adapters):
 
     @staticmethod
     def adapters(widths, dim):
-        """Return an adapter for each of some widths, by their numbers."""
+        """Return an adapter of hidden width `dim` for inputs of each of some widths, keyed "0", "1", ..."""
         return nn.ModuleDict({str(k): Adapter(d, dim) for k, d in enumerate(widths)})
 
     def adapt_activation(self, k, x):

@@ -1,4 +1,4 @@
-"""Methods beside the two papers': LoRA, the network's own weights, telescopic adapters.
+"""Methods that are in neither of the two papers: LoRA, decoder and full fine-tuning, telescopic adapters.
 
 Sources: Hu et al., "LoRA" (ICLR 2022); telescopic adapters: arXiv 2512.13855 (WACV 2026).
 """
@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlsm.methods.adapters import DenseAdapters, check_branches, choose_blocks
+from vlsm.methods.adapters import DenseAdapters
+from vlsm.methods.branches import check_branches, choose_blocks
 from vlsm.networks.hooks import PROJECTIONS, Tuner
 
 
@@ -40,7 +41,7 @@ class LoRA(Tuner):
         reference=False,
     ):  # fmt: skip
         super().__init__(config, reference)
-        check_branches(branches, "vl", "lora")
+        check_branches(branches, "vl")
         if dim < 1:
             raise ValueError(f"--dim {dim} leaves an update without a rank; give 1 or more (default 16).")
         wrong = sorted(set(lora_targets) - set(PROJECTIONS))
@@ -85,14 +86,14 @@ class LoRA(Tuner):
 
 
 class DecoderTuner(Tuner):
-    """Trains the parameters that follow the network's encoders, nothing else."""
+    """Trains the network's decoder alone: the parameters after the encoders."""
 
     def trained_network_parameters(self, network):
         return network.decoder_names()
 
 
 class FullTuner(DecoderTuner):
-    """Trains the network itself, as its `full_tuning_names` have it."""
+    """Trains all parameters of the network that reach the logits: its `full_tuning_names`."""
 
     def trained_network_parameters(self, network):
         return network.full_tuning_names()
@@ -122,10 +123,12 @@ class TelescopicAdapters(DenseAdapters):
     """Dense adapters whose width grows with depth: in the vision encoder 8 to 32, in the last three text
     blocks and on the conditional embedding `dim`.
 
-    dims: the widths of the vision blocks (default: the published nine, of another number the nearest).
+    dims: the widths of the vision blocks (default: the published nine; for another number of blocks each has
+    the width at its relative depth).
     """
 
     adapter_class = TelescopicAdapter
+    cond_dim = None
     WIDTHS = (8, 8, 10, 14, 17, 21, 24, 28, 32)
 
     def __init__(self, config, branches="vlc", dim=16, dims=None, blocks=None, reference=False):
@@ -136,9 +139,6 @@ class TelescopicAdapters(DenseAdapters):
             return super().default_blocks(encoder, config)
         layers = config.text.num_hidden_layers
         return range(max(0, layers - 3), layers)
-
-    def cond_width(self, dim):
-        return dim
 
     def widths(self, encoder, count, dim, dims):
         if encoder == "l":

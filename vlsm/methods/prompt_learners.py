@@ -53,11 +53,12 @@ def projection(d_in, d_out, hidden, low_rank, norm, bias=True):
 
 
 class PromptLearner(Tuner):
-    """Base of the six: `context` `[depth, n, width]`, its depth and its start.
+    """Base of the six: holds `context` `[depth, n, width]`, the context vectors of each layer.
 
-    prompt_depth: layers with vectors of their own (default `default_depth`, or as many as act on the logits).
-    context: n. context_init: a text, or one for each of the first layers, whose tokens' embeddings the
-    vectors start from (they then set n). Raises ValueError if these do not fit the network.
+    prompt_depth: number of layers with vectors of their own (default: `default_depth`, at most as many as act
+    on the logits). context: n. context_init: a text, or one for each of the first layers; the vectors start
+    from its tokens' embeddings, and n is the number of its tokens. Raises ValueError for values that do not
+    fit the network.
     """
 
     default_upsampler = True
@@ -92,22 +93,22 @@ class PromptLearner(Tuner):
 
     def on_attach(self, network, folder):
         if self.init_texts:
-            texts = self.init_texts[: len(self.context)]
-            ids = self.encode_init_texts(texts, Tokenizer(folder, limit=1 << 20))
-            depth, _, width = self.context.shape
-            vectors = self.random_context(network.config, depth, ids.shape[1], width)
+            ids = self.encode_init_texts(Tokenizer(folder, limit=1 << 20))
+            vectors = self.random_context(
+                network.config, len(self.context), ids.shape[1], self.context.shape[2]
+            )
             vectors[: len(ids)] = network.text_transformer().tokens(ids).detach()
             self.context = nn.Parameter(vectors)
         depth, n, _ = self.context.shape
         return dict(prompt_depth=depth, context=n)
 
-    @staticmethod
-    def encode_init_texts(texts, tokenizer):
-        """Return the token ids `[texts, n]`.
+    def encode_init_texts(self, tokenizer):
+        """Return the token ids `[texts, n]` of the first layers' texts.
 
         Raises ValueError unless all texts have n tokens, at least one.
         """
-        ids = [tokenizer.encode(text)[1:-1] for text in texts]
+        texts = self.init_texts[: len(self.context)]
+        ids = [tokenizer.encode(text)[1:-1] for text in texts]  # without start and end token
         counts = [len(row) for row in ids]
         if 0 in counts:
             empty = texts[counts.index(0)]
@@ -120,19 +121,22 @@ class PromptLearner(Tuner):
         return torch.tensor(ids)
 
     def uses_weight_decay(self, name, tensor):
-        """Tell whether a tensor decays: matrices and contexts do, biases and norms do not.
+        """Tell whether weight decay acts on a tensor: on matrices and contexts, not on biases and norms.
 
-        The published code leaves out the contexts, without saying so.
+        With `reference` it does not act on contexts, as in the published code; the paper does not say so.
         """
         published = self.reference and name.endswith("context")
         return super().uses_weight_decay(name, tensor) and tensor.dim() > 1 and not published
 
-    def module_per_layer(self, make, unified, copies=False):
-        """Return a module for each layer (`make()`, or copies of the first), or one for all if `unified`."""
-        modules = nn.ModuleList([make()])
-        for _ in self.context[1:] if not unified else ():
-            modules.append(copy.deepcopy(modules[0]) if copies else make())
-        return modules
+    def module_per_layer(self, make, unified):
+        """Return `make()` for each layer, each at a random start of its own; one for all if `unified`."""
+        count = 1 if unified else len(self.context)
+        return nn.ModuleList(make() for _ in range(count))
+
+    def copy_per_layer(self, module, unified):
+        """Return a copy of a module for each layer, so that all start alike; one for all if `unified`."""
+        count = 1 if unified else len(self.context)
+        return nn.ModuleList(copy.deepcopy(module) for _ in range(count))
 
     def apply_per_layer(self, modules, vectors=None):
         """Return each layer's vectors (default: `context`) put through that layer's module."""
@@ -151,7 +155,7 @@ class CoOp(PromptLearner):
         return Contexts(text=self.context.unbind())
 
     def adapt_logits(self, logits, features):
-        """Return the logits; on CLIPSeg the published code builds the upsampler and does not call it."""
+        """Return the logits; with `reference` on CLIPSeg the upsampler is built, as published, but unused."""
         return logits if self.ignores_upsampler else super().adapt_logits(logits, features)
 
     def uses_weight_decay(self, name, tensor):
@@ -196,7 +200,7 @@ class VPT(PromptLearner):
         return Contexts(vision=self.context.unbind())
 
     def adapt_logits(self, logits, features):
-        """Return the logits; the published code adds both terms, without the ratio."""
+        """Return the logits; with `reference` both terms are added without the ratio, as published."""
         if self.reference and self.upsampler is not None:
             return logits + self.upsampler.upsample(features)
         return super().adapt_logits(logits, features)
@@ -232,14 +236,11 @@ class SharedSeparate(PromptLearner):
             raise ValueError(f"--shared-dim {shared_dim}: give 1 or more (default 64).")
         super().__init__(config, shared_dim, prompt_depth, context, None, reference)
 
-        def projections(width):
-            def make():
-                return projection(shared_dim, width, intermediate_dim, lora_proj, proj_norm)
-
-            return self.module_per_layer(make, unified_proj, copies=True)
-
-        self.text_project = projections(config.text.hidden_size)
-        self.vision_project = projections(config.vision.hidden_size)
+        sizes = intermediate_dim, lora_proj, proj_norm
+        to_text = projection(shared_dim, config.text.hidden_size, *sizes)
+        self.text_project = self.copy_per_layer(to_text, unified_proj)
+        to_vision = projection(shared_dim, config.vision.hidden_size, *sizes)
+        self.vision_project = self.copy_per_layer(to_vision, unified_proj)
 
     def contexts(self):
         return Contexts(
@@ -270,15 +271,12 @@ class SharedAttention(PromptLearner):
             )
         if not 0 <= dropout < 1:
             raise ValueError(f"--dropout {dropout}: give 0 or more, below 1.")
-
-        def make():
-            # the published layer takes the n vectors for a batch of sequences of length one: none attends to
-            # another
-            return nn.TransformerEncoderLayer(
-                width, heads, feed_forward, dropout, norm_first=norm_first, batch_first=not reference
-            )
-
-        self.mixer = self.module_per_layer(make, unified_proj, copies=True)
+        # with batch_first False the n vectors are a batch of sequences of length one: as in the published
+        # code, none attends to another
+        mixer = nn.TransformerEncoderLayer(
+            width, heads, feed_forward, dropout, norm_first=norm_first, batch_first=not reference
+        )
+        self.mixer = self.copy_per_layer(mixer, unified_proj)
 
     def contexts(self):
         # both encoders' parts from one pass: one dropout draw

@@ -33,7 +33,7 @@ METHODS = {
     "shared_separate": SharedSeparate,
     "shared_attention": SharedAttention,
 }
-LARGEST = 1 << 16  # of any width, rank or count
+LARGEST = 1 << 16  # limit of any width, rank or count
 
 
 def default_options(method):
@@ -225,7 +225,7 @@ def check_model(method, network):
 def complete_options(method, given, config):
     """Return all options of a method: those `given`, checked, and the defaults of the others.
 
-    Of a combination: a dictionary for each method, and "upsampler"; a given option goes to every method that
+    For a combination: {method: its options, ..., "upsampler": bool}; a given option goes to every method that
     accepts it, and `vpt=dict(...)` to one. config: the network's. Raises ValueError for unknown options and
     for values of another type than the default's.
     """
@@ -256,7 +256,7 @@ def _check_names(method, given, accepted):
 
 
 def _fill(method, given):
-    """Return one method's options: from `given`, in which others may be, or their defaults."""
+    """Return all options of one method: values from `given` (which may hold others, too), else defaults."""
     options = default_options(method)
     for name, default in options.items():
         if name in given:
@@ -266,19 +266,20 @@ def _fill(method, given):
 
 
 def _check_type(name, value, default):
-    """Raise ValueError for an option of another type than its default, or for a number that is too large."""
+    """Raise ValueError for a value of another type than the default's, and for a number above `LARGEST`."""
     if value is None:
         return
     flag = f"--{name.replace('_', '-')}"
     if default is not None and isinstance(default, bool) != isinstance(value, bool):
         wanted = "yes or no" if isinstance(default, bool) else "a number"
         raise ValueError(f"{flag} {value!r}: give {wanted}.")
-    is_number = isinstance(value, (int, float))
-    takes_one = isinstance(default, (int, float)) and name != "intermediate_dim"
-    if takes_one and not is_number:
-        raise ValueError(f"{flag} {value!r}: give a number of at most {LARGEST}.")
-    for number in value if isinstance(value, (list, tuple)) else [value]:
-        if isinstance(number, (int, float)) and not abs(number) <= LARGEST:
+    one_number = isinstance(default, (int, float)) and name != "intermediate_dim"
+    several = isinstance(value, (list, tuple)) and not one_number
+    for number in value if several else [value]:
+        wrong = one_number
+        if isinstance(number, (int, float)):
+            wrong = not abs(number) <= LARGEST  # NaN is refused, too
+        if wrong:
             raise ValueError(f"{flag} {number!r}: give a number of at most {LARGEST}.")
 
 
@@ -288,7 +289,7 @@ def _check_type(name, value, default):
 def make_tuner(method, config, reference, settings):
     """Return the tuner of a method with all its options, as `complete_options` returns them.
 
-    Raises ValueError for values out of range, and for an upsampler that cannot be.
+    Raises ValueError for values out of range, and for an upsampler that the method or network cannot take.
     """
     names = split_methods(method)
     if len(names) == 1:
@@ -319,7 +320,7 @@ class Combination(Tuner):
 
     def __init__(self, tuners, config, reference=False):
         super().__init__(config, reference)
-        self.tuners = tuners  # a plain dict: registered below, so that names read "vpt.context"
+        self.tuners = tuners  # a plain dict; `setattr` registers them, so that names read "vpt.context"
         for name, tuner in tuners.items():
             setattr(self, name, tuner)
         self.needs_image_embedding = any(tuner.needs_image_embedding for tuner in tuners.values())

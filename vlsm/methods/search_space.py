@@ -1,9 +1,7 @@
-"""What a sweep searches for each method: `python -m vlsm.tools.sweep`.
+"""The hyper-parameters that `python -m vlsm.tools.sweep` searches, for each method.
 
 Source: Adhikari et al., "TuneVLSeg" (ACCV 2024), Table 2, for the prompt learners; the others alike.
 """
-
-import copy
 
 import torch
 
@@ -38,21 +36,21 @@ SPACES = {
 def search_space(method, network, config, reference, given):
     """Return {option: list of choices, or interval dict(low, high, log)} of a method on a network.
 
-    network: its class; config: its configuration. given: the method's options that are fixed. Leaves out
-    what has no effect, and choices that the network cannot take. Raises ValueError for the method none, and
-    for one that cannot act on the network.
+    network: its class; config: its configuration. given: the method's options that are fixed. Options without
+    an effect, and choices that do not fit the network, are left out. Raises ValueError for the method none,
+    and for one that cannot act on the network.
     """
     check_model(method, network)
     if method == "none":
         raise ValueError("--peft none trains nothing, so there is nothing to search. Choose another method.")
     names = split_methods(method)
-    space = copy.deepcopy(RATES)
+    space = dict(RATES)
     learners = [METHODS[name] for name in names if issubclass(METHODS[name], PromptLearner)]
     if learners:
         depths = [config.max_prompt_depth(learner.encoders, reference) for learner in learners]
         space["prompt_depth"] = dict(low=1, high=min(MAX_DEPTH, *depths))
     for name in names:
-        space.update(copy.deepcopy(SPACES.get(name, {})))
+        space.update(SPACES.get(name, {}))
     if "heads" in space:
         width = config.text.hidden_size + config.vision.hidden_size
         space["heads"] = [heads for heads in space["heads"] if width % heads == 0]

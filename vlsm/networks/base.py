@@ -1,7 +1,7 @@
 """The base class of all networks: the forward pass, and encoding prompts, with or without context vectors.
 
-A `Network` also answers the rest of the program: how images are normalised, which sizes it takes, which
-parameters are the decoder's, which ones reach the logits, which layers are worth compiling.
+A `Network` also tells the rest of the program how images are normalised, which sizes it takes, which
+parameters are the decoder's, which ones reach the logits, which layers to compile.
 """
 
 from typing import NamedTuple
@@ -47,7 +47,8 @@ class Network(nn.Module):
     """Base class of all networks.
 
     config: has `text` (an `EncoderConfig`) and `stride` (image sides must be multiples of it). reference: do
-    as the published code does where it departs from its paper.
+    as the published code does where it departs from its paper. A network whose vision encoder has transformer
+    layers that methods act in also has `vision_blocks()`, which returns them.
     """
 
     name = ""  # as people write it
@@ -56,9 +57,9 @@ class Network(nn.Module):
     renames = ()  # pairs (published name, ours), see renaming.py
     mean, std = IMAGENET_MEAN, IMAGENET_STD  # of images with values from 0 to 1
     methods = None  # names of the tuning methods that can act on it; None: all
-    unsupported_reason = ""  # why the others cannot, a sentence
-    decoder_reads_pixels = False
-    keeps_padding = False  # whether padding tokens take part
+    unsupported_reason = ""  # a sentence: why the others cannot
+    decoder_reads_pixels = False  # whether `decode` needs pixel_values
+    keeps_padding = False  # whether prompts keep their padding tokens
     compile_dynamic = True  # torch.compile's `dynamic`. True: dynamic shapes; None: only sizes that vary
 
     def __init__(self, config, reference=False):
@@ -92,7 +93,8 @@ class Network(nn.Module):
         elif isinstance(image_features, FrozenBlocks):
             image_features = self.encode_rest(image_features, tuner, contexts.vision)
         if text_features is None:
-            images = image_features.activations[0].shape[0]  # `len` would bind an exported file to one number
+            # not `len`: it would fix the batch size of an exported file
+            images = image_features.activations[0].shape[0]
             if input_ids.shape[0] != images:
                 raise ValueError(f"{images} images came with {len(input_ids)} prompts; each image needs one.")
             text_features = self.encode_prompts(
@@ -105,15 +107,13 @@ class Network(nn.Module):
         raise NotImplementedError
 
     def encode_blocks(self, pixel_values, tuner, contexts=(), depth=None):
-        """Encode images `[B, 3, H, W]` to `FrozenBlocks`: of `depth` blocks, or of all that need no gradient.
+        """Encode images `[B, 3, H, W]` to `FrozenBlocks`, so that their output can be cached.
 
-        None for a network without such blocks.
+        depth: number of blocks; None: all first blocks whose output needs no gradient. Returns None if the
+        network cannot be split; one that can also has `encode_rest(blocks, tuner, contexts)`, which runs the
+        remaining blocks: `FrozenBlocks` -> `ImageFeatures`.
         """
         return None
-
-    def encode_rest(self, blocks, tuner, contexts=()):
-        """Go on from the first blocks' output: `FrozenBlocks` -> `ImageFeatures`."""
-        raise NotImplementedError
 
     def encode_text(self, input_ids, attention_mask, tuner, contexts=()):
         """Encode prompts `[B, T]` for the decoder: a tuple of tensors `[B, ...]`.
@@ -129,12 +129,9 @@ class Network(nn.Module):
     # Prompts
 
     def encode_prompts(self, input_ids, attention_mask, tuner, contexts=(), image_embedding=None):
-        """Encode prompts `[B, T]` as `encode_text`; equal ones once, unless contexts depend on the image.
-
-        (`torch.compile` of the whole network cannot look at values: it encodes all.)
-        """
+        """Encode prompts `[B, T]` as `encode_text`; equal ones once, unless contexts depend on the image."""
         contexts = tuner.image_conditioned_contexts(contexts, image_embedding)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # the number of unique prompts depends on values, not on shapes
             return self.encode_text(input_ids, attention_mask, tuner, contexts)
         input_ids, attention_mask, row = self.unique_prompts(input_ids, attention_mask)
         if contexts and contexts[0].dim() == 3:  # [B, n, D]
@@ -142,7 +139,7 @@ class Network(nn.Module):
             return self.encode_text(input_ids[row], mask, tuner, contexts)
         text_features = self.encode_text(input_ids, attention_mask, tuner, contexts)
         row = row.to(text_features[0].device)
-        return tuple(t[row] for t in text_features)
+        return tuple(features[row] for features in text_features)
 
     def end_of_text(self, input_ids):
         """Return the index `[B]` of the pooled token: the first end token, or the highest id."""
@@ -154,10 +151,17 @@ class Network(nn.Module):
     def unique_prompts(self, input_ids, attention_mask):
         """Drop repeated prompts and needless padding.
 
-        Returns (input_ids `[U, T]`, attention_mask or None, row `[B]` of each prompt). Raises ValueError for
-        a prompt without an end. On a GPU's tensors this synchronises; keep `input_ids` on the CPU.
+        Returns (input_ids `[U, T]`, attention_mask or None, row `[B]` of each prompt among the U). Raises
+        ValueError for a prompt without an end-of-text token. Keep `input_ids` on the CPU: on a GPU this
+        synchronises.
         """
-        self.check_ends(input_ids)
+        eos = self.config.text.eos_token_id
+        without_end = (input_ids != eos).all(1)  # [B]
+        if eos != EOS_IS_MAX_ID and without_end.any():
+            raise ValueError(
+                f"Prompt {int(without_end.nonzero()[0])} of the batch holds no end-of-text token (id {eos}), "
+                "so there is nothing to pool. Was it cut by hand, or made with another model's tokenizer?"
+            )
         if attention_mask is None:
             input_ids, row = torch.unique(input_ids, dim=0, return_inverse=True)
         else:
@@ -167,16 +171,6 @@ class Network(nn.Module):
         if not self.keeps_padding:
             input_ids, attention_mask = self.without_padding(input_ids, attention_mask)
         return input_ids, attention_mask, row
-
-    def check_ends(self, input_ids):
-        """Raise ValueError for a prompt of `[B, T]` without an end-of-text token."""
-        eos = self.config.text.eos_token_id
-        missing = (input_ids != eos).all(1)  # [B]
-        if eos != EOS_IS_MAX_ID and missing.any():
-            raise ValueError(
-                f"Prompt {int(missing.nonzero()[0])} of the batch holds no end-of-text token (id {eos}), so "
-                "there is nothing to pool. Was it cut by hand, or made with another model's tokenizer?"
-            )
 
     def without_padding(self, input_ids, attention_mask):
         """Cut prompts `[U, T]` after the last end token. Returns (input_ids, attention_mask or None).
@@ -195,13 +189,13 @@ class Network(nn.Module):
         return input_ids, attention_mask
 
     def run_text_blocks(self, input_ids, attention_mask, tuner, contexts=()):
-        """Run the text encoder's layers on prompts `[B, T]`.
+        """Run the text encoder's layers on prompts `[B, T]` with n context vectors.
 
-        Returns (tokens after each layer, `[B, n+T, D]` each; index `[B]` of the pooled token; bool
-        `[B, n+T]`, the tokens that `attention_mask` leaves visible, or None). The n contexts follow the start
-        token; before layer i the previous outputs at their places are replaced by those of layer i. If a
-        prompt and its contexts exceed the encoder's window, the prompt loses its last words. Raises
-        ValueError for a prompt that exceeds it alone.
+        Returns (a list of the tokens `[B, n+T, D]` after each layer; index `[B]` of the pooled token; bool
+        `[B, n+T]`, the tokens that `attention_mask` leaves visible, or None). The contexts follow the start
+        token; before layer i the previous outputs at their places are replaced by the contexts of layer i.
+        A prompt that exceeds the encoder's window together with its contexts loses its last words. Raises
+        ValueError for a prompt that exceeds the window by itself.
         """
         encoder = self.text_transformer()
         limit = self.config.text.max_position_embeddings
@@ -236,40 +230,34 @@ class Network(nn.Module):
 
     @classmethod
     def rename(cls, tensors):
-        """Return a checkpoint's tensors under the published names, without those that the network lacks."""
+        """Rename a file's tensors to the published names, and drop those that the network lacks."""
         return tensors
 
     @classmethod
     def own_names(cls, tensors):
-        """Return tensors of published names under the names of our modules; own names stay."""
+        """Rename tensors from the published names to those of our modules; names of ours stay."""
         return to_own(tensors, cls.renames)
 
     @classmethod
     def published_names(cls, tensors):
-        """Return tensors of our modules' names under the published ones."""
+        """Rename tensors from the names of our modules to the published ones."""
         return to_published(tensors, cls.renames)
 
     def fresh_tensors(self, tensors):
-        """Return tensors that a checkpoint of these `tensors` lacks, at a random start, by our names."""
+        """Return the tensors, at a random start and by our names, that a file of `tensors` lacks and may
+        lack: a part that is always trained.
+        """
         return {}
 
     def initialise(self):
         """Initialise parameters created as zeros (random weights only)."""
 
-    def on_weights_loaded(self):
-        """Hook: runs once after the weights are loaded."""
-
     def parameter_names(self, *prefixes):
-        """Return the names of all parameters, or of those that start with one of some prefixes."""
-        names = [name for name, _ in self.named_parameters()]
-        return [name for name in names if name.startswith(prefixes)] if prefixes else names
+        """Return the names of all parameters, or of those that start with one of the `prefixes`."""
+        return [name for name, _ in self.named_parameters() if name.startswith(prefixes or "")]
 
     def text_transformer(self):
         """Return the `TextEncoder`."""
-        raise NotImplementedError
-
-    def vision_blocks(self):
-        """Return the vision encoder's layers, if methods can act in them."""
         raise NotImplementedError
 
     def decoder_names(self):
@@ -281,11 +269,14 @@ class Network(nn.Module):
         raise NotImplementedError
 
     def updated_buffers(self):
-        """Return the names of the buffers that training moves, given which parameters are trained."""
+        """Return the names of the buffers that training changes: BatchNorm's statistics.
+
+        Called once, after the weights are loaded and `requires_grad` is set.
+        """
         return []
 
     def compilable_blocks(self):
-        """Return the layers that are worth compiling: few kinds, many copies of each."""
+        """Return the layers to compile and to recompute: few kinds, many copies of each."""
         raise NotImplementedError
 
     def smallest_side(self):

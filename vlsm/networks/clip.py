@@ -6,7 +6,7 @@ Source: Radford et al., "Learning Transferable Visual Models From Natural Langua
 import torch
 from torch import nn
 
-from vlsm.networks.renaming import OPENAI_BLOCK, to_published
+from vlsm.networks.renaming import OPENAI_BLOCK, to_own, to_published
 from vlsm.networks.transformer import TextEncoder, encoder_blocks, noise, patch_tokens, tree
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -79,15 +79,8 @@ def from_hugging_face(tensors):
 
     q, k and v are stacked, the projections transposed, the buffers of position ids dropped.
     """
-    renamed = {}
-    for name, tensor in tensors.items():
-        if name.endswith("position_ids"):
-            continue
-        if name in ("text_projection.weight", "visual_projection.weight"):
-            tensor = tensor.T.contiguous()
-        for theirs, ours in HUGGING_FACE.items():
-            if name.startswith(theirs):
-                name = ours + name.removeprefix(theirs)
-                break
-        renamed[name] = tensor
+    tensors = {name: t for name, t in tensors.items() if not name.endswith("position_ids")}
+    for name in ("text_projection.weight", "visual_projection.weight"):
+        tensors[name] = tensors[name].T.contiguous()
+    renamed = to_own(tensors, HUGGING_FACE.items())
     return to_published(renamed, OPENAI_BLOCK)

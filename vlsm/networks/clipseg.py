@@ -62,15 +62,12 @@ class CLIPSegConfig:
         vision_sizes = {**VISION_DEFAULTS, **_encoder_sizes(raw, "vision_config")}
         vision = EncoderConfig.from_dict(vision_sizes, "vision_config")
         sizes = select_fields(cls, raw)
-        sizes.update(text=text, vision=vision)
-        if "extract_layers" in sizes:
-            sizes["extract_layers"] = tuple(sizes["extract_layers"])
-        config = cls(**sizes)
-        layers = config.extract_layers
+        layers = tuple(sizes.get("extract_layers", cls.extract_layers))
+        sizes.update(text=text, vision=vision, extract_layers=layers)
         count = vision.num_hidden_layers
         if not layers or min(layers) < 0 or max(layers) >= count:
             raise ValueError(f"extract_layers {list(layers)} must be indices of the {count} vision layers.")
-        return config
+        return cls(**sizes)
 
     @property
     def stride(self):
@@ -79,7 +76,7 @@ class CLIPSegConfig:
 
     @property
     def activation_widths(self):
-        """Return the widths of the activations that the decoder reads."""
+        """Return the width of each activation that the decoder reads."""
         return [self.vision.hidden_size] * len(self.extract_layers)
 
     @property
@@ -93,9 +90,10 @@ class CLIPSegConfig:
         return self.reduce_dim, None, self.vision.patch_size
 
     def max_prompt_depth(self, encoders, reference=False):
-        """Return how many sets of context vectors can act on the logits; the published code has one a layer.
+        """Return how many layers' context vectors can act on the logits.
 
-        In the vision encoder one more set may replace outputs of the last extract layer: the decoder sees it.
+        In the vision encoder one more set may replace outputs of the deepest extract layer, which the decoder
+        reads. With `reference` one set for each layer, as in the published code.
         """
         if reference:
             return min(self.vision.num_hidden_layers, self.text.num_hidden_layers)
@@ -104,12 +102,12 @@ class CLIPSegConfig:
 
 
 def _encoder_sizes(raw, name):
-    """Return an encoder's part of a `config.json`; old files repeat it, and mean it, as `<name>_dict`."""
+    """Return an encoder's part of a `config.json`; in old files `<name>_dict` has precedence."""
     return {**(raw.get(name) or {}), **(raw.get(f"{name}_dict") or {})}
 
 
 def vision_model(c):
-    """Return CLIP's vision transformer of an `EncoderConfig`, in Hugging Face's tree of names."""
+    """Build CLIP's vision transformer of an `EncoderConfig`, in Hugging Face's tree of names."""
     width = c.hidden_size
     patches = (c.image_size // c.patch_size) ** 2
     return tree(
@@ -121,17 +119,6 @@ def vision_model(c):
         pre_layrnorm=nn.LayerNorm(width, eps=c.layer_norm_eps),  # spelt so in the checkpoint
         encoder=tree(layers=encoder_blocks(c)),
         post_layernorm=nn.LayerNorm(width, eps=c.layer_norm_eps),
-    )
-
-
-def clip_encoders(c):
-    """Return CLIP's two encoders and their projections, in the checkpoint's tree of names."""
-    return tree(
-        text_model=text_model(c.text),
-        vision_model=vision_model(c.vision),
-        visual_projection=nn.Linear(c.vision.hidden_size, c.projection_dim, bias=False),
-        text_projection=nn.Linear(c.text.hidden_size, c.projection_dim, bias=False),
-        logit_scale=nn.Parameter(torch.tensor(2.6592)),  # not used; in the checkpoint
     )
 
 
@@ -202,7 +189,14 @@ class CLIPSeg(Network):
 
     def __init__(self, config, reference=False):
         super().__init__(config, reference)
-        self.clip = clip_encoders(config)
+        width = config.projection_dim
+        self.clip = tree(  # in the checkpoint's tree of names
+            text_model=text_model(config.text),
+            vision_model=vision_model(config.vision),
+            visual_projection=nn.Linear(config.vision.hidden_size, width, bias=False),
+            text_projection=nn.Linear(config.text.hidden_size, width, bias=False),
+            logit_scale=nn.Parameter(torch.tensor(2.6592)),  # not used; in the checkpoint
+        )
         self.decoder = Decoder(config)
 
     def encode_image(self, pixel_values, tuner, contexts=()):
@@ -214,12 +208,10 @@ class CLIPSeg(Network):
         return self.encode_rest(self.embed(pixel_values, contexts), tuner, contexts)
 
     def encode_blocks(self, pixel_values, tuner, contexts=(), depth=None):
-        """Run the first `depth` blocks, or all whose output needs no gradient: `[B, 3, H, W]` ->
-        `FrozenBlocks`.
-        """
         blocks = self.embed(pixel_values, contexts)
         if depth is not None:
             return self.run_vision(blocks, depth, tuner, contexts)
+        # one block at a time, until a trained parameter acts
         for stop in range(1, max(self.config.extract_layers) + 1):
             more = self.run_vision(blocks, stop, tuner, contexts)
             if more.tokens.requires_grad:
@@ -239,20 +231,20 @@ class CLIPSeg(Network):
         return ImageFeatures([by_layer[i] for i in layers], embedding, blocks.size)
 
     def embed(self, pixel_values, contexts=()):
-        """Return the first block's input for images `[B, 3, H, W]`: class token, patches, contexts."""
+        """Embed images `[B, 3, H, W]`: class token, patches, contexts. Returns `FrozenBlocks` of no block."""
         embeddings = self.clip.vision_model.embeddings
         patches = embeddings.patch_embedding(pixel_values)  # [B, D, h, w]
         x = patch_tokens(patches, embeddings.class_embedding, embeddings.position_embedding.weight)
         if contexts:
             x = insert_context(x, x.shape[1], contexts[0])
         x = self.clip.vision_model.pre_layrnorm(x)  # [B, 1+N+n, D]
-        return FrozenBlocks(0, x, [], tuple(pixel_values.shape[-2:]))
+        return FrozenBlocks(0, x, [], pixel_values.shape[-2:])
 
     def run_vision(self, blocks, stop, tuner, contexts=()):
-        """Run the vision encoder's blocks from `blocks.depth` to `stop` - 1: `FrozenBlocks` -> the same.
+        """Run the vision encoder's blocks `blocks.depth` to `stop` - 1: `FrozenBlocks` -> `FrozenBlocks`.
 
         The n contexts follow the patches. Before layer i the previous outputs at their places are replaced by
-        those of layer i, and so the decoder sees them too.
+        the contexts of layer i; the decoder sees these tokens, too.
         """
         x = blocks.tokens  # [B, 1+N+n, D]
         activations = list(blocks.activations)
@@ -281,7 +273,7 @@ class CLIPSeg(Network):
         H, W = image_features.size
         patch = self.config.vision.patch_size
         logits, features = self.decoder(activations, cond, (H // patch, W // patch))
-        if logits.shape[-2:] != (H, W):  # of a three-layer head, unless patches are of 16
+        if logits.shape[-2:] != (H, W):  # the three-layer head enlarges by (patch // 4)^2, not by patch
             logits = F.interpolate(logits, (H, W), mode="bilinear", align_corners=False)
         return tuner.adapt_logits(logits, features)  # [B, 1, H, W]
 

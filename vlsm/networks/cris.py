@@ -53,26 +53,21 @@ class CRISConfig:
     dim_ffn: int = 2048
     dropout: float = 0.2
 
-    stride = 32  # sides of images are multiples of this
+    stride = 32  # image sides must be multiples of it
     published_coop_ignores_upsampler = False
 
     @classmethod
     def from_dict(cls, raw):
         """Read the dictionary of a `config.json`. Raises ValueError for sizes that cannot work."""
-        sizes = select_fields(cls, raw)
-        for name, value in sizes.items():
-            if isinstance(value, list):
-                sizes[name] = tuple(value)
-        config = cls(**sizes)
+        config = cls(**select_fields(cls, raw))
         if len(config.vision_layers) != 4 or len(config.fpn_out) != 3:
             raise ValueError(
-                f"vision_layers {list(config.vision_layers)} should be four numbers and fpn_out "
-                f"{list(config.fpn_out)} three."
+                f"vision_layers {config.vision_layers} should be four numbers and fpn_out {config.fpn_out} "
+                "three."
             )
         if config.fpn_out[1] != config.text_width:
             raise ValueError(
-                f"fpn_out {list(config.fpn_out)}: its second width must be the text encoder's, "
-                f"{config.text_width}."
+                f"fpn_out {config.fpn_out}: its second width must be the text encoder's, {config.text_width}."
             )
         config.check_heads("vision_heads", 32 * config.vision_width)
         config.check_heads("text_heads", config.text_width)
@@ -150,12 +145,12 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(Attention):
-    """Self-attention of the last map's pixels, plus a linear path; the map is kept."""
+    """CLIP's attention pool without pooling: self-attention of the last map's pixels, plus a linear path."""
 
     def __init__(self, c):
         width = 32 * c.vision_width
         side = c.image_resolution // 32
-        position = noise(side**2 + 1, width, std=width**-0.5)  # row 0 belonged to CLIP's mean token
+        position = noise(side**2 + 1, width, std=width**-0.5)  # row 0 is that of CLIP's mean token, not used
         super().__init__(width, c.vision_heads, out_dim=c.embed_dim)
         self.positional_embedding = position
         self.connect = nn.Sequential(plain_conv(width, c.embed_dim, 1), nn.BatchNorm2d(c.embed_dim))
@@ -213,10 +208,12 @@ def stage(width, planes, count, stride):
 
 
 def conv(a, b, kernel):
+    """Return a convolution from `a` to `b` channels that keeps the size, with BatchNorm and ReLU."""
     return nn.Sequential(plain_conv(a, b, kernel), nn.BatchNorm2d(b), nn.ReLU())
 
 
 def double(x):
+    """Enlarge a map bilinearly: `[B, C, h, w]` -> `[B, C, 2h, 2w]`."""
     return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
@@ -238,6 +235,8 @@ class CoordConv(nn.Module):
 
 
 class Neck(nn.Module):
+    """Joins the three maps and gates them by the prompt."""
+
     def __init__(self, c):
         super().__init__()
         a, b, d = c.fpn_out
@@ -283,6 +282,8 @@ def pixel_positions(h, w, d, device):
 
 
 class DecoderLayer(nn.Module):
+    """Self-attention of pixels, cross-attention to words, MLP."""
+
     def __init__(self, c):
         super().__init__()
         d = c.fpn_out[1]
@@ -318,6 +319,8 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Transformer decoder: pixels attend to each other and to the prompt's words."""
+
     def __init__(self, c):
         super().__init__()
         self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_layers))
@@ -338,6 +341,8 @@ class Decoder(nn.Module):
 
 
 class Projector(nn.Module):
+    """Convolves the features by a 3 x 3 kernel that it makes from the prompt."""
+
     def __init__(self, c):
         super().__init__()
         d = c.fpn_out[1]
@@ -365,9 +370,9 @@ class CRIS(Network):
     """CRIS of a `CRISConfig`.
 
     Padding tokens are hidden from the decoder, BatchNorm keeps the running statistics of its checkpoint while
-    its weights are trained, and prompts may have any length up to the window. With `reference`, as the
-    published code has it: the decoder sees all 77 tokens but those of id 0 (the word "!"), and BatchNorm
-    takes the batch's statistics and moves its own.
+    its weights are trained, and prompts may have any length up to the window. With `reference`, as in the
+    published code, the decoder sees all 77 tokens except those of id 0 (the word "!"), and BatchNorm takes
+    the batch's statistics in training and updates its own.
     """
 
     name = "CRIS"
@@ -393,13 +398,13 @@ class CRIS(Network):
         self.decoder = Decoder(config)
         self.proj = Projector(config)
         self.keeps_padding = reference
-        self.without_statistics = set()
+        self.updated_norms = set()  # names of BatchNorm modules, see `updated_buffers`
 
     def encode_image(self, pixel_values, tuner, contexts=()):
         """Encode images `[B, 3, H, W]` to three maps; the embedding is the mean of the last one."""
         maps = self.backbone.visual(pixel_values)
         embedding = maps[-1].mean((2, 3)) if tuner.needs_image_embedding else None  # [B, P]
-        return ImageFeatures(list(maps), embedding, tuple(pixel_values.shape[-2:]))
+        return ImageFeatures(list(maps), embedding, pixel_values.shape[-2:])
 
     def encode_text(self, input_ids, attention_mask, tuner, contexts=()):
         """Return (state `[B, P]`, words `[B, S, D]`, bool `[B, S]`: which words the decoder may see)."""
@@ -460,32 +465,26 @@ class CRIS(Network):
                 norms[name] = module
         return norms
 
-    def on_weights_loaded(self):
-        """Note which BatchNorm modules have no statistics yet: mean 0, variance 1, as at a random start."""
-        self.without_statistics = set()
-        for name, norm in self.batch_norms().items():
-            if not norm.running_mean.any() and (norm.running_var == 1).all():
-                self.without_statistics.add(name)
-
-    def updates_statistics(self, name, norm):
-        """Tell whether a BatchNorm takes the batch's statistics in training, and moves its own.
-
-        With `reference` any does; else one that is trained and has none yet, but never the text gate's: there
-        equal prompts have no variance, and their text would be lost.
-        """
-        if self.reference:
-            return True
-        return name in self.without_statistics and norm.weight.requires_grad and name != "neck.txt_proj.1"
-
     def updated_buffers(self):
-        names = []
+        """Choose which BatchNorm modules take the batch's statistics in training and update their own.
+
+        With `reference` all do; else those that are trained and have no statistics yet (mean 0, variance 1),
+        except the text gate's: there equal prompts have no variance, and their text would be lost. Returns
+        the names of their statistics.
+        """
+        self.updated_norms = set()
+        buffers = []
         for name, norm in self.batch_norms().items():
-            if self.updates_statistics(name, norm):
-                names += [f"{name}.running_mean", f"{name}.running_var"]
-        return names
+            untouched = not norm.running_mean.any() and (norm.running_var == 1).all()
+            learns = untouched and norm.weight.requires_grad and name != "neck.txt_proj.1"
+            if self.reference or learns:
+                self.updated_norms.add(name)
+                buffers += [f"{name}.running_mean", f"{name}.running_var"]
+        return buffers
 
     def train(self, mode=True):
+        """Set training mode; BatchNorm takes a batch's statistics only where `updated_buffers` chose it."""
         super().train(mode)
         for name, norm in self.batch_norms().items():
-            norm.train(mode and self.updates_statistics(name, norm))
+            norm.train(mode and name in self.updated_norms)
         return self

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 PLAIN_ADDITIONS = torch.add, torch.add  # of attention's and the MLP's output to the residual stream
-PROJECTIONS = ("q", "k", "v", "out")  # of attention, as LoRA calls them
+PROJECTIONS = ("q", "k", "v", "out")  # the linear layers of attention, by LoRA's names
 
 
 class Contexts(NamedTuple):
@@ -36,10 +36,11 @@ class Tuner(nn.Module):
 
     def __init__(self, config=None, reference=False):
         super().__init__()
-        self.reference, self.upsampler = reference, None
+        self.reference = reference
+        self.upsampler = None
 
     def on_attach(self, network, folder):
-        """Start from the network's weights, which were read from `folder`; runs once.
+        """Initialise from the network's weights, which were read from `folder`; called once.
 
         Returns the options resolved from the weights, e.g. {"context": 5}.
         """
@@ -68,22 +69,22 @@ class Tuner(nn.Module):
         return PLAIN_ADDITIONS
 
     def lora_deltas(self, encoder, layer):
-        """Return a mapping such as {"q": f} or None: f(x) is added to that projection of a layer's attention.
+        """Return None or a mapping such as {"q": f}: f(x) is added to that projection of a layer's attention.
 
-        Keys are some of `PROJECTIONS`; x is the projection's input.
+        The keys are some of `PROJECTIONS`; x `[B, N, D]` is the projection's input.
         """
         return None
 
     def adapt_activation(self, k, x):
-        """Return the k-th activation that the decoder reads, `[B, 1+N, D]` (SAM 3: a map of the neck,
-        `[B, N, D]`).
+        """Return the k-th activation that the decoder reads: `[B, 1+N, D]`; SAM 3: the neck's k-th map as
+        tokens `[B, N, D]`.
         """
         return x
 
     def adapt_conditional(self, cond, states):
-        """Return the conditional embedding `[B, P]` (SAM 3: the prompt's tokens `[B, T, P]`).
+        """Return the conditional embedding `[B, P]`; SAM 3: the prompt's tokens `[B, T, P]`.
 
-        states: the end-of-text token's state `[B, D]` after each extract layer (SAM 3: none).
+        states: a list of the end-of-text token's states `[B, D]` after each extract layer; SAM 3: empty.
         """
         return cond
 

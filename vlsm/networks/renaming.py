@@ -1,7 +1,7 @@
-"""Names of tensors: a published checkpoint's into those of our modules, and back.
+"""Rename tensors: from a published checkpoint's names to those of our modules, and back.
 
-A network lists pairs of patterns, (published, ours), where # is a number. If a checkpoint stacks the
-projections to q, k and v, our pattern ends in `qkv_proj.`, and the tensor is split in three.
+A network lists pairs of patterns, (published, ours), in which # stands for a number. Where a checkpoint has
+the projections to q, k and v in one tensor, our pattern ends in `qkv_proj.`; the tensor is split in three.
 """
 
 import re
@@ -28,7 +28,7 @@ def replace(name, old, new):
 
 
 def to_own(tensors, pairs):
-    """Return tensors under our names; those that have such a name already keep it."""
+    """Rename tensors to our names; those that have such a name already keep it."""
     renamed = {}
     for name, tensor in tensors.items():
         for published, ours in pairs:
@@ -42,16 +42,17 @@ def to_own(tensors, pairs):
 
 
 def to_published(tensors, pairs):
-    """Undo `to_own`. Projections of which one is missing are not stacked."""
+    """Rename tensors to the published names: undo `to_own`. If q, k or v is missing, they are not stacked."""
     renamed = {}
     for name, tensor in tensors.items():
         stacked = _published_name(PROJECTION.sub(STACKED, name), pairs)
-        parts = [PROJECTION.sub(f".{letter}_proj.", name) for letter in "qkv"]
-        is_stacked = PROJECTION.search(name) and STACKED not in stacked and set(parts) <= set(tensors)
+        qkv = [PROJECTION.sub(f".{letter}_proj.", name) for letter in "qkv"]
+        # the checkpoint stacks them if a pair of patterns has replaced `qkv_proj.`
+        is_stacked = PROJECTION.search(name) and STACKED not in stacked and set(qkv) <= set(tensors)
         if not is_stacked:
             renamed[_published_name(name, pairs)] = tensor
-        elif name == parts[0]:
-            renamed[stacked] = torch.cat([tensors[part] for part in parts])
+        elif name == qkv[0]:  # stacked at the place of q; k and v are skipped
+            renamed[stacked] = torch.cat([tensors[part] for part in qkv])
     return renamed
 
 

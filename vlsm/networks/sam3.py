@@ -20,12 +20,12 @@ from torch import nn
 from vlsm.networks.base import ImageFeatures, Network
 from vlsm.networks.transformer import (
     MLP,
-    VISION_DEFAULTS,
     Attention,
     Block,
     EncoderConfig,
     TextEncoder,
     initialise_embeddings,
+    rename_keys,
     select_fields,
     text_model,
     to_map,
@@ -33,6 +33,7 @@ from vlsm.networks.transformer import (
     tree,
 )
 
+SCALE_FACTORS = [4.0, 2.0, 1.0, 0.5]  # of the published neck; its last level does not reach the mask
 LEVELS = (4, 2, 1)  # by how much the neck enlarges the vision transformer's map, finest first
 JOINS = len(LEVELS) - 1
 PREFIXES = ("detector_model.", "sam3.")  # name prefixes of other exports
@@ -51,7 +52,6 @@ UNUSED = (
 )
 # sizes that a config.json leaves out: the published ones
 VISION_SIZES = dict(
-    VISION_DEFAULTS,
     hidden_size=1024,
     intermediate_size=4736,
     num_hidden_layers=32,
@@ -115,21 +115,16 @@ class SAM3Config:
         backbone = vision.get("backbone_config") or {}
         rope = backbone.get("rope_parameters") or {}
         sizes = select_fields(cls, {**backbone, **rope, "width": vision.get("fpn_hidden_size")})
-        for theirs, ours in FUSION_SIZES.items():
-            if theirs in fusion:
-                sizes[ours] = fusion[theirs]
-        if "num_attention_heads" in mask:
-            sizes["mask_heads"] = mask["num_attention_heads"]
-        if "global_attn_indexes" in sizes:
-            sizes["global_attn_indexes"] = tuple(sizes["global_attn_indexes"])
+        sizes.update(rename_keys(fusion, FUSION_SIZES))
+        sizes.update(rename_keys(mask, {"num_attention_heads": "mask_heads"}))
         text = {**TEXT_SIZES, **text}
         sizes["text"] = EncoderConfig.from_dict(text, "text_config")
         backbone = {**VISION_SIZES, **backbone}
         sizes["vision"] = EncoderConfig.from_dict(backbone, "vision_config.backbone_config")
         config = cls(**sizes)
-        factors = tuple(vision.get("scale_factors", (4, 2, 1, 0.5)))
-        if factors != (4, 2, 1, 0.5):
-            raise ValueError(f"vision_config.scale_factors {list(factors)} are not 4, 2, 1, 0.5.")
+        factors = list(vision.get("scale_factors", SCALE_FACTORS))
+        if factors != SCALE_FACTORS:
+            raise ValueError(f"vision_config.scale_factors {factors} are not {SCALE_FACTORS}.")
         head_width = config.vision.hidden_size // config.vision.num_attention_heads
         if config.width % 8 or head_width % 4:
             raise ValueError(
@@ -305,6 +300,7 @@ class FusionLayer(nn.Module):
         return x + self.drop(self.mlp(self.layer_norm3(x)))  # [B, h * w, P]
 
     def drop(self, x):
+        """Apply dropout in training."""
         return F.dropout(x, self.dropout, self.training)
 
 
@@ -379,7 +375,7 @@ class SAM3(Network):
         """
         vision = self.vision_encoder.backbone
         patches = vision.embeddings.patch_embeddings.projection(pixel_values)  # [B, D, h, w]
-        grid = tuple(patches.shape[-2:])
+        grid = patches.shape[-2:]
         x = to_tokens(patches)  # [B, h * w, D]
         x = x + self._tiled_positions(*grid).to(patches.dtype)
         x = vision.layer_norm(x)
@@ -389,7 +385,7 @@ class SAM3(Network):
         if tuner.needs_image_embedding:
             coarsest = self.vision_encoder.neck.fpn_layers[-1]
             embedding = coarsest(to_map(x, grid)).mean((2, 3))  # [B, P]
-        return ImageFeatures([x], embedding, tuple(pixel_values.shape[-2:]))
+        return ImageFeatures([x], embedding, pixel_values.shape[-2:])
 
     def _tiled_positions(self, h, w):
         """Return position embeddings `[h * w, D]`: those of the pretraining's grid, repeated."""

@@ -1,5 +1,5 @@
 """SAN in plain PyTorch: a small vision transformer next to a frozen CLIP proposes masks, and attention biases
-by which CLIP names each mask.
+with which CLIP computes an embedding of each mask.
 
 Parameters carry the published names (`clip_model...`, `side_adapter_network...`) except in blocks
 (`SAN.renames`); CLIP's come from a Hugging Face CLIP folder. Shapes: B images; H x W, the side network's
@@ -19,10 +19,10 @@ from vlsm.networks.base import EOS_IS_MAX_ID, ImageFeatures, Network
 from vlsm.networks.clip import CLIP, CLIP_MEAN, CLIP_STD, SIZE_TENSORS, VisionTransformer, from_hugging_face
 from vlsm.networks.renaming import OPENAI_BLOCK
 from vlsm.networks.transformer import (
-    VISION_DEFAULTS,
     Block,
     EncoderConfig,
     noise,
+    rename_keys,
     resize_positions,
     select_fields,
     to_map,
@@ -52,17 +52,12 @@ SIDE_SIZES = dict(
 )
 
 
-def select(values, names):
-    """Return the values that have a name in `names`, by the names that these map to."""
-    return {ours: values[theirs] for theirs, ours in names.items() if theirs in values}
-
-
 def encoder_config(raw, names, defaults):
     """Return the `EncoderConfig` of the first of some parts of a `config.json`, over defaults."""
     given = {}
     for name in reversed(names):
         given = raw.get(name) or given
-    values = {**defaults, **given, **select(given, ENCODER_SIZES)}
+    values = {**defaults, **given, **rename_keys(given, ENCODER_SIZES)}
     values.setdefault("intermediate_size", 4 * values.get("hidden_size", EncoderConfig.hidden_size))
     values["eos_token_id"] = EOS_IS_MAX_ID
     return EncoderConfig.from_dict(values, names[0])
@@ -77,7 +72,7 @@ class SANConfig:
     projection_dim: int = 512
     img_size: int = 640
     clip_resolution: float = 0.5  # of the images that CLIP sees
-    split_layer: int = 9  # CLIP's layers from here on name the masks
+    split_layer: int = 9  # CLIP's layers from here on compute the masks' embeddings
     num_queries: int = 100
     side_width: int = 240
     side_depth: int = 8
@@ -86,7 +81,7 @@ class SANConfig:
     side_img_size: int = 640
     embed_channels: int = 256
     mlp_channels: int = 256
-    # side block -> CLIP layer; empty: as published, or as the published code has it
+    # side block -> CLIP layer; empty: FUSION, with `reference` FUSION_REFERENCE
     fusion_map: dict = field(default_factory=dict)
 
     upsampler_sizes = None  # the logits are a sum of masks, not made of features
@@ -102,13 +97,12 @@ class SANConfig:
         masks = raw.get("mask_decoder") or {}
         sizes = select_fields(cls, {"projection_dim": raw.get("embed_dim"), **raw, **masks})
         sizes["side_img_size"] = sizes.get("img_size", cls.img_size)
-        sizes.update(select(side, SIDE_SIZES))
+        sizes.update(rename_keys(side, SIDE_SIZES))
         sizes["fusion_map"] = {}
         for block, layer in (raw.get("fusion_map") or {}).items():
             sizes["fusion_map"][int(block)] = int(layer)
         sizes["text"] = encoder_config(raw, ("text_config", "clip_text"), {})
-        vision_defaults = dict(VISION_DEFAULTS, patch_size=16)
-        del vision_defaults["intermediate_size"]
+        vision_defaults = dict(hidden_size=768, num_attention_heads=12, patch_size=16)
         sizes["vision"] = encoder_config(raw, ("vision_config", "clip_vision"), vision_defaults)
         config = cls(**sizes)
         if config.side_width % config.side_heads:
@@ -160,8 +154,8 @@ class Fusion(nn.Module):
         return to_tokens(x)
 
 
-class MLP(nn.Module):
-    """Three layers with ReLU between; on maps they are 1 x 1 convolutions."""
+class ThreeLayerMLP(nn.Module):
+    """Three layers with ReLU between them; on maps they are 1 x 1 convolutions."""
 
     def __init__(self, dim, hidden, out, of_maps):
         super().__init__()
@@ -177,13 +171,15 @@ class MLP(nn.Module):
 
 
 class MaskDecoder(nn.Module):
+    """Makes masks and CLIP's attention biases from queries and pixels, by inner products."""
+
     def __init__(self, c):
         super().__init__()
         self.heads = c.vision.num_attention_heads
         width, hidden, out = c.side_width, c.mlp_channels, c.embed_channels
-        self.query_mlp = MLP(width, hidden, out, of_maps=False)
-        self.pix_mlp = MLP(width, hidden, out, of_maps=True)
-        self.attn_mlp = MLP(width, hidden, out * self.heads, of_maps=True)
+        self.query_mlp = ThreeLayerMLP(width, hidden, out, of_maps=False)
+        self.pix_mlp = ThreeLayerMLP(width, hidden, out, of_maps=True)
+        self.attn_mlp = ThreeLayerMLP(width, hidden, out * self.heads, of_maps=True)
         self.bias_scaling = nn.Linear(1, 1)
 
     def forward(self, queries, pixels):
@@ -199,7 +195,7 @@ class MaskDecoder(nn.Module):
 
 
 class SideNetwork(nn.Module):
-    """What SAN trains; a fresh one starts as published."""
+    """The side network, which SAN trains; it proposes masks and attention biases."""
 
     def __init__(self, c):
         super().__init__()
@@ -230,7 +226,7 @@ class SideNetwork(nn.Module):
         return self.mask_decoder(x[:, :Q], to_map(x[:, Q:], (H, W)))
 
     def fuse(self, n, x, features, clip_grid, grid):
-        """Add CLIP's patches to the pixels among tokens `[B, Q+H*W, D]` after n blocks, if a layer is due."""
+        """Add CLIP's patches to the pixels among tokens `[B, Q+H*W, D]`, if `fusion_map` has block n."""
         if n not in self.fusion_map:
             return x
         clip_patches = features[self.fusion_map[n]][:, 1:]
@@ -242,11 +238,11 @@ class SideNetwork(nn.Module):
 class SAN(Network):
     """SAN of a `SANConfig`.
 
-    Logits are the masks, each weighted by the cosine of its embedding and the prompt's, and summed. (SAN's
-    own scale on the cosine sharpens a softmax over many classes; one prompt has none.) Gradients run through
-    the frozen CLIP into the biases, as SAN means it. With `reference`, as the published comparison has it:
-    CLIP runs without gradients, so that the biases never learn, the fusion map is inverted, and the weight is
-    the mean over channels of the product with the prompt's embedding as it is.
+    Logits are the sum of the masks, each weighted by the cosine of its embedding and the prompt's. (SAN's own
+    scale on the cosine sharpens a softmax over many classes; with one prompt there is no softmax.) Gradients
+    run through the frozen CLIP into the biases, as in SAN's paper. With `reference`, as in the published
+    comparison: CLIP runs without gradients, so that the biases never learn; the fusion map is inverted; and
+    the weight is the mean over channels of the product with the prompt's unnormalised embedding.
     """
 
     name = "SAN"
@@ -306,7 +302,7 @@ class SAN(Network):
                     activations.append(x)
                 if i < last:
                     x = block(x)
-        return ImageFeatures(activations, None, tuple(pixel_values.shape[-2:]))
+        return ImageFeatures(activations, None, pixel_values.shape[-2:])
 
     def encode_text(self, input_ids, attention_mask, tuner, contexts=()):
         """Encode prompts `[B, T]` to their embeddings, a tuple of one tensor `[B, P]`."""

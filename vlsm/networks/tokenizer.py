@@ -1,12 +1,13 @@
-"""CLIP's tokenizer, from a folder in Hugging Face layout, on the `tokenizers` library."""
+"""CLIP's tokenizer, built with the `tokenizers` library from a folder in Hugging Face layout."""
 
-import sys
 from pathlib import Path
 
 import torch
 from tokenizers import Regex, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import BPE
+
+from vlsm.system.console import say_once
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 # Words, single digits and runs of other signs; English contractions apart (CLIP's rule).
@@ -46,7 +47,7 @@ def read_tokenizer(folder):
 
 
 class Tokenizer:
-    """Prompts to `input_ids` and `attention_mask`, padded to the longest of the batch, cut to `limit` tokens.
+    """Turns prompts into `input_ids` and `attention_mask`, cut to `limit`, padded to the batch's longest.
 
     folder: holds vocab.json and merges.txt, or tokenizer.json. pad_to_limit: pad to the limit instead. Raises
     FileNotFoundError if the folder holds neither, ValueError for a tokenizer that is not CLIP's.
@@ -65,7 +66,6 @@ class Tokenizer:
         self.end = self.fast.token_to_id(END)
         if self.start is None or self.end is None:
             raise ValueError(f"The tokenizer in '{folder}' lacks {START} or {END}; it is not CLIP's.")
-        self.warned = False  # about a prompt that is too long
 
     def encode(self, prompt):
         """Return the token ids of one prompt, start and end included. Raises ValueError for no UTF-8."""
@@ -73,13 +73,11 @@ class Tokenizer:
             raise ValueError(f"The prompt {ascii(prompt)} is no text in UTF-8.")
         ids = self.fast.encode(prompt, add_special_tokens=False).ids
         if len(ids) > self.limit - 2:
-            if not self.warned:
-                print(
-                    f"A prompt has {len(ids) + 2} tokens and the model takes {self.limit}; the rest is cut "
-                    f"off, in this prompt and in other long ones: '{prompt[:60]}...'",
-                    file=sys.stderr,
-                )
-            self.warned = True
+            say_once(
+                self,
+                f"A prompt has {len(ids) + 2} tokens and the model takes {self.limit}; the rest is cut off, "
+                f"in this prompt and in other long ones: '{prompt[:60]}...'",
+            )
             ids = ids[: self.limit - 2]
         return [self.start, *ids, self.end]
 

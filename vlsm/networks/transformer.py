@@ -1,4 +1,4 @@
-"""The pre-norm transformer block of all networks, its attention and MLP, by Hugging Face's names for CLIP."""
+"""The pre-norm transformer block of all networks, its attention and MLP; names are Hugging Face CLIP's."""
 
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -45,7 +45,7 @@ def rotate(t, cos, sin):
 
 
 def linear_of(weight):
-    """Return a linear layer with a weight `[out, in]` and a bias of zeros."""
+    """Build a linear layer of a weight `[out, in]`, with a bias of zeros."""
     out_width, in_width = weight.shape
     layer = nn.Linear(in_width, out_width, device="meta")  # draws no random numbers
     layer.weight = nn.Parameter(weight)
@@ -227,7 +227,7 @@ def noise(*shape, std=0.02):
 
 
 def tree(**children):
-    """Return a module that only holds modules and parameters, grouped under a name as in a checkpoint."""
+    """Group modules and parameters under names, as a checkpoint does; the module has no forward pass."""
     module = nn.Module()
     for name, child in children.items():
         setattr(module, name, child)
@@ -280,6 +280,11 @@ def select_fields(config_class, values):
     return {name: value for name, value in values.items() if name in names and value is not None}
 
 
+def rename_keys(values, names):
+    """Return {ours: value} of the keys {theirs: ours} in `names` that the dictionary `values` has."""
+    return {ours: values[theirs] for theirs, ours in names.items() if theirs in values}
+
+
 @dataclass(frozen=True)
 class EncoderConfig:
     """Sizes of a CLIP encoder; the defaults are those that `config.json` leaves out (text encoder)."""
@@ -302,11 +307,13 @@ class EncoderConfig:
         """Read the part `name` of a `config.json`. Raises ValueError for sizes that cannot work."""
         config = cls(**select_fields(cls, values))
         for f in fields(cls):
-            value, most = getattr(config, f.name), MOST.get(f.name, 1 << 20)
+            value = getattr(config, f.name)
+            most = MOST.get(f.name, 1 << 20)
             number = type(value) in (int, float) and (value > 0 or f.name == "eos_token_id")
             if f.type is not str and not (number and value <= most):
                 raise ValueError(f"{name}.{f.name} is {value!r}; give a number of at most {most}.")
-        heads, width = config.num_attention_heads, config.hidden_size
+        heads = config.num_attention_heads
+        width = config.hidden_size
         if config.hidden_act not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
             raise ValueError(f"{name}.hidden_act is '{config.hidden_act}'; known are {known}.")

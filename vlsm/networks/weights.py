@@ -1,4 +1,4 @@
-"""Base weights: where they come from, reading them (nothing in a file can execute), their fingerprint."""
+"""Base weights: finding and reading them (nothing in a file is executed), fingerprint, image size."""
 
 import hashlib
 from pathlib import Path
@@ -19,7 +19,7 @@ TEXT_FILES = [
     "tokenizer.json",
     "tokenizer_config.json",
 ]
-# a piece of a tensor's name -> the checkpoint that has such names
+# part of a tensor's name -> the checkpoint that has such names
 CHECKPOINTS = {
     "side_adapter_network.": "a SAN checkpoint (--model san)",
     "neck.txt_proj.": "a CRIS checkpoint (--model cris; python -m vlsm.tools.convert_cris turns a .pth "
@@ -33,8 +33,8 @@ CHECKPOINTS = {
 }
 
 
-def guess_kind(names):
-    """Return a sentence that says which checkpoint has tensors of such names, or an empty text."""
+def guess_checkpoint(names):
+    """Return a sentence that tells whose checkpoint has tensors of such names, or an empty text."""
     for piece, checkpoint in CHECKPOINTS.items():
         if any(piece in name for name in names):
             return f"It looks like {checkpoint}."
@@ -49,9 +49,9 @@ def is_random(weights):
 def locate_weights(weights, network):
     """Return (folder of the weights and the tokenizer, configuration file).
 
-    weights: "mini", a local folder, a hub id (downloaded and cached), or random:CONFIG.json; its tokenizer is
-    the one next to the file, else the embedded one. network: the class that loads them. Raises
-    FileNotFoundError if there are none.
+    weights: "mini", a local folder, a hub id (downloaded and cached), or random:CONFIG.json, whose tokenizer
+    is the one next to the file, else the embedded one. network: the class that loads them. Raises
+    FileNotFoundError if there are no weights.
     """
     if weights is None:
         name = network.name.lower()
@@ -59,14 +59,15 @@ def locate_weights(weights, network):
             f"{network.name}'s weights are on no hub. Convert a checkpoint that you have with `python -m "
             f"vlsm.tools.convert_{name} FILE DIR` and pass --weights DIR."
         )
+    weights = str(weights)
     if is_random(weights):
         return _locate_random(weights)
-    folder = MINI if str(weights) == "mini" else _locate_folder(str(weights))
+    folder = MINI if weights == "mini" else _locate_folder(weights)
     return folder, folder / "config.json"
 
 
 def _locate_random(weights):
-    file = Path(str(weights).removeprefix(RANDOM)).expanduser()
+    file = Path(weights.removeprefix(RANDOM)).expanduser()
     if not file.is_file():
         raise FileNotFoundError(
             f"There is no file '{file}'. --weights {RANDOM}CONFIG.json needs a file of a network's sizes."
@@ -152,19 +153,13 @@ def describe_mismatch(expected, given):
         if name in given and given[name].shape != expected[name].shape:
             shape = list(given[name].shape)
             other_shape.append(f"{name} {shape} instead of {list(expected[name].shape)}")
-    differences = [
-        _count(missing, "missing"),
-        _count(left_over, "left over"),
-        _count(other_shape, "of another shape"),
-    ]
-    return "; ".join(filter(None, differences))
-
-
-def _count(names, difference):
-    if not names:
-        return ""
-    more = ", ..." if len(names) > 6 else ""
-    return f"{len(names)} {difference}: {', '.join(names[:6])}{more}"
+    differences = {"missing": missing, "left over": left_over, "of another shape": other_shape}
+    texts = []
+    for difference, names in differences.items():
+        if names:
+            more = ", ..." if len(names) > 6 else ""
+            texts.append(f"{len(names)} {difference}: {', '.join(names[:6])}{more}")
+    return "; ".join(texts)
 
 
 def load_strictly(module, tensors, source, file_names):
@@ -174,10 +169,10 @@ def load_strictly(module, tensors, source, file_names):
     """
     mismatch = describe_mismatch(module.state_dict(), tensors)
     if mismatch:
-        message = (
-            f"{source} does not fit a {type(module).__name__} of this configuration. Tensors {mismatch}."
+        raise ValueError(
+            f"{source} does not fit a {type(module).__name__} of this configuration. Tensors {mismatch}. "
+            f"{guess_checkpoint(file_names)}"
         )
-        raise ValueError(f"{message} {guess_kind(file_names)}".rstrip())
     module.load_state_dict(tensors, assign=True)
 
 
@@ -198,10 +193,10 @@ DEFAULT_SIDE = 352  # pixels; CLIPSeg's, where the weights come without a prepro
 
 
 def image_side(config, folder, requested=None):
-    """Return the side in pixels: as requested, else the network's own, else its image processor's.
+    """Return the side of input images in pixels: requested, else the network's, else the image processor's.
 
     config: the network's; folder: of the weights. Raises ValueError for a side that is no multiple of the
-    network's stride, and for a processor file with a side out of range.
+    network's stride, and for a preprocessor_config.json with a side out of range.
     """
     side = requested or getattr(config, "img_size", None)
     if side is None:
@@ -219,13 +214,12 @@ def _processor_side(file):
     """Return the side that a Hugging Face image processor resizes to: `size`, a number or a dictionary."""
     if not file.is_file():
         return DEFAULT_SIDE
-    settings = read_json(file)
-    size = settings.get("size", DEFAULT_SIDE)
-    if isinstance(size, dict):
-        key = "shortest_edge" if "shortest_edge" in size and "height" not in size else "height"
-        side = field(file, size, key, kind=int, words="a side in pixels")
-    else:
-        side = field(file, dict(settings, size=size), "size", kind=int, words="a side in pixels")
+    sizes = {"size": DEFAULT_SIDE, **read_json(file)}
+    key = "size"
+    if isinstance(sizes["size"], dict):
+        sizes = sizes["size"]
+        key = "height" if "height" in sizes else "shortest_edge"
+    side = field(file, sizes, key, kind=int, words="a side in pixels")
     if not 1 <= side <= 8192:
         raise ValueError(f"'{file}': a side of {side} pixels is out of range (1 to 8192).")
     return side

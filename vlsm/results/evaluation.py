@@ -1,4 +1,4 @@
-"""What a checkpoint predicts of a split, record by record, and its scores; options and folder of that."""
+"""Predict the masks of a split and score them, record by record; options and folder of an evaluation."""
 
 import argparse
 import re
@@ -24,7 +24,7 @@ READERS = 4  # threads that read masks
 
 
 def add_split_arguments(parser):
-    """Add the options of a program that reads a run's split."""
+    """Add the options of a program that evaluates a run on a split."""
     add = parser.add_argument_group("data").add_argument
     add("--split", default="test", choices=["train", "val", "test"], help="default: test")
     add("--dataset", help="another data set than the run's: a name or a folder")
@@ -33,7 +33,7 @@ def add_split_arguments(parser):
     add("--seed", type=number(int, 0), help="seed of random prompts (default: the run's)")
     add(
         "--group",
-        type=_pattern,
+        type=pattern,
         metavar="REGEX",
         help="the bootstrap draws whole groups: what this pattern finds in an image's name (default: the "
         "patient of camus and chexlocalize, else the image)",
@@ -50,7 +50,8 @@ def add_split_arguments(parser):
     add("--cache-dir", default=default_cache(), help="folder of decoded images (default: %(default)s)")
 
 
-def _pattern(text):
+def pattern(text):
+    """Check a regular expression: a `type=` for argparse. Raises ArgumentTypeError if it is none."""
     try:
         re.compile(text)
     except re.error as error:
@@ -84,7 +85,8 @@ def predictions(predictor, data, prompts, batch_size):
     batches = [batch for _, batch in parallel.own_batches(chunks(wanted, batch_size))]
     with ThreadPoolExecutor(READERS) as pool, progress(len(wanted), "evaluating") as bar:
 
-        def read_masks(batch):  # at original size, in a thread, while the network works on the batch before
+        def read_masks(batch):
+            """Read masks at original size, in a thread, while the network works on the previous batch."""
             return list(pool.map(read_mask, [data.records[i].mask for i in batch]))
 
         for batch, masks in prefetch(read_masks, batches):
@@ -104,8 +106,10 @@ def measure_records(predictor, data, prompts, batch_size, measure):
     results = []
     for batch in predictions(predictor, data, prompts, batch_size):
         for index, prompt, logits, truth in batch:
-            results.append((index, measure(index, prompt, logits, truth)))
-    return [result for _, result in parallel.gather_sorted(results) if result is not None]
+            result = measure(index, prompt, logits, truth)
+            if result is not None:
+                results.append((index, result))
+    return [result for _, result in parallel.gather_sorted(results)]
 
 
 def evaluate_split(
@@ -121,6 +125,7 @@ def evaluate_split(
     groups = group_names(data.records, group)
 
     def measure(i, prompt, logits, truth):
+        """Return the scores of record i; write its mask and probabilities if folders are given."""
         record = data.records[i]
         probability = logits_at_size(logits, truth.shape).sigmoid()
         mask = mask_at_size(logits, truth.shape, upsample)
@@ -131,7 +136,7 @@ def evaluate_split(
             image = Image.fromarray(levels.astype(np.uint16))
             save_png(image, mask_target(probability_folder, record.mask_name))
         row = dict(image=record.name, mask=record.mask_name, group=groups[i], prompt=prompt)
-        row.update(score([(mask, truth)], tolerance)[0])
+        row.update(score(mask, truth, tolerance))
         row.update(calibration_counts(probability, truth))
         if keep_masks:
             row["packed_mask"] = np.packbits(mask.cpu().numpy())

@@ -10,9 +10,9 @@ from vlsm.system.plots import save_figure
 
 GREEN, CYAN = (40, 200, 90), (0, 200, 255)
 INK, GREY = "#1e1e23", "#5a5a64"
-# Of a sheet, in inches.
+# sizes of a sheet in inches: an image's width, space between images, height of the titles, of a line of text
 CELL, GAP, HEAD, LINE = 2.2, 0.08, 0.28, 0.17
-LETTERS = 15  # of a prompt in an inch, at 8.5 points
+LETTERS = 15  # letters of a prompt in an inch, at 8.5 points
 PROMPT_LINES = 3
 DPI = 150
 
@@ -24,21 +24,20 @@ def overlay(image, mask, colour):
     out = image.astype(np.float32)
     out[mask] = 0.65 * out[mask] + 0.35 * np.array(colour)
     width = max(1, round(min(mask.shape) / 160))
-    inside = binary_erosion(
-        mask, iterations=width
-    )  # also from the image's border, so that the outline closes
+    # erodes from the image's border, too, so that the outline closes
+    inside = binary_erosion(mask, iterations=width)
     out[mask & ~inside] = colour
     return out.astype(np.uint8)
 
 
 def unpack_mask(score, shape):
-    """Return the predicted mask bool `[H, W]` that `evaluate_split(keep_masks=True)` kept in a score."""
+    """Return the predicted mask bool `[H, W]` of a score from `evaluate_split(keep_masks=True)`."""
     bits = np.unpackbits(score["packed_mask"], count=shape[0] * shape[1])
     return bits.reshape(shape).astype(bool)
 
 
 def choose_cases(scores, count):
-    """Return (index, "best", "median" or "worst") of `count` records by DSC, in equal parts."""
+    """Return [(index, rank)] of `count` records by DSC: equally many "best", "median" and "worst"."""
     order = sorted(range(len(scores)), key=lambda i: -scores[i]["dsc"])
     count = min(count, len(order))
     n_best = (count + 2) // 3
@@ -96,15 +95,11 @@ def sheet(rows, path, names=("prediction",), file_format="png"):
             axes.imshow(panel, extent=(left, left + CELL, bottom, y), aspect="auto")
         y = bottom + GAP / 2
         write(GAP, y, caption, 9, "bold")
-        for line in wrap(prompt, width - 2 * GAP):
+        letters = int(LETTERS * (width - 2 * GAP))
+        for line in textwrap.wrap(f'"{prompt}"', letters, max_lines=PROMPT_LINES, placeholder=" ..."):
             y += LINE
             write(GAP, y, line, 8.5, colour=GREY)
         y += LINE + GAP
     axes.set(xlim=(0, width), ylim=(y, 0))
     figure.set_size_inches(width, y)
     save_figure(figure, path, file_format)
-
-
-def wrap(prompt, width):
-    """Break a prompt, in quotation marks, into lines of `width` inches, at most `PROMPT_LINES`."""
-    return textwrap.wrap(f'"{prompt}"', int(LETTERS * width), max_lines=PROMPT_LINES, placeholder=" ...")

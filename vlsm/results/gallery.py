@@ -1,4 +1,4 @@
-"""A page of every record of an evaluation: index.html and small images, for any browser, offline."""
+"""Write a page of every record of an evaluation: index.html and small images, for any browser, offline."""
 
 import math
 from pathlib import Path
@@ -29,13 +29,13 @@ def write_gallery(folder, records, runs, title):
     rows = []
     for i, record in enumerate(progress(records, "drawing")):
         scores = [run[i] for run in runs.values()]
-        size = _write_images(folder / "thumbs" / f"{i:05}", record, scores)
+        width, height = _write_images(folder / "thumbs" / f"{i:05}", record, scores)
         rows.append(
             dict(
                 id=f"{i:05}",
                 image=record.name,
-                width=size[0],
-                height=size[1],
+                width=width,
+                height=height,
                 empty=scores[0]["target_empty"],
                 prompts=[score["prompt"] for score in scores],
                 scores=list(map(_page_score, scores)),
@@ -47,9 +47,9 @@ def write_gallery(folder, records, runs, title):
 
 
 def _write_images(stem, record, scores):
-    """Write the small images of a record, and return their (width, height).
+    """Write the small images of a record as `stem`.jpg and .png; returns their (width, height).
 
-    Truth, prediction k (-pk) and difference k (-dk) are layers above the image.
+    Truth, prediction k (-pk) and difference k (-dk) are transparent layers that the page puts on the image.
     """
     image = read_image(record.image)
     truth = read_mask(record.mask)
@@ -81,6 +81,7 @@ def _page_score(score):
 
 
 def _render(title, data):
+    """Return the page as text."""
     from jinja2 import Environment  # comes with torch
 
     template = Environment(autoescape=True).from_string(TEMPLATE.read_text(encoding="utf-8"))

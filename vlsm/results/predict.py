@@ -1,4 +1,4 @@
-"""Masks of a checkpoint: of images of the model's size, and of a folder of images without a ground truth."""
+"""Predict masks with a run's checkpoint: of images of the model's size, and of a folder of images."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -49,7 +49,8 @@ class Predictor:
     """A model on its device, ready to segment uint8 images of its size.
 
     model: a VLSM that `vlsm.load` returned. dtype: autocast's, or None. mirror: average the probabilities of
-    each image and of its mirror image.
+    each image and of its mirror image. Attributes: `size`, the side of its images in pixels; `trained`,
+    `total`, numbers of parameters.
     """
 
     def __init__(self, model, device, dtype, mirror=False):
@@ -60,10 +61,7 @@ class Predictor:
         self.metadata = model.metadata
         self.size = model.metadata["image_size"]
         self.tokenizer = model.tokenizer()
-
-    def count_parameters(self):
-        """Return (trained, total) numbers of parameters."""
-        return self.model.count_parameters()
+        self.trained, self.total = model.count_parameters()
 
     def logits(self, images, prompts):
         """Return float32 logits `[B, 1, S, S]` of uint8 images `[B, 3, S, S]` and B prompts."""
@@ -97,16 +95,8 @@ class Ensemble:
         sizes = {predictor.size for predictor in predictors}
         if len(sizes) > 1:
             raise ValueError(f"--ensemble needs runs of one image size; these have {sorted(sizes)} pixels.")
-
-    def count_parameters(self):
-        """Return (trained, total) numbers of parameters, summed over the members."""
-        trained = 0
-        total = 0
-        for predictor in self.predictors:
-            counts = predictor.count_parameters()
-            trained += counts[0]
-            total += counts[1]
-        return trained, total
+        self.trained = sum(predictor.trained for predictor in predictors)
+        self.total = sum(predictor.total for predictor in predictors)
 
     def logits(self, images, prompts):
         """Return float32 logits `[B, 1, S, S]`, as `Predictor.logits`."""
@@ -128,7 +118,7 @@ def load_ensemble(checkpoints, **settings):
 
 
 def mean_logits(logits):
-    """Return the logits of the mean probability of several logits."""
+    """Average the probabilities of several logits; returns float32 logits of their shape."""
     probabilities = torch.stack([z.double().sigmoid() for z in logits])
     return torch.logit(probabilities.mean(0), eps=1e-12).float()
 

@@ -23,25 +23,21 @@ BINS = 15  # of probabilities, for the calibration error
 RESULT_FILES = ("metrics.csv", "metrics.json")
 
 
-def score(pairs, tolerance=2.0):
-    """Return the scores of (prediction, truth) pairs of bool masks `[H, W]`, a dictionary for each.
+def score(prediction, truth, tolerance=2.0):
+    """Return the scores of a pair of bool masks `[H, W]`, a dictionary.
 
-    tolerance: of NSD, in pixels.
+    tolerance: of NSD, in pixels. `diagonal`: of the image, in pixels.
     """
-    scores = []
-    for prediction, truth in pairs:
-        batch = prediction[None], truth[None]
-        row = dict(
-            dsc=metrics.dsc(*batch).item(),
-            iou=metrics.iou(*batch).item(),
-            hd95=metrics.hd95(*batch).item(),
-            nsd=metrics.nsd(*batch, tolerance).item(),
-            diagonal=math.hypot(*truth.shape),
-            target_empty=not truth.any().item(),
-            pred_empty=not prediction.any().item(),
-        )
-        scores.append(row)
-    return scores
+    batch = prediction[None], truth[None]
+    return dict(
+        dsc=metrics.dsc(*batch).item(),
+        iou=metrics.iou(*batch).item(),
+        hd95=metrics.hd95(*batch).item(),
+        nsd=metrics.nsd(*batch, tolerance).item(),
+        diagonal=math.hypot(*truth.shape),
+        target_empty=not truth.any().item(),
+        pred_empty=not prediction.any().item(),
+    )
 
 
 def calibration_counts(probability, truth):
@@ -129,31 +125,27 @@ def write_results(folder, scores, summary, settings):
 
 
 def describe(summary):
-    """Return the summary of one evaluation as text, DSC, IoU and NSD in per cent."""
+    """Return the summary of an evaluation as text; DSC, IoU and NSD in per cent, HD95 in pixels."""
     hd95 = summary["hd95"]
     undefined = hd95["n_undefined"]
     empty = summary["empty_correct"]
     tolerance = summary.get("nsd_tolerance", 2)
+    pairs = f"{hd95['n']}/{hd95['n'] + undefined} pairs"
     lines = [
         _line("DSC", summary["dsc"], 100, "%"),
         _line("IoU", summary["iou"], 100, "%"),
         _line("NSD", summary["nsd"], 100, f"% at {tolerance:g} px"),
-        _line(
-            "HD95",
-            hd95,
-            1,
-            f"px at original size, over {hd95['n']}/{hd95['n'] + undefined} pairs where it is defined",
-        ),
+        _line("HD95", hd95, 1, f"px at original size, over {pairs} where it is defined"),
     ]
     if undefined:
-        diagonal = f"px with the image's diagonal for the {undefined} pairs with one empty mask"
-        lines.append(f"      {hd95['mean_with_diagonal']:7.2f} {diagonal}")
+        lines.append(
+            f"      {hd95['mean_with_diagonal']:7.2f} px with the image's diagonal for the {undefined} pairs "
+            "with one empty mask"
+        )
     if empty["n"]:
         nonempty = summary["dsc_nonempty"]
-        unit = (
-            f"% over the {nonempty['n']} records whose truth is not empty; {empty['n']} empty ones: "
-            f"{100 * empty['mean']:.1f} % predicted exactly empty"
-        )
+        correct = f"{empty['n']} empty ones: {100 * empty['mean']:.1f} % predicted exactly empty"
+        unit = f"% over the {nonempty['n']} records whose truth is not empty; {correct}"
         lines.append(_line("DSC", nonempty, 100, unit))
     if "ece" in summary:
         lines.append(
@@ -171,7 +163,8 @@ def describe(summary):
 def _line(title, stats, factor, unit):
     if not stats["n"]:
         return f"{title:5}     n/a"
-    mean = f"{factor * stats['mean']:7.2f} {in_brackets(stats.get('ci95'), factor)}".rstrip()
+    interval = in_brackets(stats["ci95"], factor)
+    mean = f"{factor * stats['mean']:7.2f} {interval}".rstrip()
     return f"{title:5} {mean} +- {factor * stats['std']:.2f} {unit}"
 
 
@@ -202,28 +195,24 @@ def in_brackets(ends, factor=100, sign=""):
     return f"[{factor * low:{sign}.2f}, {factor * high:{sign}.2f}]"
 
 
-def bootstrap_intervals(values, groups=None, draws=DRAWS, seed=SEED):
-    """Return {name: [low, high]}, the 95 % interval of each mean; None for fewer than two groups.
+def bootstrap_intervals(values, groups, draws=DRAWS, seed=SEED):
+    """Return {name: [low, high]}, the 95 % bootstrap interval of each mean; None for fewer than two groups.
 
-    values: {name: [N]}, NaN where a record has no value. groups: a name for each record (default: each is its
-    own). A mean is the sum over the drawn groups' records by their number, so that large groups count more.
+    values: {name: [N]}, NaN where a record has no value. groups: a name for each record; whole groups are
+    drawn. A mean is the sum over the drawn groups' records by their number, so that large groups count more.
     """
-    names = list(values)
     table = np.stack([np.asarray(column, float) for column in values.values()], 1)  # [N, M]
-    group_of = np.arange(len(table))
-    if groups is not None:
-        _, group_of = np.unique(groups, return_inverse=True)
-    n_groups = len(np.unique(group_of))
-    if n_groups < 2:
-        return dict.fromkeys(names)
-    sums = np.zeros((n_groups, len(names)))
-    counts = np.zeros((n_groups, len(names)))
+    unique, group_of = np.unique(groups, return_inverse=True)
+    if len(unique) < 2:
+        return dict.fromkeys(values)
+    sums = np.zeros((len(unique), len(values)))
+    counts = np.zeros_like(sums)
     np.add.at(sums, group_of, np.nan_to_num(table))
     np.add.at(counts, group_of, ~np.isnan(table))
 
     means = np.concatenate(list(_draw_means(sums, counts, draws, seed)))  # [draws, M]
     intervals = {}
-    for k, name in enumerate(names):
+    for k, name in enumerate(values):
         intervals[name] = None
         if counts[:, k].any():
             intervals[name] = np.nanpercentile(means[:, k], [2.5, 97.5]).tolist()

@@ -1,6 +1,6 @@
-"""Does a run read its prompt? DSC under right, paraphrased and wrong prompts.
+"""Measure whether a run reads its prompt: DSC under right, paraphrased and wrong prompts.
 
-Over the records with foreground. Writes audit.json into eval-SPLIT in the run's folder.
+Only records with foreground count. Writes audit.json into eval-SPLIT in the run's folder.
 """
 
 import re
@@ -21,9 +21,10 @@ from vlsm.system.files import write_json
 
 EXAMPLE = "example:\n  python -m vlsm.tools.audit runs/kvasir-dense-64-seed42 --split test"
 CONDITIONS = ("right", "paraphrase", "swapped", "contradictory", "class word", "absent object", "nonsense")
-ABSENT = ("a large green cross", "a bicycle", "a violin")  # the embedded base knows the words of the first
+# the first is taken whose last word is in no prompt; the embedded base was trained on the words of the first
+ABSENT = ("a large green cross", "a bicycle", "a violin")
 NONSENSE = "florp wexal quindle"
-LEAST_LOSS = 0.05  # of DSC under a wrong prompt; a run that loses less does not read it
+LEAST_LOSS = 0.05  # of DSC under a wrong prompt; a run that loses less does not depend on the text
 OPPOSITES = {
     "left": "right",
     "right": "left",
@@ -62,31 +63,29 @@ def audit_prompts(records, right, seed=0):
     words = set()
     for text in sum(own_texts, list(right)):
         words.update(re.findall(r"\w+", text.casefold()))
-    absent = [text for text in ABSENT if text.split()[-1] not in words]
+    absent = next((text for text in ABSENT if text.split()[-1] not in words), None)
 
     def draw(texts, prompt):
+        """Return one of the texts other than the prompt; None if there is none."""
         candidates = sorted({text for text in texts if text and text != prompt})
         return candidates[rng.integers(len(candidates))] if candidates else None
 
-    prompts = {condition: [] for condition in CONDITIONS}
-    right_texts = sorted(set(right))
+    rows = []
+    right_texts = set(right)
     for record, texts, prompt in zip(records, own_texts, right):
         foreign = [text for text in right_texts if text not in texts]
-        prompts["right"].append(prompt)
-        prompts["swapped"].append(draw(foreign, prompt))
-        prompts["paraphrase"].append(draw(texts, prompt))
-        prompts["contradictory"].append(contradict(prompt))
-        prompts["class word"].append(record.class_word)
-        prompts["absent object"].append(absent[0] if absent else None)
-        prompts["nonsense"].append(NONSENSE)
-    return prompts
+        swapped = draw(foreign, prompt)  # before the paraphrase: a seed fixes the order of the draws
+        paraphrase = draw(texts, prompt)
+        wrong = contradict(prompt)
+        rows.append((prompt, paraphrase, swapped, wrong, record.class_word, absent, NONSENSE))
+    return dict(zip(CONDITIONS, map(list, zip(*rows))))
 
 
 def audit(predictor, data, right, seed=0, group=None, upsample="logits", batch_size=32):
-    """Return {condition: summary}: mean DSC under these prompts, its 95 % interval `ci95`, an example.
+    """Return {condition: summary} over the n records whose truth is not empty.
 
-    Over the n records whose truth is not empty; `foreground`: predicted pixels per true one. right: the
-    records' prompts. group: a pattern, as in `group_names`.
+    A summary holds the mean DSC under these prompts, its 95 % interval `ci95`, `foreground` (predicted pixels
+    for each true one) and an example. right: the records' prompts. group: a pattern, as in `group_names`.
     """
     groups = group_names(data.records, group)
 

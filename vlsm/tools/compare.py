@@ -49,7 +49,7 @@ def difference(a, b):
 
 
 def run_names(paths):
-    """Return distinct display names of checkpoints: of folder or file, with parent and number if need be."""
+    """Return distinct names of checkpoints: folder or file name, with number and parent if some are equal."""
     paths = [Path(path).absolute() for path in paths]
     names = [path.name.removesuffix(".safetensors") for path in paths]
     if len(set(names)) < len(names):  # as of runs that differ in the seed

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from vlsm.networks.clip import SIZE_TENSORS
 from vlsm.networks.cris import CRIS, CRISConfig
-from vlsm.networks.weights import describe_mismatch, guess_kind
+from vlsm.networks.weights import describe_mismatch, guess_checkpoint
 from vlsm.system.arguments import Parser
 from vlsm.system.console import friendly_errors, say
 from vlsm.system.files import atomic_write, is_filled, read_json, write_json, write_text
@@ -79,10 +79,11 @@ def read_openai_archive(path):
 
 
 def convert(source, folder, config=None, tokenizer=None):
-    """Write a folder for `--weights`; what CRIS adds to OpenAI's CLIP starts at random.
+    """Write a folder for `--weights`; layers that CRIS adds to OpenAI's CLIP start at random.
 
-    config: a dictionary of sizes that differ from the published ones. tokenizer: a folder with CLIP's.
-    Raises as `read_tensors`, ValueError for tensors missing or left over, FileExistsError.
+    config: a dictionary of sizes that differ from the published ones. tokenizer: a folder with CLIP's. Raises
+    as `read_tensors`, ValueError for tensors missing or left over, FileExistsError if the folder is not
+    empty.
     """
     folder = Path(folder)
     if is_filled(folder):
@@ -103,8 +104,8 @@ def convert(source, folder, config=None, tokenizer=None):
     expected = {name: tensor for name, tensor in written.items() if name not in random}
     mismatch = describe_mismatch(expected, tensors)
     if mismatch:
-        hint = guess_kind(given)
-        raise ValueError(f"'{source}' is no checkpoint of this network. Tensors {mismatch}. {hint}".rstrip())
+        hint = guess_checkpoint(given)
+        raise ValueError(f"'{source}' is no checkpoint of this network. Tensors {mismatch}. {hint}")
     for name, tensor in expected.items():
         written[name] = tensors[name].to(tensor.dtype).contiguous()
     if tokenizer:

@@ -1,6 +1,7 @@
 """Write a run with one prompt built in as an ONNX file, for programs without PyTorch.
 
-Needs: pip install onnxscript onnxruntime. The file is kept if ONNX Runtime's logits are PyTorch's.
+Needs: pip install onnxscript onnxruntime. The file is written only if ONNX Runtime's logits equal PyTorch's
+within 0.1 %.
 """
 
 import json
@@ -30,26 +31,22 @@ class Segmenter(nn.Module):
         super().__init__()
         self.network = model.network
         self.tuner = model.tuner
-        self.register_buffer("mean", 255 * torch.tensor(model.network.mean)[:, None, None])
-        self.register_buffer("std", 255 * torch.tensor(model.network.std)[:, None, None])
-        ids, mask = model.tokenizer()([prompt])
-        self.register_buffer("ids", ids)
-        self.register_buffer("mask", mask)
-        text = ()
+        self.mean = 255 * torch.tensor(model.network.mean)[:, None, None]
+        self.std = 255 * torch.tensor(model.network.std)[:, None, None]
+        self.ids, self.mask = model.tokenizer()([prompt])
+        self.text = None
         if not self.tuner.needs_image_embedding:  # the prompt is encoded once, for all images
+            contexts = self.tuner.contexts().text
             with torch.no_grad():
-                text = self.network.encode_prompts(ids, mask, self.tuner, self.tuner.contexts().text)
-        self.text_names = [f"text{k}" for k in range(len(text))]
-        for name, tensor in zip(self.text_names, text):
-            self.register_buffer(name, tensor)
+                self.text = self.network.encode_prompts(self.ids, self.mask, self.tuner, contexts)
 
     def forward(self, pixels):
+        """Segment images `[B, 3, S, S]` by the prompt -> logits `[B, 1, S, S]`."""
         B = pixels.shape[0]
         x = (pixels - self.mean) / self.std  # `normalise` has a loop over images, which would fix B
         text = None
-        if self.text_names:
-            tensors = [getattr(self, name) for name in self.text_names]
-            text = tuple(t.expand(B, *t.shape[1:]) for t in tensors)
+        if self.text is not None:
+            text = tuple(t.expand(B, *t.shape[1:]) for t in self.text)
         ids = self.ids.expand(B, -1)
         mask = self.mask.expand(B, -1)
         return self.network(x, ids, mask, self.tuner, text_features=text)

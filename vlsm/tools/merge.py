@@ -15,9 +15,9 @@ EXAMPLE = "example:\n  python -m vlsm.tools.merge runs/kvasir-lora-seed42 merged
 
 
 def merged_state_dict(model):
-    """Return the network in float32 with the tuned weights merged in, by the checkpoint's names.
+    """Return the network's tensors in float32, with the tuned weights merged in, by the published names.
 
-    Raises ValueError for a method that no change of the network's weights replaces.
+    Raises ValueError for a method that does not act by changing the network's weights.
     """
     network = copy.deepcopy(model.network).float().cpu()
     copy.deepcopy(model.tuner).cpu().merge_into(network)

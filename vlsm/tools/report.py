@@ -24,7 +24,7 @@ Cell = namedtuple("Cell", "mean low high spread")
 
 
 def method_label(metadata, metrics):
-    """Return a method with what tells it from its like: "dense vl 64", "CRIS full (mirrored)"."""
+    """Return a method's name with network, options and evaluation: "dense vl 64", "CRIS full (mirrored)"."""
     label = NETWORK_PREFIXES[metadata["model"]] + metadata["method"]
     for option, prefix in (("branches", ""), ("dim", ""), ("prompt_depth", "J")):
         if option in metadata["options"]:
@@ -71,10 +71,10 @@ def group_seeds(runs):
     groups = defaultdict(dict)
     trained = {}
     for run in runs:
-        alike = [other for other in runs if (other.dataset, other.label) == (run.dataset, run.label)]
+        recipes = [r.recipe for r in runs if (r.dataset, r.label) == (run.dataset, run.label)]
         label = run.label
         for option, value in run.recipe.items():
-            if option != "seed" and any(other.recipe.get(option) != value for other in alike):
+            if option != "seed" and any(recipe.get(option) != value for recipe in recipes):
                 label += f" ({option} {value})"
         groups[run.dataset, label].setdefault(run.recipe["seed"], run)
         trained[label] = field(run.file, run.metrics, "trained", kind=int, words="a whole number")

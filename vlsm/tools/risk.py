@@ -82,7 +82,7 @@ def effect(predictor, data, prompts, threshold, group=None, batch_size=32):
 
 
 def guarantee(level, n):
-    """Return in words the promise of a threshold that was fitted on n records."""
+    """Return in words what a threshold that was fitted on n records guarantees."""
     return (
         f"Of a new record with foreground, exchangeable with the {n} that the threshold was fitted on, the "
         f"expected share of missed foreground is at most {level:g}. Validation records that also chose the "

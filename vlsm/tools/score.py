@@ -1,11 +1,11 @@
 """Score a folder of predicted masks against a folder of true ones; files are paired by their stem."""
 
-import re
 from pathlib import Path
 
 import torch
 
 from vlsm.data.images import image_files, read_mask
+from vlsm.results.evaluation import pattern
 from vlsm.results.scores import RESULT_FILES, describe, group_name, score, summarise, write_results
 from vlsm.system.arguments import Parser, number
 from vlsm.system.console import friendly_errors, progress, say
@@ -54,7 +54,7 @@ def score_folders(pred, target, tolerance=2.0, group=None):
                 f"'{predictions[stem]}' and '{truths[stem]}' differ in size: {tuple(prediction.shape)} and "
                 f"{tuple(truth.shape)} (height, width)."
             )
-        row = score([(prediction, truth)], tolerance)[0]
+        row = score(prediction, truth, tolerance)
         scores.append(dict(row, mask=truths[stem].name, group=group_name(stem, group)))
     return scores
 
@@ -68,6 +68,7 @@ def main(argv=None):
     )
     parser.add_argument(
         "--group",
+        type=pattern,
         metavar="REGEX",
         help="the bootstrap draws whole groups: what this pattern finds in a mask's name (default: masks)",
     )
@@ -78,10 +79,6 @@ def main(argv=None):
     args = parser.parse_args(argv)
     resampled = "mask"
     if args.group:
-        try:
-            re.compile(args.group)
-        except re.error as error:
-            raise ValueError(f"--group '{args.group}' is no regular expression ({error}).") from None
         resampled = f"what '{args.group}' finds in a mask's name"
     if args.out:
         check_targets([Path(args.out, name) for name in RESULT_FILES], overwrite=args.overwrite)

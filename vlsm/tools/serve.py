@@ -1,7 +1,6 @@
 """Serve a page to try images and prompts on, by gradio (pip install gradio).
 
-Uploads are in gradio's temporary folder for ten minutes; nothing else is written but what a visitor saves, in
-the visitor's own browser.
+Uploads stay in gradio's temporary folder for ten minutes; the program writes no other files.
 """
 
 from functools import partial
@@ -21,7 +20,7 @@ from vlsm.system.console import friendly_errors, say
 EXAMPLE = "example:\n  python -m vlsm.tools.serve runs/kvasir-dense-64-seed42 runs/kvasir-coop-seed42"
 EXAMPLES = 24  # images of the test split
 LARGEST_UPLOAD = 20 * 1024 * 1024  # bytes
-TITLE = "What does the prompt call up?"
+TITLE = "Segment an image by a prompt"
 
 
 class Runs:
@@ -52,7 +51,7 @@ def foreground_probability(predictor, image, prompt):
 
 
 def segment(runs, path, image, prompt, threshold):
-    """Return the page's outputs: image with the mask, grey probability, share of foreground, mask."""
+    """Return the page's outputs: image with the mask, probability in grey, a line about it, mask."""
     if image is None or not prompt.strip():
         return None, None, "Choose an image and type what to segment.", None
     probability = foreground_probability(runs.get(path), image, prompt)

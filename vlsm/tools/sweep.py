@@ -29,9 +29,9 @@ what follows -- goes to train.py; an option given there is not searched. A space
 
 
 def choose_space(values, words):
-    """Return the search space of the method, without the options that stand in train.py's command line.
+    """Return the search space of the method, without the options that train.py's command line gives.
 
-    values: all options by name; words: the command line.
+    values: all options by name. words: the command line.
     """
     _, _, config = read_config(values["model"], values["weights"])
     network = network_class(values["model"])
@@ -76,7 +76,7 @@ def open_study(optuna, file, new):
     """Return the study in a file. Raises ValueError if it is missing though not `new`, or is no study."""
     if not new and (not file.is_file() or not file.stat().st_size):
         raise ValueError(
-            f"'{file}', which knows the trials of this sweep, is missing or empty. Start again with another "
+            f"'{file}', which holds the trials of this sweep, is missing or empty. Start again with another "
             "--out."
         )
     try:
@@ -124,21 +124,21 @@ def run_trial(optuna, study, trial, words, folder, by_loss):
         words.append("--resume")
     elif is_filled(folder):  # killed before its first file was whole
         delete_run(folder)
-    reported = max(study.trials[trial.number].intermediate_values, default=0)  # epochs
 
     def score(history):
+        """Return the value of a run so far, which the study maximises."""
         return -history[-1]["val_loss"] if by_loss else max(row["val_dsc"] for row in history)
 
-    def report_epochs(run):  # also those between the last report and an interruption
-        for epoch in range(reported + 1, len(run.history) + 1):
+    def report_epochs(run):
+        """Report the epochs that the study lacks: also those between its last report and an interruption."""
+        reported = study.trials[trial.number].intermediate_values  # by epoch
+        for epoch in range(len(reported) + 1, len(run.history) + 1):
             trial.report(score(run.history[:epoch]), epoch)
         trial.set_user_attr("val_dsc", run.best)
         trial.set_user_attr("epochs", len(run.history))
 
     def after_epoch(run):
-        nonlocal reported
         report_epochs(run)
-        reported = len(run.history)
         if trial.should_prune():
             raise optuna.TrialPruned
 
