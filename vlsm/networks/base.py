@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from vlsm.networks.hooks import Tuner
-from vlsm.networks.renaming import to_own, to_published
 from vlsm.networks.transformer import fit_window, insert_context
+from vlsm.networks.weights import to_own, to_published
 
 EOS_IS_MAX_ID = 2  # an `eos_token_id` that means "the highest id of a prompt": old files, CLIP's own code
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -54,7 +54,7 @@ class Network(nn.Module):
     name = ""  # as people write it
     model_types = ()  # values of `model_type` in config.json
     default_weights = None  # hub id
-    renames = ()  # pairs (published name, ours), see renaming.py
+    renames = ()  # pairs (published name, ours), see weights.py
     mean, std = IMAGENET_MEAN, IMAGENET_STD  # of images with values from 0 to 1
     methods = None  # names of the tuning methods that can act on it; None: all
     unsupported_reason = ""  # a sentence: why the others cannot

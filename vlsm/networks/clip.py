@@ -6,8 +6,8 @@ Source: Radford et al., "Learning Transferable Visual Models From Natural Langua
 import torch
 from torch import nn
 
-from vlsm.networks.renaming import OPENAI_BLOCK, to_own, to_published
 from vlsm.networks.transformer import TextEncoder, encoder_blocks, noise, patch_tokens, tree
+from vlsm.networks.weights import OPENAI_BLOCK, to_own, to_published
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]

@@ -17,7 +17,6 @@ from torch import nn
 
 from vlsm.networks.base import EOS_IS_MAX_ID, ImageFeatures, Network
 from vlsm.networks.clip import CLIP, CLIP_MEAN, CLIP_STD
-from vlsm.networks.renaming import OPENAI_BLOCK
 from vlsm.networks.transformer import (
     Attention,
     EncoderConfig,
@@ -28,6 +27,7 @@ from vlsm.networks.transformer import (
     to_tokens,
     tokens_at,
 )
+from vlsm.networks.weights import OPENAI_BLOCK
 
 
 @dataclass(frozen=True)

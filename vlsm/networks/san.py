@@ -17,7 +17,6 @@ from torch import nn
 
 from vlsm.networks.base import EOS_IS_MAX_ID, ImageFeatures, Network
 from vlsm.networks.clip import CLIP, CLIP_MEAN, CLIP_STD, SIZE_TENSORS, VisionTransformer, from_hugging_face
-from vlsm.networks.renaming import OPENAI_BLOCK
 from vlsm.networks.transformer import (
     Block,
     EncoderConfig,
@@ -30,6 +29,7 @@ from vlsm.networks.transformer import (
     tokens_at,
     tree,
 )
+from vlsm.networks.weights import OPENAI_BLOCK
 
 SIDE, CLIP_PART = "side_adapter_network.", "clip_model."
 HIDDEN = -100.0  # attention bias that hides a token (published value)

@@ -1,6 +1,7 @@
 """Base weights: finding and reading them (nothing in a file is executed), fingerprint, image size."""
 
 import hashlib
+import re
 from pathlib import Path
 
 import torch
@@ -223,3 +224,61 @@ def _processor_side(file):
     if not 1 <= side <= 8192:
         raise ValueError(f"'{file}': a side of {side} pixels is out of range (1 to 8192).")
     return side
+
+
+# Names of tensors: a published checkpoint's into those of our modules, and back. A network lists pairs of
+# patterns, (published, ours), where # is a number. If a checkpoint stacks the projections to q, k and v, our
+# pattern ends in `qkv_proj.`, and the tensor is split in three.
+
+STACKED = ".qkv_proj."
+PROJECTION = re.compile(r"\.[qkv]_proj\.")
+# of a block of OpenAI's CLIP
+OPENAI_BLOCK = (
+    ("resblocks.#.ln_1.", "resblocks.#.layer_norm1."),
+    ("resblocks.#.ln_2.", "resblocks.#.layer_norm2."),
+    ("resblocks.#.attn.in_proj_", "resblocks.#.self_attn.qkv_proj."),
+    ("resblocks.#.attn.out_proj.", "resblocks.#.self_attn.out_proj."),
+    ("resblocks.#.mlp.c_fc.", "resblocks.#.mlp.fc1."),
+    ("resblocks.#.mlp.c_proj.", "resblocks.#.mlp.fc2."),
+)
+
+
+def replace(name, old, new):
+    """Return a name with the pattern `old` replaced by `new`."""
+    pattern = re.escape(old).replace(r"\#", r"(\d+)")
+    return re.sub(pattern, new.replace("#", r"\1"), name)
+
+
+def to_own(tensors, pairs):
+    """Rename tensors to our names; those that have such a name already keep it."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        for published, ours in pairs:
+            name = replace(name, published, ours)
+        if STACKED in name:
+            for letter, third in zip("qkv", tensor.chunk(3)):
+                renamed[name.replace(STACKED, f".{letter}_proj.")] = third.clone()
+        else:
+            renamed[name] = tensor
+    return renamed
+
+
+def to_published(tensors, pairs):
+    """Rename tensors to the published names: undo `to_own`. If q, k or v is missing, they are not stacked."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        stacked = _published_name(PROJECTION.sub(STACKED, name), pairs)
+        qkv = [PROJECTION.sub(f".{letter}_proj.", name) for letter in "qkv"]
+        # the checkpoint stacks them if a pair of patterns has replaced `qkv_proj.`
+        is_stacked = PROJECTION.search(name) and STACKED not in stacked and set(qkv) <= set(tensors)
+        if not is_stacked:
+            renamed[_published_name(name, pairs)] = tensor
+        elif name == qkv[0]:  # stacked at the place of q; k and v are skipped
+            renamed[stacked] = torch.cat([tensors[part] for part in qkv])
+    return renamed
+
+
+def _published_name(name, pairs):
+    for published, ours in pairs:
+        name = replace(name, ours, published)
+    return name
