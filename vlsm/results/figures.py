@@ -95,11 +95,15 @@ def sheet(rows, path, names=("prediction",), file_format="png"):
             axes.imshow(panel, extent=(left, left + CELL, bottom, y), aspect="auto")
         y = bottom + GAP / 2
         write(GAP, y, caption, 9, "bold")
-        letters = int(LETTERS * (width - 2 * GAP))
-        for line in textwrap.wrap(f'"{prompt}"', letters, max_lines=PROMPT_LINES, placeholder=" ..."):
+        for line in wrap(prompt, width - 2 * GAP):
             y += LINE
             write(GAP, y, line, 8.5, colour=GREY)
         y += LINE + GAP
     axes.set(xlim=(0, width), ylim=(y, 0))
     figure.set_size_inches(width, y)
     save_figure(figure, path, file_format)
+
+
+def wrap(prompt, width):
+    """Break a prompt, in quotation marks, into lines of `width` inches, at most `PROMPT_LINES`."""
+    return textwrap.wrap(f'"{prompt}"', int(LETTERS * width), max_lines=PROMPT_LINES, placeholder=" ...")
