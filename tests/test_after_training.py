@@ -91,3 +91,22 @@ def test_merged_weights_are_a_plain_clipseg(cli, quick, folder, tmp_path, method
 def test_adapters_are_not_merged(cli, trained, tmp_path):
     code, _, err = cli("vlsm.tools.merge", trained, tmp_path / "merged")
     assert code == 2 and "possible for lora, decoder and full" in err and not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("method", ["dense", "decoder", "lora+decoder"])
+def test_a_shared_base_stays_as_it_is(cli, quick, trained, tmp_path, method):
+    """Two models share frozen tensors, predict as if loaded alone, and keep what is trained in float32."""
+    assert cli("train", *without_dim(quick)[:-1], tmp_path / "two", "--epochs", 1, "--peft", method)[0] == 0
+    base = vlsm.load(trained).place_on(torch.device("cpu"), torch.bfloat16)
+    frozen = {name: tensor.clone() for name, tensor in base.network.state_dict().items()}
+    model = vlsm.load(tmp_path / "two", base=base)
+    alone = vlsm.load(tmp_path / "two").place_on(torch.device("cpu"), torch.bfloat16)
+    assert all(tensor.dtype == torch.float32 for tensor in model.tuned_parameters().values())
+    for name, tensor in alone.tuned_state_dict().items():
+        assert torch.equal(model.tuned_state_dict()[name], tensor)
+    shared = {id(p) for p in base.network.parameters()} & {id(p) for p in model.network.parameters()}
+    assert len(shared) == len(list(base.network.parameters())) - len(model.tuned_names)
+    with torch.no_grad():
+        for tensor in model.tuned_parameters().values():
+            tensor.add_(1)
+    assert all(torch.equal(tensor, frozen[name]) for name, tensor in base.network.state_dict().items())

@@ -165,5 +165,5 @@ def load_state(path):
     except FileNotFoundError:
         raise FileNotFoundError(f"There is nothing to resume: '{path}' does not exist.") from None
     except Exception as error:
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        reason = type(error).__name__  # torch.load's own text advises to execute what the file holds
         raise ValueError(f"'{path}' cannot be read ({reason}). Start again with --overwrite.") from error

@@ -258,6 +258,9 @@ def attach(network, description, method, given, share=False):
     if share:  # deepcopy takes what is in its memo as it is, and copies the rest: trained tensors, buffers
         memo = {id(p): p for name, p in network.named_parameters() if name not in tuned_names}
         network = copy.deepcopy(network, memo)
+        for name in tuned_names:  # the shared network may be held in 16 bits; trained tensors are float32
+            parameter = network.get_parameter(name)
+            parameter.data = parameter.data.float()
     for name, value in tuner.on_attach(network, description["folder"]).items():
         settings[name] = {**settings[name], **value} if isinstance(value, dict) else value
     return VLSM(network, tuner, dict(description, method=method, options=settings)).eval()

@@ -135,10 +135,12 @@ def read_tensors(folder):
         else:
             tensors = torch.load(pickled, map_location="cpu", weights_only=True)
     except Exception as error:  # SafetensorError, UnpicklingError, zip and end-of-file errors alike
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        reason = type(error).__name__  # torch.load's own text advises to execute what the file holds
         raise ValueError(
             f"The weights in '{folder}' cannot be read ({reason}). Is the file complete?"
         ) from error
+    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+        raise ValueError(f"'{pickled}' should hold tensors by name, and nothing else.")
     for name, tensor in tensors.items():
         if tensor.is_floating_point():
             tensors[name] = tensor.float()

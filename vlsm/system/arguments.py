@@ -19,6 +19,14 @@ class Parser(argparse.ArgumentParser):
             **settings,
         )
 
+    def parse_args(self, argv=None, namespace=None):
+        """Do as argparse; an empty text is a mistake, such as an unset variable of the shell."""
+        parsed = super().parse_args(argv, namespace)
+        for name, value in vars(parsed).items():
+            if isinstance(value, str) and not value.strip():
+                self.error(f"--{name.replace('_', '-')} is empty.")
+        return parsed
+
     def error(self, message):
         """Raise ValueError, for `friendly_errors` to print as a sentence."""
         raise ValueError(message.removeprefix("argument "))
@@ -44,9 +52,9 @@ def number(cast, low=-math.inf, high=math.inf, above=-math.inf):
 def _describe_limits(low, high, above):
     """Return the range of a `number` in words."""
     if above > -math.inf:
-        return f"more than {above:g}" + (f" and at most {high:g}" if high < math.inf else "")
+        return f"more than {above:.10g}" + (f" and at most {high:.10g}" if high < math.inf else "")
     if low > -math.inf:
-        return f"{low:g} to {high:g}" if high < math.inf else f"{low:g} or more"
+        return f"{low:.10g} to {high:.10g}" if high < math.inf else f"{low:.10g} or more"
     return "a finite number"
 
 

@@ -17,7 +17,7 @@ from vlsm.model import network_class, read_config
 from vlsm.system.arguments import Parser, number
 from vlsm.system.console import friendly_errors, say
 from vlsm.system.files import atomic_write, field, is_filled, locked, read_json, write_csv, write_json
-from vlsm.training.arguments import method_options, parse_arguments, train_parser, typed
+from vlsm.training.arguments import method_options, parse_arguments, train_parser
 from vlsm.training.run import Diverged, delete_run
 
 EXAMPLES = """examples:
@@ -114,12 +114,15 @@ def run_trial(optuna, study, trial, words, folder, by_loss):
     words: train.py's command line for all trials. by_loss: score a run by its last validation loss, as the
     published sweep does, not by its best DSC.
     """
-    actions = {action.dest: action for action in train_parser()._actions}
     words = [*words, f"--out={folder}"]
     for name, value in trial.params.items():
-        if isinstance(value, str) and value.startswith("["):
-            value = json.loads(value)
-        words += typed(actions[name], value)
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, str) and value.startswith("["):
+            words += [flag, *map(str, json.loads(value))]
+        else:
+            words.append(f"{flag}={value}")
     if (folder / "config.json").is_file():
         words.append("--resume")
     elif is_filled(folder):  # killed before its first file was whole

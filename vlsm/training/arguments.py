@@ -40,6 +40,8 @@ RECIPE_FIELDS = (
 )  # fmt: skip
 # Options of one start of the program, which are not written to config.json.
 OF_THE_START = ("out", "resume", "overwrite", "changed_data", "dry_run")
+# Options that a run cannot be without; config.json holds them resolved.
+NEVER_NULL = {*RECIPE_FIELDS, "dataset", "model", "peft", "prompts"}
 # Options that may differ when a run is resumed; any other would make it another run.
 FREE_ON_RESUME = {
     *OF_THE_START, "epochs", "patience", "min_epochs", "device", "data_root", "cache_dir", "weights",
@@ -225,8 +227,6 @@ def parse_arguments(argv=None):
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if not args.prompts.strip():
-        raise ValueError('--prompts "": give random, class, a key such as p6, or a text.')
     if args.dice_weight == 0 and args.bce_weight == 0:
         raise ValueError("--dice-weight 0 and --bce-weight 0 leave no loss; give one of them more than 0.")
     if args.tensorboard and find_spec("tensorboard") is None:
@@ -292,7 +292,7 @@ def stored_settings(values):
 
 
 def read_stored(parser, out):
-    """Return the options in a run's config.json as a dictionary; they go through the parser like typed ones.
+    """Return the options in a run's config.json as a dictionary, each checked like a typed one.
 
     Raises FileNotFoundError if there is no run, ValueError if config.json is not a run's or holds a value
     that no run can have.
@@ -305,27 +305,43 @@ def read_stored(parser, out):
     stored = read_json(file).get("options")
     if not isinstance(stored, dict) or not {"dataset", "peft"} <= set(stored):
         raise ValueError(f"'{file}' is not the config.json of a run: 'options' should name dataset and peft.")
-    argv = []
-    for action in parser._actions:  # stored options of older versions are not among these: they are ignored
-        value = stored.get(action.dest)
-        if value is not None and action.dest not in OF_THE_START:
-            argv += typed(action, value)
-    try:
-        return vars(parser.parse_args(argv))
-    except ValueError as error:
-        raise ValueError(f"'{file}' holds a value that no run can have: {error}") from None
+    values = {}
+    for action in parser._actions:  # options of older versions are not among these, and are ignored
+        name = action.dest
+        if name in OF_THE_START or name == "help":
+            continue
+        values[name] = action.default
+        if stored.get(name) is not None:
+            try:
+                values[name] = checked(action, stored[name])
+            except (ValueError, argparse.ArgumentTypeError) as error:
+                raise ValueError(f"'{file}' holds a value that no run can have: '{name}': {error}") from None
+        elif name in stored and name in NEVER_NULL:
+            raise ValueError(f"'{file}' holds a value that no run can have: '{name}' is null.")
+    return values
 
 
-def typed(action, value):
-    """Return the words on a command line that give an option its value from config.json."""
-    flag = action.option_strings[0]
-    if isinstance(action, BooleanOptionalAction):
-        return [flag if value is True else action.option_strings[1]]
-    if action.nargs == 0:  # store_true
-        return [flag] if value is True else []
-    if isinstance(value, list):
-        return [flag, *map(str, value)]
-    return [f"{flag}={value}"]
+def checked(action, value):
+    """Return the value of an option in a JSON file, by the option's own type and choices.
+
+    action: the option's, of `train_parser`. Raises ValueError or ArgumentTypeError for another value.
+    """
+    if action.nargs == 0:  # a switch
+        if not isinstance(value, bool):
+            raise ValueError(f"{value!r} should be true or false")
+        return value
+    items = value if action.nargs == "+" else [value]
+    if not isinstance(items, list) or not items:
+        raise ValueError(f"{value!r} should be a list")
+    parsed = []
+    for item in items:
+        if isinstance(item, (bool, list, dict)):
+            raise ValueError(f"{item!r} should be a number or a text")
+        item = (action.type or str)(str(item))
+        if action.choices and item not in action.choices:
+            raise ValueError(f"{item!r} should be one of {', '.join(action.choices)}")
+        parsed.append(item)
+    return parsed if action.nargs == "+" else parsed[0]
 
 
 def refuse_changes(values, stored, out):

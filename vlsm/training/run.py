@@ -19,6 +19,7 @@ from vlsm.system.files import (
     is_filled,
     locked,
     read_json,
+    sweep_temporary,
     write_csv,
     write_json,
 )
@@ -31,7 +32,7 @@ COLUMNS = (
 # The files that `Run` writes into its folder; those of evaluations are in their folder's ledger.
 FILES = (
     "config.json", "best.safetensors", "last.safetensors", "log.csv", "curves.png", "state.pt",
-    "tensorboard/events.out.tfevents.*", ".vlsm-*.tmp",
+    "tensorboard/events.out.tfevents.*",
 )  # fmt: skip
 
 
@@ -184,6 +185,10 @@ class Run:
     def resume(self):
         """Continue from state.pt. Raises ValueError if it belongs to another base."""
         state = load_state(self.out / "state.pt")
+        if not isinstance(state, dict) or not set(self.state()) <= set(state):
+            raise ValueError(
+                f"'{self.out / 'state.pt'}' is not the state of a run. Start again with --overwrite."
+            )
         if state["base"] != self.model.info["fingerprint"]:
             raise ValueError(
                 f"The run in '{self.out}' was started on another base than '{self.model.info['weights']}'. "
@@ -258,8 +263,7 @@ def make_folder(out, settings, metadata, overwrite=False):
     if overwrite and is_filled(out):
         delete_run(out)
     out.mkdir(parents=True, exist_ok=True)
-    for temporary in out.glob(".vlsm-*.tmp"):  # of a run that was killed while writing
-        temporary.unlink()
+    sweep_temporary(out)  # of a run that was killed while writing
     write_json(out / "config.json", dict(options=settings, **metadata), atomic_write)
 
 
