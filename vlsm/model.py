@@ -47,7 +47,7 @@ class VLSM(nn.Module):
     def forward(self, pixel_values, input_ids, attention_mask=None, image_features=None, text_features=None):
         """Segment images by prompts: `[B, 3, H, W]`, `[B, T]`, `[B, T]` -> logits `[B, 1, H, W]`.
 
-        For `image_features` and `text_features`, computed before, see `Network.forward`.
+        For several prompts of each image, and for features computed before, see `Network.forward`.
         """
         return self.network(
             pixel_values, input_ids, attention_mask, self.tuner, image_features, text_features

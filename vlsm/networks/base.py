@@ -43,6 +43,11 @@ class FrozenBlocks(NamedTuple):
     size: tuple
 
 
+def repeat_rows(x, times):
+    """Repeat each row of a tensor, or None: `[B, ...]` -> `[B * times, ...]`."""
+    return x if x is None or times == 1 else x.repeat_interleave(times, 0)
+
+
 class Network(nn.Module):
     """Base class of all networks.
 
@@ -58,7 +63,7 @@ class Network(nn.Module):
     mean, std = IMAGENET_MEAN, IMAGENET_STD  # of images with values from 0 to 1
     methods = None  # names of the tuning methods that can act on it; None: all
     unsupported_reason = ""  # a sentence: why the others cannot
-    decoder_reads_pixels = False  # whether `decode` needs pixel_values
+    decoder_reads_pixels = False  # whether `adapt_activations` needs pixel_values
     keeps_padding = False  # whether prompts keep their padding tokens
     compile_dynamic = True  # torch.compile's `dynamic`. True: dynamic shapes; None: only sizes that vary
 
@@ -78,12 +83,13 @@ class Network(nn.Module):
         image_features=None,
         text_features=None,
     ):
-        """Segment images by prompts: `[B, 3, H, W]`, `[B, T]`, `[B, T]` -> logits `[B, 1, H, W]`.
+        """Segment images by prompts: `[B, 3, H, W]`, `[B * P, T]`, `[B * P, T]` -> logits `[B * P, 1, H, W]`.
 
-        Foreground is where logits are above 0. image_features: `ImageFeatures` or `FrozenBlocks` computed
-        before; pixel_values may then be None, unless `decoder_reads_pixels`. text_features: an earlier result
-        of `encode_prompts`; input_ids may then be None. Raises ValueError if H or W is no multiple of
-        `config.stride`, or if images and prompts differ in number.
+        Rows b * P to b * P + P - 1 are the P prompts of image b, which is encoded once. Foreground is where
+        logits are above 0. image_features: `ImageFeatures` or `FrozenBlocks` computed before; pixel_values
+        may then be None, unless `decoder_reads_pixels`. text_features: an earlier result of `encode_prompts`;
+        input_ids may then be None. Raises ValueError if H or W is no multiple of `config.stride`, or if the
+        number of prompts is no multiple of that of images.
         """
         tuner = tuner or Tuner()
         contexts = tuner.contexts()
@@ -92,15 +98,20 @@ class Network(nn.Module):
             image_features = self.encode_image(pixel_values, tuner, contexts.vision)
         elif isinstance(image_features, FrozenBlocks):
             image_features = self.encode_rest(image_features, tuner, contexts.vision)
-        if text_features is None:
-            # not `len`: it would fix the batch size of an exported file
-            images = image_features.activations[0].shape[0]
-            if input_ids.shape[0] != images:
-                raise ValueError(f"{images} images came with {len(input_ids)} prompts; each image needs one.")
-            text_features = self.encode_prompts(
-                input_ids, attention_mask, tuner, contexts.text, image_features.embedding
+        # not `len`: it would fix the batch size of an exported file
+        images = image_features.activations[0].shape[0]
+        prompts = (input_ids if text_features is None else text_features[0]).shape[0]
+        if prompts < images or prompts % images:
+            raise ValueError(
+                f"{images} images came with {prompts} prompts; each image needs one, or equally many."
             )
-        return self.decode(image_features, text_features, tuner, pixel_values)  # [B, 1, H, W]
+        P = prompts // images
+        if text_features is None:
+            embedding = repeat_rows(image_features.embedding, P)
+            text_features = self.encode_prompts(input_ids, attention_mask, tuner, contexts.text, embedding)
+        activations = self.adapt_activations(image_features, tuner, pixel_values)
+        image_features = image_features._replace(activations=[repeat_rows(x, P) for x in activations])
+        return self.decode(image_features, text_features, tuner)  # [B * P, 1, H, W]
 
     def encode_image(self, pixel_values, tuner, contexts=()):
         """Encode images `[B, 3, H, W]` to `ImageFeatures`; contexts: vectors for the vision encoder."""
@@ -122,8 +133,12 @@ class Network(nn.Module):
         """
         raise NotImplementedError
 
-    def decode(self, image_features, text_features, tuner, pixel_values=None):
-        """Return logits `[B, 1, H, W]` from the encoders' output."""
+    def adapt_activations(self, image_features, tuner, pixel_values=None):
+        """Return the tensors `[B, ...]` that `decode` reads: all that does not depend on the prompts."""
+        return image_features.activations
+
+    def decode(self, image_features, text_features, tuner):
+        """Return logits `[B, 1, H, W]` of images, of which `adapt_activations` made the activations."""
         raise NotImplementedError
 
     # Prompts
