@@ -4,22 +4,37 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy import ndimage
 
 from vlsm.checkpoint import load
 from vlsm.data.cache import chunks, normalise
-from vlsm.data.images import EXTENSIONS, ImageError, image_files, mask_image, read_image, resize_image
+from vlsm.data.images import EXTENSIONS, ImageError, image_files, mask_image, read_image
 from vlsm.results.figures import CYAN, overlay
+from vlsm.segment import enlarge, label_map, logit_of, to_batch
 from vlsm.system import parallel
 from vlsm.system.console import progress
-from vlsm.system.files import check_targets, owned_write
+from vlsm.system.files import check_targets, owned_write, write_json
 from vlsm.system.parallel import autocast, choose_device
 
 SIDES = re.compile(r"\b(left|right|Left|Right)\b")
 OTHER_SIDE = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
 READERS = 4  # threads that read images
+UNSAFE = re.compile(r"[^\w-]+")  # in a folder's name
+LONGEST_NAME = 60  # letters of a folder's name
+# Okabe and Ito's colours, which the colour-blind tell apart
+OKABE_ITO = (
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (240, 228, 66),
+    (0, 114, 178),
+    (213, 94, 0),
+    (204, 121, 167),
+)
 
 
 def load_predictor(
@@ -64,13 +79,21 @@ class Predictor:
         self.trained, self.total = model.count_parameters()
 
     def logits(self, images, prompts):
-        """Return float32 logits `[B, 1, S, S]` of uint8 images `[B, 3, S, S]` and B prompts."""
+        """Return float32 logits `[B * P, 1, S, S]` of uint8 images `[B, 3, S, S]` and B * P prompts.
+
+        The first P prompts are of the first image, and so on; each image is encoded once.
+        """
         logits = self._logits(images, prompts)
         if not self.mirror:
             return logits
         swapped = [mirrored_prompt(prompt) for prompt in prompts]
         mirrored = self._logits(images.flip(-1), swapped)
         return mean_logits([logits, mirrored.flip(-1)])
+
+    def segment(self, images, prompts):
+        """Return probabilities float32 `[B, P, S, S]` of uint8 images and P prompts for all."""
+        logits = self.logits(images, list(prompts) * len(images))
+        return logits.sigmoid().view(len(images), len(prompts), *logits.shape[2:])
 
     @torch.inference_mode()
     def _logits(self, images, prompts):
@@ -80,7 +103,7 @@ class Predictor:
             return self.model(pixel_values, *self.tokenizer(prompts)).float()
 
 
-class Ensemble:
+class Ensemble(Predictor):
     """Several `Predictor`s as one: the mean of their probabilities.
 
     Raises ValueError if they segment images of different sizes.
@@ -99,7 +122,7 @@ class Ensemble:
         self.total = sum(predictor.total for predictor in predictors)
 
     def logits(self, images, prompts):
-        """Return float32 logits `[B, 1, S, S]`, as `Predictor.logits`."""
+        """Return float32 logits `[B * P, 1, S, S]`, as `Predictor.logits`."""
         return mean_logits([predictor.logits(images, prompts) for predictor in self.predictors])
 
 
@@ -133,23 +156,48 @@ def mirrored_prompt(prompt):
 
 def logits_at_size(logits, shape):
     """Enlarge logits `[1, S, S]` bilinearly to the original `shape` (h, w), `[h, w]`."""
-    return F.interpolate(logits[None], shape, mode="bilinear", align_corners=False)[0, 0]
+    return enlarge(logits, shape)[0]
 
 
-def mask_at_size(logits, shape, upsample="logits"):
-    """Return the bool mask `[h, w]` of logits `[1, S, S]` at the original `shape`.
+def mask_at_size(logits, shape, upsample="logits", bound=0.0):
+    """Return the bool mask `[h, w]` of logits `[1, S, S]` at the original `shape`: where they exceed `bound`.
 
     upsample: "logits": enlarge bilinearly, then threshold; "mask": threshold, then enlarge.
     """
+    return labels_at_size(logits, shape, upsample, bound) > 0
+
+
+def labels_at_size(logits, shape, upsample="logits", bound=0.0):
+    """Return the label map uint8 `[h, w]` of logits `[P, S, S]`, with arguments as `mask_at_size`."""
     if upsample == "logits":
-        return logits_at_size(logits, shape) > 0
-    mask = (logits[None] > 0).float()
-    return F.interpolate(mask, shape, mode="nearest-exact")[0, 0] > 0
+        return label_map(enlarge(logits, shape), bound)
+    labels = label_map(logits, bound)
+    return F.interpolate(labels[None, None], shape, mode="nearest-exact")[0, 0]
+
+
+def clean_mask(mask, keep_largest=False, min_area=0):
+    """Remove pieces of a mask bool `[H, W]`: those of fewer than `min_area` pixels, or all but the largest.
+
+    Pixels that touch at a side or a corner are of one piece.
+    """
+    pieces, _ = ndimage.label(mask, np.ones((3, 3)))
+    areas = np.bincount(pieces.ravel())
+    areas[0] = 0  # background
+    kept = areas >= max(min_area, 1)
+    if keep_largest:
+        kept &= np.arange(len(areas)) == areas.argmax()
+    return kept[pieces]
 
 
 def mask_target(folder, name):
     """Return the path of a predicted mask: an image's or mask's name with .png (JPEG blurs)."""
     return Path(folder) / PurePosixPath(name).with_suffix(".png")
+
+
+def save_probability(logits, path):
+    """Write the probabilities of logits `[h, w]` as a 16-bit PNG: 65535 is 1."""
+    levels = (logits.sigmoid().double() * 65535).round().cpu().numpy()
+    save_png(Image.fromarray(levels.astype(np.uint16)), path)
 
 
 def save_png(image, path):
@@ -163,14 +211,114 @@ def save_png(image, path):
 # Images without a ground truth
 
 
-def predict_folder(
-    predictor, source, prompt, out, batch_size=32, upsample="logits", overlays=False, overwrite=False
-):
-    """Write the masks of an image, or of a folder of images, below the folder `out`; processes share them.
+class MaskWriter:
+    """Writes what is asked for of images, one after another, below the folder `out`.
 
-    overlays: also write NAME.overlay.png. Returns (number of images that could be read, this process's
-    messages on those that could not). Raises FileNotFoundError or ValueError if there are no images,
-    FileExistsError rather than overwriting a user's file.
+    One prompt: NAME.png, a mask of 0 and 255; several: the same in a folder for each. label_map: instead
+    NAME.png with class numbers, and dataset.json, which names them. probability_folder: also write the
+    probabilities, as 16-bit PNGs. overlays: also write NAME.overlay.png. threshold: of the probability.
+    clean: a function of a mask bool `[H, W]` that returns the mask to write. Raises ValueError for prompts
+    that cannot be told apart.
+    """
+
+    def __init__(
+        self, prompts, out, upsample="logits", threshold=0.5, label_map=False, overlays=False,
+        probability_folder=None, clean=None,
+    ):  # fmt: skip
+        self.prompts = prompts
+        self.label_file = Path(out) / "dataset.json" if label_map else None
+        self.upsample = upsample
+        self.bound = logit_of(threshold)
+        self.overlays = overlays
+        self.clean = clean
+        self.mask_folders = [Path(out)] if label_map else prompt_folders(out, prompts)
+        self.probability_folders = []
+        if probability_folder:
+            self.probability_folders = prompt_folders(probability_folder, prompts)
+        if label_map and ("background" in prompts or len(set(prompts)) < len(prompts)):
+            raise ValueError("--label-map needs prompts that differ, other than 'background'.")
+
+    def targets(self, name):
+        """Return the paths of all files that `write` makes of an image."""
+        masks = [mask_target(folder, name) for folder in self.mask_folders]
+        probabilities = [mask_target(folder, name) for folder in self.probability_folders]
+        overlays = [overlay_target(mask) for mask in masks] if self.overlays else []
+        return masks + probabilities + overlays
+
+    def write(self, name, image, logits):
+        """Write the files of an image uint8 `[H, W, 3]` from its logits `[P, S, S]`."""
+        shape = image.shape[:2]
+        for folder, of_prompt in zip(self.probability_folders, logits):
+            save_probability(logits_at_size(of_prompt[None], shape), mask_target(folder, name))
+        if self.label_file:
+            self.write_labels(mask_target(self.mask_folders[0], name), image, logits)
+            return
+        for folder, of_prompt in zip(self.mask_folders, logits):
+            mask = mask_at_size(of_prompt[None], shape, self.upsample, self.bound).cpu().numpy()
+            if self.clean:
+                mask = self.clean(mask)
+            target = mask_target(folder, name)
+            save_png(mask_image(mask), target)
+            if self.overlays:
+                tinted = overlay(image, mask, CYAN)
+                save_png(Image.fromarray(tinted), overlay_target(target))
+
+    def write_labels(self, target, image, logits):
+        """Write the label map of an image, and its overlay."""
+        labels = labels_at_size(logits, image.shape[:2], self.upsample, self.bound).cpu().numpy()
+        tinted = image
+        palette = class_colours(len(logits))
+        for number in range(1, len(palette)):
+            mask = labels == number
+            if self.clean:
+                labels[mask & ~self.clean(mask)] = 0
+                mask = labels == number
+            if self.overlays:
+                tinted = overlay(tinted, mask, palette[number])
+        picture = Image.fromarray(labels)
+        picture.putpalette(np.array(palette, np.uint8).tobytes())
+        save_png(picture, target)
+        if self.overlays:
+            save_png(Image.fromarray(tinted), overlay_target(target))
+
+    def write_label_names(self):
+        """Write dataset.json in nnU-Net's form, if label maps are written: {"labels": {name: number}}."""
+        if self.label_file:
+            names = ["background", *self.prompts]
+            write_json(self.label_file, dict(labels={name: number for number, name in enumerate(names)}))
+
+
+def prompt_folders(folder, prompts):
+    """Return a folder for each prompt below `folder`, named by its letters and digits; itself for one prompt.
+
+    Raises ValueError for two prompts of one name.
+    """
+    if len(prompts) == 1:
+        return [Path(folder)]
+    folders = {}
+    for prompt in prompts:
+        name = UNSAFE.sub("-", prompt).strip("-")[:LONGEST_NAME] or "prompt"
+        if name in folders:
+            raise ValueError(f"--prompt '{prompt}' and '{folders[name]}' would share the folder '{name}'.")
+        folders[name] = prompt
+    return [Path(folder) / name for name in folders]
+
+
+def class_colours(count):
+    """Return the colours of background and `count` classes, (R, G, B) each; further rounds are darker."""
+    colours = [(0, 0, 0)]
+    for k in range(count):
+        round_number, place = divmod(k, len(OKABE_ITO))
+        colours.append(tuple(int(value * 0.6**round_number) for value in OKABE_ITO[place]))
+    return colours
+
+
+def predict_folder(predictor, source, writer, batch_size=32, overwrite=False):
+    """Write the masks of an image, or of a folder of images, by a `MaskWriter`; processes share them.
+
+    Returns (number of images that could be read, this process's messages on those that could not). Raises
+    FileNotFoundError or ValueError if there are no images, FileExistsError rather than overwriting a user's
+    file.
     """
     source = Path(source)
     if not source.exists():
@@ -182,24 +330,31 @@ def predict_folder(
         folder = source
     if not files:
         raise ValueError(f"'{source}' holds no images ({', '.join(EXTENSIONS)}).")
-    targets = [mask_target(out, file.relative_to(folder).as_posix()) for file in files]
-    written = list(targets)
-    if overlays:
-        written += [overlay_target(target) for target in targets]
-    check_targets(written, files, overwrite)
+    targets = [writer.label_file] if writer.label_file else []
+    for file in files:
+        targets += writer.targets(file.relative_to(folder).as_posix())
+    check_targets(targets, files, overwrite)
+    if not parallel.rank():
+        writer.write_label_names()
     errors = []
-    batches = chunks(list(zip(files, targets)), batch_size)
+    # a batch has `batch_size` masks, not images: each prompt takes a pass of the decoder
+    batches = chunks(files, max(1, batch_size // len(writer.prompts)))
     with ThreadPoolExecutor(READERS) as pool, progress(len(files), "segmenting") as bar:
         for _, batch in parallel.own_batches(batches):
-            images = list(pool.map(_read_or_message, [file for file, _ in batch]))
-            jobs = []
-            for image, (_, target) in zip(images, batch):
+            names = []
+            images = []
+            for file, image in zip(batch, pool.map(_read_or_message, batch)):
                 if isinstance(image, str):
                     errors.append(image)
                 else:
-                    jobs.append((image, target))
-            if jobs:
-                _segment(predictor, prompt, jobs, upsample, overlays)
+                    names.append(file.relative_to(folder).as_posix())
+                    images.append(image)
+            if images:
+                pixels = to_batch(images, predictor.size)
+                logits = predictor.logits(pixels, writer.prompts * len(images))
+                logits = logits.view(len(images), -1, *logits.shape[2:])  # [B, P, S, S]
+                for name, image, of_image in zip(names, images, logits):
+                    writer.write(name, image, of_image)
             bar.update(len(batch))
     return len(files) - len(errors), errors
 
@@ -207,21 +362,6 @@ def predict_folder(
 def overlay_target(mask):
     """Return the path of the overlay beside a mask."""
     return mask.with_suffix(".overlay.png")
-
-
-def _segment(predictor, prompt, jobs, upsample, overlays):
-    """Write the masks of a batch of (image uint8 `[H, W, 3]`, path of its mask)."""
-    pixels = []
-    for image, _ in jobs:
-        small = resize_image(image, predictor.size)
-        pixels.append(torch.from_numpy(small.transpose(2, 0, 1)))
-    logits = predictor.logits(torch.stack(pixels), [prompt] * len(jobs))
-    for (image, target), z in zip(jobs, logits):
-        mask = mask_at_size(z, image.shape[:2], upsample)
-        save_png(mask, target)
-        if overlays:
-            tinted = overlay(image, mask.cpu().numpy(), CYAN)
-            save_png(Image.fromarray(tinted), overlay_target(target))
 
 
 def _read_or_message(path):
