@@ -5,7 +5,6 @@ both directions' 95th percentiles of boundary distances. vlsm/metrics.py defines
 """
 
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from vlsm.data.records import choose_prompt
 from vlsm.results.evaluation import add_split_arguments, evaluate_prompts, results_folder
 from vlsm.results.figures import draw_cases
 from vlsm.results.gallery import page_files, write_gallery
-from vlsm.results.predict import MaskWriter, clean_mask, load_ensemble, mask_target, predict_folder
+from vlsm.results.predict import MaskWriter, load_ensemble, mask_target, predict_folder
 from vlsm.results.scores import METRICS, RESULT_FILES, describe, summarise, write_results
 from vlsm.segment import prompt_notice
 from vlsm.system import parallel
@@ -52,7 +51,14 @@ def parse_arguments(argv=None):
     add = parser.add_argument_group("scores").add_argument
     add("--all-prompts", action="store_true", help="evaluate every prompt key p0, p1, ... and print a table")
     add("--nsd-tolerance", type=number(float, 0), default=2.0, help="in pixels (default 2)")
+    add_output_arguments(parser)
+    add_image_arguments(parser)
+    add_machine_arguments(parser)
+    return parser.parse_args(argv)
 
+
+def add_output_arguments(parser):
+    """Add the options of what an evaluation writes, and of how masks are cleaned."""
     add = parser.add_argument_group("output").add_argument
     add("--out", help="folder of metrics.csv and metrics.json (default: eval-SPLIT in the run's folder)")
     add(
@@ -91,6 +97,9 @@ def parse_arguments(argv=None):
         help="write gallery/index.html: every record, worst first, for a browser",
     )
 
+
+def add_image_arguments(parser):
+    """Add the options of --images."""
     add = parser.add_argument_group("images without a ground truth").add_argument
     add("--images", help="image or folder of images to segment, with --prompt and --save-masks")
     add(
@@ -111,8 +120,6 @@ def parse_arguments(argv=None):
         help="probability above which a pixel is foreground in --images (default 0.5)",
     )
     add("--overlay", action="store_true", help="also write NAME.overlay.png")
-    add_machine_arguments(parser)
-    return parser.parse_args(argv)
 
 
 def load_runs(args, checkpoints):
@@ -187,13 +194,6 @@ def evaluate_run(args, checkpoints):
     return {"": summary}
 
 
-def cleaning(args):
-    """Return the function that cleans up masks, or None if no option asks for one."""
-    if not args.keep_largest and not args.min_area:
-        return None
-    return partial(clean_mask, keep_largest=args.keep_largest, min_area=args.min_area)
-
-
 def score_prompts(args, predictor, data, prompt_sets, dataset):
     """Return {name: (scores, summary)} of a split's records with each set of prompts."""
     pattern, group_in_words = group_pattern(dataset, args.group)
@@ -208,7 +208,8 @@ def score_prompts(args, predictor, data, prompt_sets, dataset):
         keep_masks=args.figure or args.gallery,
         mask_folder=args.save_masks,
         probability_folder=args.save_probabilities,
-        clean=cleaning(args),
+        keep_largest=args.keep_largest,
+        min_area=args.min_area,
     )
     results = {}
     for name, scores in scores_of.items():
@@ -310,7 +311,8 @@ def predict(args, checkpoints):
         args.label_map,
         args.overlay,
         args.save_probabilities,
-        cleaning(args),
+        args.keep_largest,
+        args.min_area,
     )
     predictor = load_runs(args, checkpoints)
     notice = prompt_notice(predictor.metadata, args.prompt)
@@ -322,23 +324,13 @@ def predict(args, checkpoints):
     return errors
 
 
-def check_options(args):
-    """Refuse options that would have no effect, with --images or without. Raises ValueError."""
-    if args.images:
-        names = ("figure", "gallery", "all_prompts", "out")
-        advice = "has no effect with --images, which has no ground truth"
-    else:
-        names = ("prompt", "label_map", "threshold", "overlay")
-        advice = "is for --images"
-    for name in names:
-        if getattr(args, name):
-            raise ValueError(f"--{name.replace('_', '-')} {advice}. Leave it out.")
-
-
 def main(argv=None):
     """Evaluate runs, or segment a folder of images; exits with 1 if an image could not be read."""
     args = parse_arguments(argv)
-    check_options(args)
+    if args.images and (args.figure or args.gallery or args.all_prompts or args.out):
+        raise ValueError("--figure, --gallery, --all-prompts and --out need masks; --images comes without.")
+    if not args.images and (args.prompt or args.label_map or args.threshold or args.overlay):
+        raise ValueError("--prompt, --label-map, --threshold and --overlay are for --images.")
     runs = []
     for path in args.ckpt:
         runs += runs_below(path) or [path]

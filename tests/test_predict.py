@@ -38,7 +38,7 @@ def encodings(monkeypatch):
 
 
 def predictor_of(model, mirror=False):
-    return Predictor(model, torch.device("cpu"), None, mirror)
+    return Predictor(model, mirror)
 
 
 # In Python
@@ -294,4 +294,4 @@ def test_names_and_colours(tmp_path):
     assert prompt_folders("out", ["..", "a/../b"])[0].name == "prompt"
     assert len(prompt_folders("out", ["x" * 300, "y"])[0].name) <= 60
     colours = class_colours(16)
-    assert len(set(colours)) == 17 and colours[0] == (0, 0, 0)
+    assert len(set(map(tuple, colours))) == 16 and colours[0].tolist() == [230, 159, 0]

@@ -30,30 +30,35 @@ def segment_image(model, image, prompts, threshold=0.5, probability=False):
     notice = prompt_notice(metadata, texts)
     if notice:
         say_once(notice, notice)
+    side = image_side(model.network.config, Path(model.info["folder"]), metadata.get("image_size"))
+    pixels = read_pixels(image)
+    training = model.training
+    model.eval()
+    logits = image_logits(model, to_batch([pixels], side), texts)  # [P, 1, S, S]
+    model.train(training)
+    logits = enlarge(logits[:, 0], pixels.shape[:2])  # [P, H, W]
+    result = logits.sigmoid() if probability else logits > bound
+    if isinstance(prompts, str):
+        result = result[0]
+    elif not probability:
+        number = logits.argmax(0) + 1
+        result = (number * result.any(0)).to(torch.uint8)
+    return result.cpu().numpy()
+
+
+@torch.inference_mode()
+def image_logits(model, images, prompts):
+    """Return float32 logits `[B * P, 1, S, S]` of uint8 images `[B, 3, S, S]` and B * P prompts."""
     if model not in _tokenizers:
         _tokenizers[model] = model.tokenizer()
     network = model.network
-    side = image_side(network.config, Path(model.info["folder"]), metadata.get("image_size"))
-    pixels = read_pixels(image)
+    metadata = model.metadata or {}
+    mean = metadata.get("mean", network.mean)
+    std = metadata.get("std", network.std)
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    with torch.inference_mode(), autocast(device, model.compute_dtype):
-        images = to_batch([pixels], side).to(device)
-        mean = metadata.get("mean", network.mean)
-        std = metadata.get("std", network.std)
-        logits = model(normalise(images, mean, std), *_tokenizers[model](texts))  # [P, 1, S, S]
-        logits = enlarge(logits[:, 0].float(), pixels.shape[:2])  # [P, H, W]
-    model.train(training)
-    single = isinstance(prompts, str)
-    if probability:
-        result = logits.sigmoid()
-    elif single:
-        result = logits > bound
-    else:
-        return label_map(logits, bound).cpu().numpy()
-    result = result.cpu().numpy()
-    return result[0] if single else result
+    with autocast(device, model.compute_dtype):
+        pixel_values = normalise(images.to(device), mean, std)
+        return model(pixel_values, *_tokenizers[model](prompts)).float()
 
 
 def read_pixels(image):
@@ -94,23 +99,12 @@ def logit_of(threshold):
     return math.log(threshold / (1 - threshold))
 
 
-def label_map(logits, bound=0.0):
-    """Return the label map uint8 `[h, w]` of logits `[P, h, w]`: 1 + index of the largest, or 0.
-
-    0 is background: no logit is above `bound`.
-    """
-    largest, index = logits.max(0)
-    return torch.where(largest > bound, index + 1, 0).to(torch.uint8)
-
-
 def prompt_notice(metadata, prompts):
     """Return a line on prompts that name none of the class words a run was trained on; empty if all do."""
     words = metadata.get("class_words") or []
-    names = "|".join(re.escape(word) for word in words)
+    names = "|".join(map(re.escape, words))
     named = re.compile(rf"\b({names})", re.I)  # open at its end: a plural names the class, too
-    strange = [prompt for prompt in prompts if words and not named.search(prompt)]
-    if not strange:
+    strange = [f"'{prompt}'" for prompt in prompts if not named.search(prompt)]
+    if not words or not strange:
         return ""
-    asked = first_few([f"'{prompt}'" for prompt in strange])
-    trained = first_few([f"'{word}'" for word in words])
-    return f"Note: this run was trained on {trained}; {asked} names none of that."
+    return f"Note: this run was trained on '{first_few(words)}'; {first_few(strange)} names none of that."

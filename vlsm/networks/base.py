@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vlsm.networks.hooks import Tuner
-from vlsm.networks.transformer import fit_window, insert_context
+from vlsm.networks.transformer import drop_padding, fit_window, insert_context, repeat_rows, unique_rows
 from vlsm.networks.weights import to_own, to_published
 
 EOS_IS_MAX_ID = 2  # an `eos_token_id` that means "the highest id of a prompt": old files, CLIP's own code
@@ -41,11 +41,6 @@ class FrozenBlocks(NamedTuple):
     tokens: torch.Tensor
     activations: list
     size: tuple
-
-
-def repeat_rows(x, times):
-    """Repeat each row of a tensor, or None: `[B, ...]` -> `[B * times, ...]`."""
-    return x if x is None or times == 1 else x.repeat_interleave(times, 0)
 
 
 class Network(nn.Module):
@@ -177,31 +172,10 @@ class Network(nn.Module):
                 f"Prompt {int(without_end.nonzero()[0])} of the batch holds no end-of-text token (id {eos}), "
                 "so there is nothing to pool. Was it cut by hand, or made with another model's tokenizer?"
             )
-        if attention_mask is None:
-            input_ids, row = torch.unique(input_ids, dim=0, return_inverse=True)
-        else:
-            pairs = torch.stack([input_ids, attention_mask.to(input_ids)], -1)  # [B, T, 2]
-            pairs, row = torch.unique(pairs, dim=0, return_inverse=True)
-            input_ids, attention_mask = pairs.unbind(-1)
+        input_ids, attention_mask, row = unique_rows(input_ids, attention_mask)
         if not self.keeps_padding:
-            input_ids, attention_mask = self.without_padding(input_ids, attention_mask)
+            input_ids, attention_mask = drop_padding(input_ids, attention_mask, self.end_of_text(input_ids))
         return input_ids, attention_mask, row
-
-    def without_padding(self, input_ids, attention_mask):
-        """Cut prompts `[U, T]` after the last end token. Returns (input_ids, attention_mask or None).
-
-        The attention is causal, so tokens after the end cannot reach it. A mask stays only if it hides a
-        token before the end.
-        """
-        end = self.end_of_text(input_ids)
-        T = int(end.max()) + 1
-        input_ids = input_ids[:, :T]
-        if attention_mask is not None:
-            attention_mask = attention_mask[:, :T]
-            up_to_end = torch.arange(T, device=end.device) <= end[:, None]  # [U, T]
-            if attention_mask[up_to_end].all():
-                attention_mask = None
-        return input_ids, attention_mask
 
     def run_text_blocks(self, input_ids, attention_mask, tuner, contexts=()):
         """Run the text encoder's layers on prompts `[B, T]` with n context vectors.

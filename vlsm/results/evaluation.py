@@ -10,7 +10,14 @@ import torch
 
 from vlsm.data.cache import chunks, default_cache, prefetch
 from vlsm.data.images import read_mask
-from vlsm.results.predict import logits_at_size, mask_at_size, mask_target, save_png, save_probability
+from vlsm.results.predict import (
+    clean_mask,
+    logits_at_size,
+    mask_at_size,
+    mask_target,
+    save_png,
+    save_probability,
+)
 from vlsm.results.scores import calibration_counts, group_names, score
 from vlsm.system import parallel
 from vlsm.system.arguments import number
@@ -129,14 +136,14 @@ def measure_records(predictor, data, prompts, batch_size, measure):
 
 def evaluate_prompts(
     predictor, data, prompt_sets, tolerance=2.0, upsample="logits", batch_size=32, group=None,
-    keep_masks=False, mask_folder=None, probability_folder=None, clean=None,
+    keep_masks=False, mask_folder=None, probability_folder=None, keep_largest=False, min_area=0,
 ):  # fmt: skip
     """Return {name: the scores of a split's records, a dictionary for each} of some sets of prompts.
 
     prompt_sets: {name: a text for each record}. tolerance: of NSD, in pixels. group: a pattern, as in
     `group_names`. keep_masks: add the predicted mask as `packed_mask`. mask_folder, probability_folder: where
-    to write the predicted masks as 0/255 PNGs, and the probabilities as 16-bit PNGs. clean: a function of a
-    predicted mask bool `[H, W]` that returns the mask to score.
+    to write the predicted masks as 0/255 PNGs, and the probabilities as 16-bit PNGs. keep_largest, min_area:
+    clean the masks, as `clean_mask` says.
     """
     groups = group_names(data.records, group)
 
@@ -145,8 +152,9 @@ def evaluate_prompts(
         record = data.records[i]
         enlarged = logits_at_size(logits, truth.shape)
         mask = mask_at_size(logits, truth.shape, upsample)
-        if clean:
-            mask = torch.from_numpy(clean(mask.cpu().numpy())).to(mask.device)
+        if keep_largest or min_area:
+            cleaned = clean_mask(mask.cpu().numpy(), keep_largest, min_area)
+            mask = torch.from_numpy(cleaned).to(mask.device)
         if mask_folder:
             save_png(mask, mask_target(mask_folder, record.mask_name))
         if probability_folder:

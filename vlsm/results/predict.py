@@ -11,14 +11,14 @@ from PIL import Image
 from scipy import ndimage
 
 from vlsm.checkpoint import load
-from vlsm.data.cache import chunks, normalise
+from vlsm.data.cache import chunks
 from vlsm.data.images import EXTENSIONS, ImageError, image_files, mask_image, read_image
 from vlsm.results.figures import CYAN, overlay
-from vlsm.segment import enlarge, label_map, logit_of, to_batch
+from vlsm.segment import enlarge, image_logits, logit_of, to_batch
 from vlsm.system import parallel
 from vlsm.system.console import progress
 from vlsm.system.files import check_targets, owned_write, write_json
-from vlsm.system.parallel import autocast, choose_device
+from vlsm.system.parallel import choose_device
 
 SIDES = re.compile(r"\b(left|right|Left|Right)\b")
 OTHER_SIDE = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
@@ -26,15 +26,8 @@ READERS = 4  # threads that read images
 UNSAFE = re.compile(r"[^\w-]+")  # in a folder's name
 LONGEST_NAME = 60  # letters of a folder's name
 # Okabe and Ito's colours, which the colour-blind tell apart
-OKABE_ITO = (
-    (230, 159, 0),
-    (86, 180, 233),
-    (0, 158, 115),
-    (240, 228, 66),
-    (0, 114, 178),
-    (213, 94, 0),
-    (204, 121, 167),
-)
+COLOURS = "e69f00 56b4e9 009e73 f0e442 0072b2 d55e00 cc79a7"
+OKABE_ITO = np.frombuffer(bytes.fromhex(COLOURS), np.uint8).reshape(-1, 3)
 
 
 def load_predictor(
@@ -57,25 +50,23 @@ def load_predictor(
     with parallel.local_first():
         model = load(checkpoint, weights, base)
     model.place_on(device, dtype, kernels, compile)
-    return Predictor(model, device, dtype, mirror)
+    return Predictor(model, mirror)
 
 
 class Predictor:
     """A model on its device, ready to segment uint8 images of its size.
 
-    model: a VLSM that `vlsm.load` returned. dtype: autocast's, or None. mirror: average the probabilities of
-    each image and of its mirror image. Attributes: `size`, the side of its images in pixels; `trained`,
-    `total`, numbers of parameters.
+    model: a VLSM that `vlsm.load` returned, on its device. mirror: average the probabilities of each image
+    and of its mirror image. Attributes: `size`, the side of its images in pixels; `trained`, `total`, numbers
+    of parameters.
     """
 
-    def __init__(self, model, device, dtype, mirror=False):
+    def __init__(self, model, mirror=False):
         self.model = model
-        self.device = device
-        self.dtype = dtype
+        self.device = next(model.parameters()).device
         self.mirror = mirror
         self.metadata = model.metadata
         self.size = model.metadata["image_size"]
-        self.tokenizer = model.tokenizer()
         self.trained, self.total = model.count_parameters()
 
     def logits(self, images, prompts):
@@ -83,24 +74,17 @@ class Predictor:
 
         The first P prompts are of the first image, and so on; each image is encoded once.
         """
-        logits = self._logits(images, prompts)
+        logits = image_logits(self.model, images, prompts)
         if not self.mirror:
             return logits
         swapped = [mirrored_prompt(prompt) for prompt in prompts]
-        mirrored = self._logits(images.flip(-1), swapped)
+        mirrored = image_logits(self.model, images.flip(-1), swapped)
         return mean_logits([logits, mirrored.flip(-1)])
 
     def segment(self, images, prompts):
         """Return probabilities float32 `[B, P, S, S]` of uint8 images and P prompts for all."""
         logits = self.logits(images, list(prompts) * len(images))
         return logits.sigmoid().view(len(images), len(prompts), *logits.shape[2:])
-
-    @torch.inference_mode()
-    def _logits(self, images, prompts):
-        with autocast(self.device, self.dtype):
-            images = images.to(self.device)
-            pixel_values = normalise(images, self.metadata["mean"], self.metadata["std"])
-            return self.model(pixel_values, *self.tokenizer(prompts)).float()
 
 
 class Ensemble(Predictor):
@@ -159,20 +143,25 @@ def logits_at_size(logits, shape):
     return enlarge(logits, shape)[0]
 
 
-def mask_at_size(logits, shape, upsample="logits", bound=0.0):
-    """Return the bool mask `[h, w]` of logits `[1, S, S]` at the original `shape`: where they exceed `bound`.
+def mask_at_size(logits, shape, upsample="logits"):
+    """Return the bool mask `[h, w]` of logits `[1, S, S]` at the original `shape`, see `masks_at_size`."""
+    return masks_at_size(logits, shape, upsample)[0]
 
-    upsample: "logits": enlarge bilinearly, then threshold; "mask": threshold, then enlarge.
+
+def masks_at_size(logits, shape, upsample="logits", bound=0.0, exclusive=False):
+    """Return bool masks `[P, h, w]` of logits `[P, S, S]` at the original `shape`: where they exceed `bound`.
+
+    upsample: "logits": enlarge bilinearly, then threshold; "mask": threshold, then enlarge. exclusive: a
+    pixel is of the largest logit alone.
     """
-    return labels_at_size(logits, shape, upsample, bound) > 0
-
-
-def labels_at_size(logits, shape, upsample="logits", bound=0.0):
-    """Return the label map uint8 `[h, w]` of logits `[P, S, S]`, with arguments as `mask_at_size`."""
     if upsample == "logits":
-        return label_map(enlarge(logits, shape), bound)
-    labels = label_map(logits, bound)
-    return F.interpolate(labels[None, None], shape, mode="nearest-exact")[0, 0]
+        logits = enlarge(logits, shape)
+    masks = logits > bound
+    if exclusive:
+        masks &= F.one_hot(logits.argmax(0), len(logits)).movedim(-1, 0).bool()
+    if upsample == "mask":
+        masks = F.interpolate(masks[None].float(), shape, mode="nearest-exact")[0] > 0
+    return masks
 
 
 def clean_mask(mask, keep_largest=False, min_area=0):
@@ -180,6 +169,8 @@ def clean_mask(mask, keep_largest=False, min_area=0):
 
     Pixels that touch at a side or a corner are of one piece.
     """
+    if not keep_largest and not min_area:
+        return mask
     pieces, _ = ndimage.label(mask, np.ones((3, 3)))
     areas = np.bincount(pieces.ravel())
     areas[0] = 0  # background
@@ -217,20 +208,21 @@ class MaskWriter:
     One prompt: NAME.png, a mask of 0 and 255; several: the same in a folder for each. label_map: instead
     NAME.png with class numbers, and dataset.json, which names them. probability_folder: also write the
     probabilities, as 16-bit PNGs. overlays: also write NAME.overlay.png. threshold: of the probability.
-    clean: a function of a mask bool `[H, W]` that returns the mask to write. Raises ValueError for prompts
+    keep_largest, min_area: as in `clean_mask`. Raises ValueError for prompts
     that cannot be told apart.
     """
 
     def __init__(
         self, prompts, out, upsample="logits", threshold=0.5, label_map=False, overlays=False,
-        probability_folder=None, clean=None,
+        probability_folder=None, keep_largest=False, min_area=0,
     ):  # fmt: skip
         self.prompts = prompts
         self.label_file = Path(out) / "dataset.json" if label_map else None
         self.upsample = upsample
         self.bound = logit_of(threshold)
         self.overlays = overlays
-        self.clean = clean
+        self.keep_largest = keep_largest
+        self.min_area = min_area
         self.mask_folders = [Path(out)] if label_map else prompt_folders(out, prompts)
         self.probability_folders = []
         if probability_folder:
@@ -248,38 +240,28 @@ class MaskWriter:
     def write(self, name, image, logits):
         """Write the files of an image uint8 `[H, W, 3]` from its logits `[P, S, S]`."""
         shape = image.shape[:2]
-        for folder, of_prompt in zip(self.probability_folders, logits):
-            save_probability(logits_at_size(of_prompt[None], shape), mask_target(folder, name))
-        if self.label_file:
-            self.write_labels(mask_target(self.mask_folders[0], name), image, logits)
-            return
-        for folder, of_prompt in zip(self.mask_folders, logits):
-            mask = mask_at_size(of_prompt[None], shape, self.upsample, self.bound).cpu().numpy()
-            if self.clean:
-                mask = self.clean(mask)
-            target = mask_target(folder, name)
-            save_png(mask_image(mask), target)
-            if self.overlays:
-                tinted = overlay(image, mask, CYAN)
-                save_png(Image.fromarray(tinted), overlay_target(target))
+        for folder, enlarged in zip(self.probability_folders, enlarge(logits, shape)):
+            save_probability(enlarged, mask_target(folder, name))
+        exclusive = self.label_file is not None
+        masks = masks_at_size(logits, shape, self.upsample, self.bound, exclusive).cpu().numpy()
+        masks = np.stack([clean_mask(mask, self.keep_largest, self.min_area) for mask in masks])
+        if exclusive:
+            colours = class_colours(len(masks))
+            numbers = np.arange(1, len(masks) + 1, dtype=np.uint8)[:, None, None]
+            labels = Image.fromarray((numbers * masks).max(0))
+            labels.putpalette(bytes(3) + colours.tobytes())  # black is background
+            self.save(mask_target(self.mask_folders[0], name), labels, image, masks, colours)
+        else:
+            for folder, mask in zip(self.mask_folders, masks):
+                self.save(mask_target(folder, name), mask_image(mask), image, [mask], [CYAN])
 
-    def write_labels(self, target, image, logits):
-        """Write the label map of an image, and its overlay."""
-        labels = labels_at_size(logits, image.shape[:2], self.upsample, self.bound).cpu().numpy()
-        tinted = image
-        palette = class_colours(len(logits))
-        for number in range(1, len(palette)):
-            mask = labels == number
-            if self.clean:
-                labels[mask & ~self.clean(mask)] = 0
-                mask = labels == number
-            if self.overlays:
-                tinted = overlay(tinted, mask, palette[number])
-        picture = Image.fromarray(labels)
-        picture.putpalette(np.array(palette, np.uint8).tobytes())
+    def save(self, target, picture, image, masks, colours):
+        """Write a mask or a label map and, if asked for, its overlay."""
         save_png(picture, target)
         if self.overlays:
-            save_png(Image.fromarray(tinted), overlay_target(target))
+            for mask, colour in zip(masks, colours):
+                image = overlay(image, mask, colour)
+            save_png(Image.fromarray(image), overlay_target(target))
 
     def write_label_names(self):
         """Write dataset.json in nnU-Net's form, if label maps are written: {"labels": {name: number}}."""
@@ -305,12 +287,9 @@ def prompt_folders(folder, prompts):
 
 
 def class_colours(count):
-    """Return the colours of background and `count` classes, (R, G, B) each; further rounds are darker."""
-    colours = [(0, 0, 0)]
-    for k in range(count):
-        round_number, place = divmod(k, len(OKABE_ITO))
-        colours.append(tuple(int(value * 0.6**round_number) for value in OKABE_ITO[place]))
-    return colours
+    """Return the colours of `count` classes, uint8 `[count, 3]`; from the eighth on they are darker."""
+    rounds, places = np.divmod(np.arange(count), len(OKABE_ITO))
+    return (OKABE_ITO[places] * 0.6 ** rounds[:, None]).astype(np.uint8)
 
 
 def predict_folder(predictor, source, writer, batch_size=32, overwrite=False):
