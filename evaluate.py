@@ -1,7 +1,7 @@
 """Evaluate a run: DSC, IoU, NSD and HD95 of its masks at original resolution, on a split of a data set.
 
-With --images: write masks of images without a ground truth. HD95 is in pixels: the larger of both directions'
-95th percentiles of boundary distances. vlsm/metrics.py defines all metrics.
+With --images: write masks, or label maps, of images without a ground truth. HD95 is in pixels: the larger of
+both directions' 95th percentiles of boundary distances. vlsm/metrics.py defines all metrics.
 """
 
 import sys
@@ -11,11 +11,12 @@ import numpy as np
 
 from datasets import group_pattern, open_run_split
 from vlsm.data.records import choose_prompt
-from vlsm.results.evaluation import add_split_arguments, evaluate_split, results_folder
+from vlsm.results.evaluation import add_split_arguments, evaluate_prompts, results_folder
 from vlsm.results.figures import draw_cases
 from vlsm.results.gallery import page_files, write_gallery
-from vlsm.results.predict import load_ensemble, mask_target, predict_folder
+from vlsm.results.predict import MaskWriter, load_ensemble, mask_target, predict_folder
 from vlsm.results.scores import METRICS, RESULT_FILES, describe, summarise, write_results
+from vlsm.segment import prompt_notice
 from vlsm.system import parallel
 from vlsm.system.arguments import Parser, add_machine_arguments, number
 from vlsm.system.console import friendly_errors, say
@@ -25,6 +26,7 @@ EXAMPLES = """examples:
   python evaluate.py --ckpt runs/kvasir-dense-64-seed42 --figure 6 --gallery
   python evaluate.py --ckpt runs/kvasir-dense --ensemble --dataset etis --save-masks masks
   python evaluate.py --ckpt hub:owner/name --images photos --prompt "a polyp" --save-masks masks --overlay
+  python evaluate.py --ckpt runs/ct --images new --prompt liver --prompt tumour --label-map --save-masks maps
 """
 
 
@@ -49,7 +51,14 @@ def parse_arguments(argv=None):
     add = parser.add_argument_group("scores").add_argument
     add("--all-prompts", action="store_true", help="evaluate every prompt key p0, p1, ... and print a table")
     add("--nsd-tolerance", type=number(float, 0), default=2.0, help="in pixels (default 2)")
+    add_output_arguments(parser)
+    add_image_arguments(parser)
+    add_machine_arguments(parser)
+    return parser.parse_args(argv)
 
+
+def add_output_arguments(parser):
+    """Add the options of what an evaluation writes, and of how masks are cleaned."""
     add = parser.add_argument_group("output").add_argument
     add("--out", help="folder of metrics.csv and metrics.json (default: eval-SPLIT in the run's folder)")
     add(
@@ -64,6 +73,18 @@ def parse_arguments(argv=None):
         help="write the foreground's probabilities as 16-bit PNGs of original size (65535 is 1)",
     )
     add(
+        "--keep-largest",
+        action="store_true",
+        help="keep the largest piece of each predicted mask alone; metrics are of the cleaned masks",
+    )
+    add(
+        "--min-area",
+        type=number(int, 1),
+        default=0,
+        metavar="N",
+        help="remove pieces of fewer than N pixels from predicted masks; metrics are of the cleaned masks",
+    )
+    add(
         "--figure",
         type=number(int, 1),
         metavar="N",
@@ -76,12 +97,29 @@ def parse_arguments(argv=None):
         help="write gallery/index.html: every record, worst first, for a browser",
     )
 
+
+def add_image_arguments(parser):
+    """Add the options of --images."""
     add = parser.add_argument_group("images without a ground truth").add_argument
     add("--images", help="image or folder of images to segment, with --prompt and --save-masks")
-    add("--prompt", help='what to segment in --images: "a polyp"')
+    add(
+        "--prompt",
+        action="append",
+        help='what to segment in --images: "a polyp"; of several, each gets a folder below those of '
+        "--save-masks and --save-probabilities",
+    )
+    add(
+        "--label-map",
+        action="store_true",
+        help="write one map an image, of class numbers: 1 for the first prompt, ..., 0 for background; "
+        "dataset.json beside them has the names",
+    )
+    add(
+        "--threshold",
+        type=number(float, 0.001, 0.999),
+        help="probability above which a pixel is foreground in --images (default 0.5)",
+    )
     add("--overlay", action="store_true", help="also write NAME.overlay.png")
-    add_machine_arguments(parser)
-    return parser.parse_args(argv)
 
 
 def load_runs(args, checkpoints):
@@ -138,13 +176,15 @@ def evaluate_run(args, checkpoints):
         mirror=args.mirror,
         ensemble=members,
         nsd_tolerance=args.nsd_tolerance,
+        keep_largest=args.keep_largest,
+        min_area=args.min_area,
     )
     if args.all_prompts:
         return evaluate_all_prompts(args, predictor, data, out, settings)
 
     check_outputs(args, data.records, out)
     prompts = args.prompts or metadata["prompts"]
-    scores, summary = evaluate_prompts(args, predictor, data, texts, settings["dataset"])
+    scores, summary = score_prompts(args, predictor, data, {"": texts}, settings["dataset"])[""]
     if not parallel.rank():
         write_results(out, scores, summary, dict(prompts=prompts, **settings))
         say(f"{settings['dataset']} {args.split}, {len(scores)} records, prompts: {prompts}")
@@ -154,13 +194,13 @@ def evaluate_run(args, checkpoints):
     return {"": summary}
 
 
-def evaluate_prompts(args, predictor, data, texts, dataset):
-    """Return (scores, summary) of a split's records, each with its prompt."""
+def score_prompts(args, predictor, data, prompt_sets, dataset):
+    """Return {name: (scores, summary)} of a split's records with each set of prompts."""
     pattern, group_in_words = group_pattern(dataset, args.group)
-    scores = evaluate_split(
+    scores_of = evaluate_prompts(
         predictor,
         data,
-        texts,
+        prompt_sets,
         args.nsd_tolerance,
         args.upsample,
         args.batch_size,
@@ -168,8 +208,14 @@ def evaluate_prompts(args, predictor, data, texts, dataset):
         keep_masks=args.figure or args.gallery,
         mask_folder=args.save_masks,
         probability_folder=args.save_probabilities,
+        keep_largest=args.keep_largest,
+        min_area=args.min_area,
     )
-    return scores, dict(summarise(scores, group_in_words), nsd_tolerance=args.nsd_tolerance)
+    results = {}
+    for name, scores in scores_of.items():
+        summary = dict(summarise(scores, group_in_words), nsd_tolerance=args.nsd_tolerance)
+        results[name] = scores, summary
+    return results
 
 
 def check_outputs(args, records, out):
@@ -214,11 +260,14 @@ def evaluate_all_prompts(args, predictor, data, out, settings):
     if args.out:
         targets = [out / key / name for key in keys for name in RESULT_FILES]
         check_targets([*targets, out / "prompts.json"], overwrite=args.overwrite)
+    prompt_sets = {}
+    for key in keys:
+        seed = settings["seed"]
+        prompt_sets[key] = [choose_prompt(record, key, seed, i) for i, record in enumerate(data.records)]
+    results = score_prompts(args, predictor, data, prompt_sets, settings["dataset"])
     say(f"{'prompt':8}{'DSC %':>8}{'IoU %':>8}{'HD95 px':>9}   an example")
     summaries = {}
-    for key in keys:
-        texts = [choose_prompt(record, key, settings["seed"], i) for i, record in enumerate(data.records)]
-        scores, summary = evaluate_prompts(args, predictor, data, texts, settings["dataset"])
+    for key, (scores, summary) in results.items():
         summaries[key] = summary
         if not parallel.rank():
             write_results(out / key, scores, summary, dict(prompts=key, **settings))
@@ -226,7 +275,7 @@ def evaluate_all_prompts(args, predictor, data, out, settings):
         hd95 = "n/a" if hd95 is None else f"{hd95:.2f}"
         dsc = 100 * summary["dsc"]["mean"]
         iou = 100 * summary["iou"]["mean"]
-        say(f"{key:8}{dsc:8.2f}{iou:8.2f}{hd95:>9}   {texts[0][:70]}")
+        say(f"{key:8}{dsc:8.2f}{iou:8.2f}{hd95:>9}   {prompt_sets[key][0][:70]}")
     if not parallel.rank():
         write_json(out / "prompts.json", dict(prompts=summaries, **settings))
     return summaries
@@ -252,26 +301,36 @@ def print_means(evaluations):
 
 def predict(args, checkpoints):
     """Write the masks of --images; returns the messages on images that this process could not read."""
-    if not args.prompt or not args.save_masks:
+    if not args.prompt or not all(args.prompt) or not args.save_masks:
         raise ValueError('--images needs --prompt "a polyp" and --save-masks DIR.')
-    predictor = load_runs(args, checkpoints)
-    count, errors = predict_folder(
-        predictor,
-        args.images,
+    writer = MaskWriter(
         args.prompt,
         args.save_masks,
-        args.batch_size,
         args.upsample,
+        args.threshold or 0.5,
+        args.label_map,
         args.overlay,
-        args.overwrite,
+        args.save_probabilities,
+        args.keep_largest,
+        args.min_area,
     )
-    say(f"Wrote {count} masks to '{args.save_masks}'.")
+    predictor = load_runs(args, checkpoints)
+    notice = prompt_notice(predictor.metadata, args.prompt)
+    if notice and not parallel.rank():
+        print(notice, file=sys.stderr)
+    count, errors = predict_folder(predictor, args.images, writer, args.batch_size, args.overwrite)
+    files = count * len(writer.mask_folders)
+    say(f"Wrote {files} {'label maps' if args.label_map else 'masks'} to '{args.save_masks}'.")
     return errors
 
 
 def main(argv=None):
     """Evaluate runs, or segment a folder of images; exits with 1 if an image could not be read."""
     args = parse_arguments(argv)
+    if args.images and (args.figure or args.gallery or args.all_prompts or args.out):
+        raise ValueError("--figure, --gallery, --all-prompts and --out need masks; --images comes without.")
+    if not args.images and (args.prompt or args.label_map or args.threshold or args.overlay):
+        raise ValueError("--prompt, --label-map, --threshold and --overlay are for --images.")
     runs = []
     for path in args.ckpt:
         runs += runs_below(path) or [path]

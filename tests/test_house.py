@@ -15,7 +15,7 @@ ALLOWED = {
     "data": {"system"},
     "networks": {"kernels", "system"},
     "methods": {"networks", "kernels"},
-    "core": {"networks", "methods", "kernels", "system"},
+    "core": {"networks", "methods", "kernels", "data", "system"},
     "training": {"core", "methods", "networks", "data", "system"},
     "raw": {"data", "system"},
     "results": {"core", "data", "system"},

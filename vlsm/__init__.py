@@ -20,3 +20,7 @@ def __getattr__(name):
     if name not in __all__:
         raise AttributeError(f"module 'vlsm' has no attribute '{name}'")
     return import_module("vlsm.metrics") if name == "metrics" else getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__():
+    return __all__

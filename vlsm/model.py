@@ -16,6 +16,7 @@ from vlsm.networks.sam3 import SAM3
 from vlsm.networks.san import SAN
 from vlsm.networks.tokenizer import Tokenizer
 from vlsm.networks.transformer import Attention
+from vlsm.segment import segment_image
 from vlsm.system.files import read_json
 
 NETWORKS = {"clipseg": CLIPSeg, "cris": CRIS, "san": SAN, "sam3": SAM3}
@@ -38,6 +39,7 @@ class VLSM(nn.Module):
         self.tuner = tuner
         self.info = info
         self.metadata = metadata
+        self.compute_dtype = None  # autocast's, see `place_on`
         self.tuned_names = tuner.trained_network_parameters(network)
         for name in self.tuned_names:
             network.get_parameter(name).requires_grad_(True)
@@ -47,11 +49,23 @@ class VLSM(nn.Module):
     def forward(self, pixel_values, input_ids, attention_mask=None, image_features=None, text_features=None):
         """Segment images by prompts: `[B, 3, H, W]`, `[B, T]`, `[B, T]` -> logits `[B, 1, H, W]`.
 
-        For `image_features` and `text_features`, computed before, see `Network.forward`.
+        For several prompts of each image, and for features computed before, see `Network.forward`.
         """
         return self.network(
             pixel_values, input_ids, attention_mask, self.tuner, image_features, text_features
         )
+
+    def predict(self, image, prompts, threshold=0.5, probability=False):
+        """Segment an image of any size by a prompt, or by a list of P prompts, in evaluation mode.
+
+        image: a path, a Pillow image, or a numpy array uint8 `[H, W, 3]` or `[H, W]`. Returns numpy arrays of
+        the image's own size. Of a prompt: the mask, bool `[H, W]`, where its probability is above `threshold`
+        (default 0.5). Of a list: a label map, uint8 `[H, W]`: 0 for background, else 1 + the index of the
+        most probable prompt among those above `threshold`. With `probability`: float32 `[H, W]`, or
+        `[P, H, W]` of a list. The image is encoded once for all prompts. Raises ValueError for an image that
+        cannot be read, a threshold outside of 0 and 1, and lists of no prompt or of more than 255.
+        """
+        return segment_image(self, image, prompts, threshold, probability)
 
     def train(self, mode=True):
         """Set training mode, as `nn.Module.train`; the network follows only if a part of it is trained."""
@@ -143,6 +157,7 @@ class VLSM(nn.Module):
         `--kernels` and `--compile`. Raises ValueError for a choice that is not available.
         """
         triton = kernels.use_kernels(use_kernels)
+        self.compute_dtype = dtype
         if dtype is not None:
             self.hold_frozen_weights_in(dtype)
         self.to(device)

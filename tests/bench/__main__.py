@@ -1,9 +1,9 @@
 """Measure speed: `python -m tests.bench [ROW ...]`.
 
-Rows: adapter, dice_bce, hd95, cache, step, epoch, or all. Prints a table and writes JSON. All sides of a row run
-in one process in turn, after a warm-up; times are medians (CUDA events on a GPU). The floor of a row is the
-bytes that it must move over the bandwidth measured in this run, or its FLOPs over the matrix rate measured in
-this run, whichever is longer.
+Rows: adapter, dice_bce, hd95, cache, step, epoch, prompts, or all. Prints a table and writes JSON. All sides of
+a row run in one process in turn, after a warm-up; times are medians (CUDA events on a GPU). The floor of a row
+is the bytes that it must move over the bandwidth measured in this run, or its FLOPs over the matrix rate measured
+in this run, whichever is longer.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import kernels
-from tests.bench import hd95, kernel_rows, training
+from tests.bench import hd95, kernel_rows, prompts, training
 from tests.bench.frame import DTYPES, Bench
 
 ROWS = dict(
@@ -23,6 +23,7 @@ ROWS = dict(
     cache=training.bench_cache,
     step=training.bench_step,
     epoch=training.bench_epoch,
+    prompts=prompts.bench_prompts,
 )
 
 

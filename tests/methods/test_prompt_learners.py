@@ -97,7 +97,8 @@ def restated(base, pixels, ids, text, vision):
                 t[:, 1 : 1 + n] = text[i][k + 1]
         cond = clip.text_projection(clip.text_model.final_layer_norm(t))[:, -1]
         grid = (pixels.shape[2] // config.vision.patch_size, pixels.shape[3] // config.vision.patch_size)
-        out.append(base.decoder([states[e] for e in config.extract_layers], cond, grid)[0])
+        reduced = [base.decoder.reduces[k](states[e]) for k, e in enumerate(config.extract_layers[::-1])]
+        out.append(base.decoder(reduced, cond, grid)[0])
     return torch.cat(out)
 
 

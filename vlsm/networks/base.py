@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vlsm.networks.hooks import Tuner
-from vlsm.networks.transformer import fit_window, insert_context
+from vlsm.networks.transformer import drop_padding, fit_window, insert_context, repeat_rows, unique_rows
 from vlsm.networks.weights import to_own, to_published
 
 EOS_IS_MAX_ID = 2  # an `eos_token_id` that means "the highest id of a prompt": old files, CLIP's own code
@@ -58,7 +58,7 @@ class Network(nn.Module):
     mean, std = IMAGENET_MEAN, IMAGENET_STD  # of images with values from 0 to 1
     methods = None  # names of the tuning methods that can act on it; None: all
     unsupported_reason = ""  # a sentence: why the others cannot
-    decoder_reads_pixels = False  # whether `decode` needs pixel_values
+    decoder_reads_pixels = False  # whether `adapt_activations` needs pixel_values
     keeps_padding = False  # whether prompts keep their padding tokens
     compile_dynamic = True  # torch.compile's `dynamic`. True: dynamic shapes; None: only sizes that vary
 
@@ -78,12 +78,13 @@ class Network(nn.Module):
         image_features=None,
         text_features=None,
     ):
-        """Segment images by prompts: `[B, 3, H, W]`, `[B, T]`, `[B, T]` -> logits `[B, 1, H, W]`.
+        """Segment images by prompts: `[B, 3, H, W]`, `[B * P, T]`, `[B * P, T]` -> logits `[B * P, 1, H, W]`.
 
-        Foreground is where logits are above 0. image_features: `ImageFeatures` or `FrozenBlocks` computed
-        before; pixel_values may then be None, unless `decoder_reads_pixels`. text_features: an earlier result
-        of `encode_prompts`; input_ids may then be None. Raises ValueError if H or W is no multiple of
-        `config.stride`, or if images and prompts differ in number.
+        Rows b * P to b * P + P - 1 are the P prompts of image b, which is encoded once. Foreground is where
+        logits are above 0. image_features: `ImageFeatures` or `FrozenBlocks` computed before; pixel_values
+        may then be None, unless `decoder_reads_pixels`. text_features: an earlier result of `encode_prompts`;
+        input_ids may then be None. Raises ValueError if H or W is no multiple of `config.stride`, or if the
+        number of prompts is no multiple of that of images.
         """
         tuner = tuner or Tuner()
         contexts = tuner.contexts()
@@ -92,15 +93,20 @@ class Network(nn.Module):
             image_features = self.encode_image(pixel_values, tuner, contexts.vision)
         elif isinstance(image_features, FrozenBlocks):
             image_features = self.encode_rest(image_features, tuner, contexts.vision)
-        if text_features is None:
-            # not `len`: it would fix the batch size of an exported file
-            images = image_features.activations[0].shape[0]
-            if input_ids.shape[0] != images:
-                raise ValueError(f"{images} images came with {len(input_ids)} prompts; each image needs one.")
-            text_features = self.encode_prompts(
-                input_ids, attention_mask, tuner, contexts.text, image_features.embedding
+        # not `len`: it would fix the batch size of an exported file
+        images = image_features.activations[0].shape[0]
+        prompts = (input_ids if text_features is None else text_features[0]).shape[0]
+        if prompts < images or prompts % images:
+            raise ValueError(
+                f"{images} images came with {prompts} prompts; each image needs one, or equally many."
             )
-        return self.decode(image_features, text_features, tuner, pixel_values)  # [B, 1, H, W]
+        P = prompts // images
+        if text_features is None:
+            embedding = repeat_rows(image_features.embedding, P)
+            text_features = self.encode_prompts(input_ids, attention_mask, tuner, contexts.text, embedding)
+        activations = self.adapt_activations(image_features, tuner, pixel_values)
+        image_features = image_features._replace(activations=[repeat_rows(x, P) for x in activations])
+        return self.decode(image_features, text_features, tuner)  # [B * P, 1, H, W]
 
     def encode_image(self, pixel_values, tuner, contexts=()):
         """Encode images `[B, 3, H, W]` to `ImageFeatures`; contexts: vectors for the vision encoder."""
@@ -122,8 +128,12 @@ class Network(nn.Module):
         """
         raise NotImplementedError
 
-    def decode(self, image_features, text_features, tuner, pixel_values=None):
-        """Return logits `[B, 1, H, W]` from the encoders' output."""
+    def adapt_activations(self, image_features, tuner, pixel_values=None):
+        """Return the tensors `[B, ...]` that `decode` reads: all that does not depend on the prompts."""
+        return image_features.activations
+
+    def decode(self, image_features, text_features, tuner):
+        """Return logits `[B, 1, H, W]` of images, of which `adapt_activations` made the activations."""
         raise NotImplementedError
 
     # Prompts
@@ -162,31 +172,10 @@ class Network(nn.Module):
                 f"Prompt {int(without_end.nonzero()[0])} of the batch holds no end-of-text token (id {eos}), "
                 "so there is nothing to pool. Was it cut by hand, or made with another model's tokenizer?"
             )
-        if attention_mask is None:
-            input_ids, row = torch.unique(input_ids, dim=0, return_inverse=True)
-        else:
-            pairs = torch.stack([input_ids, attention_mask.to(input_ids)], -1)  # [B, T, 2]
-            pairs, row = torch.unique(pairs, dim=0, return_inverse=True)
-            input_ids, attention_mask = pairs.unbind(-1)
+        input_ids, attention_mask, row = unique_rows(input_ids, attention_mask)
         if not self.keeps_padding:
-            input_ids, attention_mask = self.without_padding(input_ids, attention_mask)
+            input_ids, attention_mask = drop_padding(input_ids, attention_mask, self.end_of_text(input_ids))
         return input_ids, attention_mask, row
-
-    def without_padding(self, input_ids, attention_mask):
-        """Cut prompts `[U, T]` after the last end token. Returns (input_ids, attention_mask or None).
-
-        The attention is causal, so tokens after the end cannot reach it. A mask stays only if it hides a
-        token before the end.
-        """
-        end = self.end_of_text(input_ids)
-        T = int(end.max()) + 1
-        input_ids = input_ids[:, :T]
-        if attention_mask is not None:
-            attention_mask = attention_mask[:, :T]
-            up_to_end = torch.arange(T, device=end.device) <= end[:, None]  # [U, T]
-            if attention_mask[up_to_end].all():
-                attention_mask = None
-        return input_ids, attention_mask
 
     def run_text_blocks(self, input_ids, attention_mask, tuner, contexts=()):
         """Run the text encoder's layers on prompts `[B, T]` with n context vectors.

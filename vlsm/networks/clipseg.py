@@ -162,14 +162,14 @@ class Decoder(nn.Module):
         self.reduces = nn.ModuleList(nn.Linear(c.vision.hidden_size, r) for _ in range(depth))
         self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(depth))
 
-    def forward(self, activations, cond, grid):
-        """Decode activations `[B, 1+N(+n), D]` by the prompt's embedding `[B, P]`.
+    def forward(self, reduced, cond, grid):
+        """Decode reduced activations `[B, 1+N(+n), r]`, deepest first, by the prompt's embedding `[B, P]`.
 
         Returns (logits `[B, 1, H, W]`, the features `[B, r, h, w]` that they are made of); grid: (h, w).
         """
         x = 0
-        for k, (reduce, layer) in enumerate(zip(self.reduces, self.layers)):
-            x = x + reduce(activations[-1 - k])  # [B, 1+N(+n), r]
+        for k, layer in enumerate(self.layers):
+            x = x + reduced[k]  # [B, 1+N(+n), r]
             if k == self.conditional_layer:
                 x = self.film_mul(cond)[:, None] * x + self.film_add(cond)[:, None]
             x = layer(x)
@@ -266,13 +266,17 @@ class CLIPSeg(Network):
         at_extract_layers = [pooled[i] for i in self.config.extract_layers if i < len(pooled)]
         return cond, *at_extract_layers
 
-    def decode(self, image_features, text_features, tuner, pixel_values=None):
+    def adapt_activations(self, image_features, tuner, pixel_values=None):
+        """Return the adapted and reduced activations `[B, 1+N+n, r]`, deepest first."""
+        activations = [tuner.adapt_activation(k, x) for k, x in enumerate(image_features.activations)]
+        return [reduce(x) for reduce, x in zip(self.decoder.reduces, reversed(activations))]
+
+    def decode(self, image_features, text_features, tuner):
         cond, *states = text_features
         cond = tuner.adapt_conditional(cond, states)  # [B, P]
-        activations = [tuner.adapt_activation(k, x) for k, x in enumerate(image_features.activations)]
         H, W = image_features.size
         patch = self.config.vision.patch_size
-        logits, features = self.decoder(activations, cond, (H // patch, W // patch))
+        logits, features = self.decoder(image_features.activations, cond, (H // patch, W // patch))
         if logits.shape[-2:] != (H, W):  # the three-layer head enlarges by (patch // 4)^2, not by patch
             logits = F.interpolate(logits, (H, W), mode="bilinear", align_corners=False)
         return tuner.adapt_logits(logits, features)  # [B, 1, H, W]

@@ -424,7 +424,7 @@ class CRIS(Network):
                 visible = visible & seen
         return state, words, visible
 
-    def decode(self, image_features, text_features, tuner, pixel_values=None):
+    def decode(self, image_features, text_features, tuner):
         state, words, visible = text_features
         if self.neck.txt_proj[1].training and len(state) == 1:
             raise ValueError(

@@ -404,17 +404,23 @@ class SAM3(Network):
             seen = torch.ones(words.shape[:2], dtype=torch.bool, device=words.device)
         return words, seen
 
-    def decode(self, image_features, text_features, tuner, pixel_values=None):
-        words, seen = text_features
-        words = tuner.adapt_conditional(words, [])
-        mask = seen[:, None, None]  # [B, 1, 1, S]
+    def adapt_activations(self, image_features, tuner, pixel_values=None):
+        """Return the neck's maps `[B, P, ., .]`, finest first."""
         (x,) = image_features.activations
         H, W = image_features.size
         grid = (H // self.config.stride, W // self.config.stride)
         x = to_map(x, grid)  # [B, D, h, w]
-        maps = []  # finest first, [B, P, ., .]
+        maps = []
         for k, level in enumerate(self.vision_encoder.neck.fpn_layers):
             maps.append(adapted(tuner, k, level(x)))
+        return maps
+
+    def decode(self, image_features, text_features, tuner):
+        words, seen = text_features
+        words = tuner.adapt_conditional(words, [])
+        mask = seen[:, None, None]  # [B, 1, 1, S]
+        maps = image_features.activations
+        H, W = image_features.size
         features = self._fuse(maps[-1], words, mask)
         decoder = self.mask_decoder.pixel_decoder
         for finer, convolution, norm in zip(maps[-2::-1], decoder.conv_layers, decoder.norms):

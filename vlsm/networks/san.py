@@ -338,15 +338,21 @@ class SAN(Network):
             return (embeddings * text[:, None]).mean(-1)
         return (embeddings * F.normalize(text, dim=-1)[:, None]).sum(-1)
 
-    def decode(self, image_features, text_features, tuner, pixel_values=None):
-        (text,) = text_features
+    def adapt_activations(self, image_features, tuner, pixel_values=None):
+        """Return [masks `[B, Q, H, W]`, their embeddings `[B, Q, P]`] of images."""
         H, W = image_features.size
         features = dict(zip(self.kept_layers, image_features.activations))
         step = self.config.vision.patch_size / self.config.clip_resolution
         clip_grid = (int(H // step), int(W // step))
         masks, bias = self.side_adapter_network(pixel_values, features, clip_grid)
         with self.clip_gradients():
-            embeddings = self.embed_masks(bias, features, clip_grid)
+            return [masks, self.embed_masks(bias, features, clip_grid)]
+
+    def decode(self, image_features, text_features, tuner):
+        (text,) = text_features
+        masks, embeddings = image_features.activations
+        H, W = image_features.size
+        with self.clip_gradients():
             weights = self.weigh_masks(embeddings, text)
         # summed before they are enlarged, which is linear
         logits = torch.einsum("bq,bqhw->bhw", weights.to(masks.dtype), masks)[:, None]

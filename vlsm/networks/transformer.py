@@ -205,6 +205,37 @@ def insert_context(x, at, context, replace=0):
     return torch.cat([x[:, :at], context, x[:, at + replace :]], 1)
 
 
+def repeat_rows(x, times):
+    """Repeat each row of a tensor, or None: `[B, ...]` -> `[B * times, ...]`."""
+    return x if x is None or times == 1 else x.repeat_interleave(times, 0)
+
+
+def unique_rows(input_ids, attention_mask):
+    """Drop repeated prompts. Returns (input_ids `[U, T]`, attention_mask or None, row `[B]` among the U)."""
+    if attention_mask is None:
+        input_ids, row = torch.unique(input_ids, dim=0, return_inverse=True)
+        return input_ids, None, row
+    pairs = torch.stack([input_ids, attention_mask.to(input_ids)], -1)  # [B, T, 2]
+    pairs, row = torch.unique(pairs, dim=0, return_inverse=True)
+    return *pairs.unbind(-1), row
+
+
+def drop_padding(input_ids, attention_mask, end):
+    """Cut prompts `[U, T]` after the last end token (index `[U]`). Returns (input_ids, attention_mask).
+
+    The attention is causal, so tokens after the end cannot reach it. A mask stays only if it hides a token
+    before the end.
+    """
+    T = int(end.max()) + 1
+    input_ids = input_ids[:, :T]
+    if attention_mask is not None:
+        attention_mask = attention_mask[:, :T]
+        up_to_end = torch.arange(T, device=end.device) <= end[:, None]  # [U, T]
+        if attention_mask[up_to_end].all():
+            attention_mask = None
+    return input_ids, attention_mask
+
+
 def fit_window(input_ids, seen, end, limit):
     """Cut prompts to `limit` tokens: the last words go, the end token stays.
 

@@ -7,11 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from vlsm.data.cache import chunks, default_cache, prefetch
 from vlsm.data.images import read_mask
-from vlsm.results.predict import logits_at_size, mask_at_size, mask_target, save_png
+from vlsm.results.predict import (
+    clean_mask,
+    logits_at_size,
+    mask_at_size,
+    mask_target,
+    save_png,
+    save_probability,
+)
 from vlsm.results.scores import calibration_counts, group_names, score
 from vlsm.system import parallel
 from vlsm.system.arguments import number
@@ -76,13 +82,16 @@ def results_folder(checkpoint, metadata, split, dataset=None, suffixes=()):
 # The predictions
 
 
-def predictions(predictor, data, prompts, batch_size):
-    """Yield batches of (index, prompt, logits `[1, S, S]`, true mask bool `[H, W]`), on the device.
+def predictions(predictor, data, prompt_sets, batch_size):
+    """Yield (index, set's name, prompt, logits `[1, S, S]`, true mask bool `[H, W]`), on the device.
 
-    prompts: a text for each record; records whose text is None are left out. Several processes share them.
+    prompt_sets: {name: a text for each record, or None to leave the record out}. An image is encoded once for
+    the prompts of all sets. Several processes share the records.
     """
-    wanted = [i for i, prompt in enumerate(prompts) if prompt is not None]
-    batches = [batch for _, batch in parallel.own_batches(chunks(wanted, batch_size))]
+    texts_of = list(zip(*prompt_sets.values()))  # record -> its text in each set
+    wanted = [i for i, texts in enumerate(texts_of) if any(text is not None for text in texts)]
+    images_at_a_time = max(1, batch_size // len(prompt_sets))
+    batches = [batch for _, batch in parallel.own_batches(chunks(wanted, images_at_a_time))]
     with ThreadPoolExecutor(READERS) as pool, progress(len(wanted), "evaluating") as bar:
 
         def read_masks(batch):
@@ -91,55 +100,75 @@ def predictions(predictor, data, prompts, batch_size):
 
         for batch, masks in prefetch(read_masks, batches):
             images, _ = data.batch(batch)
-            texts = [prompts[i] for i in batch]
-            logits = predictor.logits(images, texts)
-            truths = [torch.from_numpy(mask).to(predictor.device) for mask in masks]
-            yield list(zip(batch, texts, logits, truths))
+            texts = []
+            for i in batch:  # images have equally many prompts: "" takes the place of None
+                texts += [text or "" for text in texts_of[i]]
+            logits = predictor.logits(images, texts).unflatten(0, (len(batch), -1))  # [B, P, 1, S, S]
+            for i, mask, of_image in zip(batch, masks, logits):
+                truth = torch.from_numpy(mask).to(predictor.device)
+                for name, text, of_text in zip(prompt_sets, texts_of[i], of_image):
+                    if text is not None:
+                        yield i, name, text, of_text, truth
             bar.update(len(batch))
 
 
-def measure_records(predictor, data, prompts, batch_size, measure):
-    """Return measure(index, prompt, logits `[1, S, S]`, true mask `[H, W]`) of each record, in their order.
+def measure_prompts(predictor, data, prompt_sets, batch_size, measure):
+    """Return {name: measure(index, prompt, logits `[1, S, S]`, true mask `[H, W]`) of each record, in order}.
 
-    Results that are None are left out. Several processes share the records; each gets all results.
+    prompt_sets: {name: a text for each record, or None}. Results that are None are left out. Several
+    processes share the records; each gets all results.
     """
     results = []
-    for batch in predictions(predictor, data, prompts, batch_size):
-        for index, prompt, logits, truth in batch:
-            result = measure(index, prompt, logits, truth)
-            if result is not None:
-                results.append((index, result))
-    return [result for _, result in parallel.gather_sorted(results)]
+    for index, name, prompt, logits, truth in predictions(predictor, data, prompt_sets, batch_size):
+        result = measure(index, prompt, logits, truth)
+        if result is not None:
+            results.append((index, name, result))
+    by_name = {name: [] for name in prompt_sets}
+    for _, name, result in parallel.gather_sorted(results):
+        by_name[name].append(result)
+    return by_name
 
 
-def evaluate_split(
-    predictor, data, prompts, tolerance=2.0, upsample="logits", batch_size=32, group=None, keep_masks=False,
-    mask_folder=None, probability_folder=None,
+def measure_records(predictor, data, prompts, batch_size, measure):
+    """Return what `measure_prompts` does of one set of prompts, as a list."""
+    return measure_prompts(predictor, data, {"": prompts}, batch_size, measure)[""]
+
+
+def evaluate_prompts(
+    predictor, data, prompt_sets, tolerance=2.0, upsample="logits", batch_size=32, group=None,
+    keep_masks=False, mask_folder=None, probability_folder=None, keep_largest=False, min_area=0,
 ):  # fmt: skip
-    """Return the scores of a split's records, a dictionary for each.
+    """Return {name: the scores of a split's records, a dictionary for each} of some sets of prompts.
 
-    prompts: a text for each record. tolerance: of NSD, in pixels. group: a pattern, as in `group_names`.
-    keep_masks: add the predicted mask as `packed_mask`. mask_folder, probability_folder: where to write the
-    predicted masks as 0/255 PNGs, and the probabilities as 16-bit PNGs.
+    prompt_sets: {name: a text for each record}. tolerance: of NSD, in pixels. group: a pattern, as in
+    `group_names`. keep_masks: add the predicted mask as `packed_mask`. mask_folder, probability_folder: where
+    to write the predicted masks as 0/255 PNGs, and the probabilities as 16-bit PNGs. keep_largest, min_area:
+    clean the masks, as `clean_mask` says.
     """
     groups = group_names(data.records, group)
 
     def measure(i, prompt, logits, truth):
         """Return the scores of record i; write its mask and probabilities if folders are given."""
         record = data.records[i]
-        probability = logits_at_size(logits, truth.shape).sigmoid()
+        enlarged = logits_at_size(logits, truth.shape)
         mask = mask_at_size(logits, truth.shape, upsample)
+        if keep_largest or min_area:
+            cleaned = clean_mask(mask.cpu().numpy(), keep_largest, min_area)
+            mask = torch.from_numpy(cleaned).to(mask.device)
         if mask_folder:
             save_png(mask, mask_target(mask_folder, record.mask_name))
         if probability_folder:
-            levels = (probability.double() * 65535).round().cpu().numpy()
-            image = Image.fromarray(levels.astype(np.uint16))
-            save_png(image, mask_target(probability_folder, record.mask_name))
+            save_probability(enlarged, mask_target(probability_folder, record.mask_name))
         row = dict(image=record.name, mask=record.mask_name, group=groups[i], prompt=prompt)
         row.update(score(mask, truth, tolerance))
-        row.update(calibration_counts(probability, truth))
+        row.update(calibration_counts(enlarged.sigmoid(), truth))
         if keep_masks:
             row["packed_mask"] = np.packbits(mask.cpu().numpy())
         return row
 
-    return measure_records(predictor, data, prompts, batch_size, measure)
+    return measure_prompts(predictor, data, prompt_sets, batch_size, measure)
+
+
+def evaluate_split(predictor, data, prompts, **settings):
+    """Return the scores of a split's records; prompts: a text for each. settings: of `evaluate_prompts`."""
+    return evaluate_prompts(predictor, data, {"": prompts}, **settings)[""]

@@ -4,22 +4,30 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy import ndimage
 
 from vlsm.checkpoint import load
-from vlsm.data.cache import chunks, normalise
-from vlsm.data.images import EXTENSIONS, ImageError, image_files, mask_image, read_image, resize_image
+from vlsm.data.cache import chunks
+from vlsm.data.images import EXTENSIONS, ImageError, image_files, mask_image, read_image
 from vlsm.results.figures import CYAN, overlay
+from vlsm.segment import enlarge, image_logits, logit_of, to_batch
 from vlsm.system import parallel
 from vlsm.system.console import progress
-from vlsm.system.files import check_targets, owned_write
-from vlsm.system.parallel import autocast, choose_device
+from vlsm.system.files import check_targets, owned_write, write_json
+from vlsm.system.parallel import choose_device
 
 SIDES = re.compile(r"\b(left|right|Left|Right)\b")
 OTHER_SIDE = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
 READERS = 4  # threads that read images
+UNSAFE = re.compile(r"[^\w-]+")  # in a folder's name
+LONGEST_NAME = 60  # letters of a folder's name
+# Okabe and Ito's colours, which the colour-blind tell apart
+COLOURS = "e69f00 56b4e9 009e73 f0e442 0072b2 d55e00 cc79a7"
+OKABE_ITO = np.frombuffer(bytes.fromhex(COLOURS), np.uint8).reshape(-1, 3)
 
 
 def load_predictor(
@@ -42,45 +50,44 @@ def load_predictor(
     with parallel.local_first():
         model = load(checkpoint, weights, base)
     model.place_on(device, dtype, kernels, compile)
-    return Predictor(model, device, dtype, mirror)
+    return Predictor(model, mirror)
 
 
 class Predictor:
     """A model on its device, ready to segment uint8 images of its size.
 
-    model: a VLSM that `vlsm.load` returned. dtype: autocast's, or None. mirror: average the probabilities of
-    each image and of its mirror image. Attributes: `size`, the side of its images in pixels; `trained`,
-    `total`, numbers of parameters.
+    model: a VLSM that `vlsm.load` returned, on its device. mirror: average the probabilities of each image
+    and of its mirror image. Attributes: `size`, the side of its images in pixels; `trained`, `total`, numbers
+    of parameters.
     """
 
-    def __init__(self, model, device, dtype, mirror=False):
+    def __init__(self, model, mirror=False):
         self.model = model
-        self.device = device
-        self.dtype = dtype
+        self.device = next(model.parameters()).device
         self.mirror = mirror
         self.metadata = model.metadata
         self.size = model.metadata["image_size"]
-        self.tokenizer = model.tokenizer()
         self.trained, self.total = model.count_parameters()
 
     def logits(self, images, prompts):
-        """Return float32 logits `[B, 1, S, S]` of uint8 images `[B, 3, S, S]` and B prompts."""
-        logits = self._logits(images, prompts)
+        """Return float32 logits `[B * P, 1, S, S]` of uint8 images `[B, 3, S, S]` and B * P prompts.
+
+        The first P prompts are of the first image, and so on; each image is encoded once.
+        """
+        logits = image_logits(self.model, images, prompts)
         if not self.mirror:
             return logits
         swapped = [mirrored_prompt(prompt) for prompt in prompts]
-        mirrored = self._logits(images.flip(-1), swapped)
+        mirrored = image_logits(self.model, images.flip(-1), swapped)
         return mean_logits([logits, mirrored.flip(-1)])
 
-    @torch.inference_mode()
-    def _logits(self, images, prompts):
-        with autocast(self.device, self.dtype):
-            images = images.to(self.device)
-            pixel_values = normalise(images, self.metadata["mean"], self.metadata["std"])
-            return self.model(pixel_values, *self.tokenizer(prompts)).float()
+    def segment(self, images, prompts):
+        """Return probabilities float32 `[B, P, S, S]` of uint8 images and P prompts for all."""
+        logits = self.logits(images, list(prompts) * len(images))
+        return logits.sigmoid().view(len(images), len(prompts), *logits.shape[2:])
 
 
-class Ensemble:
+class Ensemble(Predictor):
     """Several `Predictor`s as one: the mean of their probabilities.
 
     Raises ValueError if they segment images of different sizes.
@@ -99,7 +106,7 @@ class Ensemble:
         self.total = sum(predictor.total for predictor in predictors)
 
     def logits(self, images, prompts):
-        """Return float32 logits `[B, 1, S, S]`, as `Predictor.logits`."""
+        """Return float32 logits `[B * P, 1, S, S]`, as `Predictor.logits`."""
         return mean_logits([predictor.logits(images, prompts) for predictor in self.predictors])
 
 
@@ -133,23 +140,55 @@ def mirrored_prompt(prompt):
 
 def logits_at_size(logits, shape):
     """Enlarge logits `[1, S, S]` bilinearly to the original `shape` (h, w), `[h, w]`."""
-    return F.interpolate(logits[None], shape, mode="bilinear", align_corners=False)[0, 0]
+    return enlarge(logits, shape)[0]
 
 
 def mask_at_size(logits, shape, upsample="logits"):
-    """Return the bool mask `[h, w]` of logits `[1, S, S]` at the original `shape`.
+    """Return the bool mask `[h, w]` of logits `[1, S, S]` at the original `shape`, see `masks_at_size`."""
+    return masks_at_size(logits, shape, upsample)[0]
 
-    upsample: "logits": enlarge bilinearly, then threshold; "mask": threshold, then enlarge.
+
+def masks_at_size(logits, shape, upsample="logits", bound=0.0, exclusive=False):
+    """Return bool masks `[P, h, w]` of logits `[P, S, S]` at the original `shape`: where they exceed `bound`.
+
+    upsample: "logits": enlarge bilinearly, then threshold; "mask": threshold, then enlarge. exclusive: a
+    pixel is of the largest logit alone.
     """
     if upsample == "logits":
-        return logits_at_size(logits, shape) > 0
-    mask = (logits[None] > 0).float()
-    return F.interpolate(mask, shape, mode="nearest-exact")[0, 0] > 0
+        logits = enlarge(logits, shape)
+    masks = logits > bound
+    if exclusive:
+        masks &= F.one_hot(logits.argmax(0), len(logits)).movedim(-1, 0).bool()
+    if upsample == "mask":
+        masks = F.interpolate(masks[None].float(), shape, mode="nearest-exact")[0] > 0
+    return masks
+
+
+def clean_mask(mask, keep_largest=False, min_area=0):
+    """Remove pieces of a mask bool `[H, W]`: those of fewer than `min_area` pixels, or all but the largest.
+
+    Pixels that touch at a side or a corner are of one piece.
+    """
+    if not keep_largest and not min_area:
+        return mask
+    pieces, _ = ndimage.label(mask, np.ones((3, 3)))
+    areas = np.bincount(pieces.ravel())
+    areas[0] = 0  # background
+    kept = areas >= max(min_area, 1)
+    if keep_largest:
+        kept &= np.arange(len(areas)) == areas.argmax()
+    return kept[pieces]
 
 
 def mask_target(folder, name):
     """Return the path of a predicted mask: an image's or mask's name with .png (JPEG blurs)."""
     return Path(folder) / PurePosixPath(name).with_suffix(".png")
+
+
+def save_probability(logits, path):
+    """Write the probabilities of logits `[h, w]` as a 16-bit PNG: 65535 is 1."""
+    levels = (logits.sigmoid().double() * 65535).round().cpu().numpy()
+    save_png(Image.fromarray(levels.astype(np.uint16)), path)
 
 
 def save_png(image, path):
@@ -163,14 +202,102 @@ def save_png(image, path):
 # Images without a ground truth
 
 
-def predict_folder(
-    predictor, source, prompt, out, batch_size=32, upsample="logits", overlays=False, overwrite=False
-):
-    """Write the masks of an image, or of a folder of images, below the folder `out`; processes share them.
+class MaskWriter:
+    """Writes what is asked for of images, one after another, below the folder `out`.
 
-    overlays: also write NAME.overlay.png. Returns (number of images that could be read, this process's
-    messages on those that could not). Raises FileNotFoundError or ValueError if there are no images,
-    FileExistsError rather than overwriting a user's file.
+    One prompt: NAME.png, a mask of 0 and 255; several: the same in a folder for each. label_map: instead
+    NAME.png with class numbers, and dataset.json, which names them. probability_folder: also write the
+    probabilities, as 16-bit PNGs. overlays: also write NAME.overlay.png. threshold: of the probability.
+    keep_largest, min_area: as in `clean_mask`. Raises ValueError for prompts
+    that cannot be told apart.
+    """
+
+    def __init__(
+        self, prompts, out, upsample="logits", threshold=0.5, label_map=False, overlays=False,
+        probability_folder=None, keep_largest=False, min_area=0,
+    ):  # fmt: skip
+        self.prompts = prompts
+        self.label_file = Path(out) / "dataset.json" if label_map else None
+        self.upsample = upsample
+        self.bound = logit_of(threshold)
+        self.overlays = overlays
+        self.keep_largest = keep_largest
+        self.min_area = min_area
+        self.mask_folders = [Path(out)] if label_map else prompt_folders(out, prompts)
+        self.probability_folders = []
+        if probability_folder:
+            self.probability_folders = prompt_folders(probability_folder, prompts)
+        if label_map and ("background" in prompts or len(set(prompts)) < len(prompts)):
+            raise ValueError("--label-map needs prompts that differ, other than 'background'.")
+
+    def targets(self, name):
+        """Return the paths of all files that `write` makes of an image."""
+        masks = [mask_target(folder, name) for folder in self.mask_folders]
+        probabilities = [mask_target(folder, name) for folder in self.probability_folders]
+        overlays = [overlay_target(mask) for mask in masks] if self.overlays else []
+        return masks + probabilities + overlays
+
+    def write(self, name, image, logits):
+        """Write the files of an image uint8 `[H, W, 3]` from its logits `[P, S, S]`."""
+        shape = image.shape[:2]
+        for folder, enlarged in zip(self.probability_folders, enlarge(logits, shape)):
+            save_probability(enlarged, mask_target(folder, name))
+        exclusive = self.label_file is not None
+        masks = masks_at_size(logits, shape, self.upsample, self.bound, exclusive).cpu().numpy()
+        masks = np.stack([clean_mask(mask, self.keep_largest, self.min_area) for mask in masks])
+        if exclusive:
+            colours = class_colours(len(masks))
+            numbers = np.arange(1, len(masks) + 1, dtype=np.uint8)[:, None, None]
+            labels = Image.fromarray((numbers * masks).max(0))
+            labels.putpalette(bytes(3) + colours.tobytes())  # black is background
+            self.save(mask_target(self.mask_folders[0], name), labels, image, masks, colours)
+        else:
+            for folder, mask in zip(self.mask_folders, masks):
+                self.save(mask_target(folder, name), mask_image(mask), image, [mask], [CYAN])
+
+    def save(self, target, picture, image, masks, colours):
+        """Write a mask or a label map and, if asked for, its overlay."""
+        save_png(picture, target)
+        if self.overlays:
+            for mask, colour in zip(masks, colours):
+                image = overlay(image, mask, colour)
+            save_png(Image.fromarray(image), overlay_target(target))
+
+    def write_label_names(self):
+        """Write dataset.json in nnU-Net's form, if label maps are written: {"labels": {name: number}}."""
+        if self.label_file:
+            names = ["background", *self.prompts]
+            write_json(self.label_file, dict(labels={name: number for number, name in enumerate(names)}))
+
+
+def prompt_folders(folder, prompts):
+    """Return a folder for each prompt below `folder`, named by its letters and digits; itself for one prompt.
+
+    Raises ValueError for two prompts of one name.
+    """
+    if len(prompts) == 1:
+        return [Path(folder)]
+    folders = {}
+    for prompt in prompts:
+        name = UNSAFE.sub("-", prompt).strip("-")[:LONGEST_NAME] or "prompt"
+        if name in folders:
+            raise ValueError(f"--prompt '{prompt}' and '{folders[name]}' would share the folder '{name}'.")
+        folders[name] = prompt
+    return [Path(folder) / name for name in folders]
+
+
+def class_colours(count):
+    """Return the colours of `count` classes, uint8 `[count, 3]`; from the eighth on they are darker."""
+    rounds, places = np.divmod(np.arange(count), len(OKABE_ITO))
+    return (OKABE_ITO[places] * 0.6 ** rounds[:, None]).astype(np.uint8)
+
+
+def predict_folder(predictor, source, writer, batch_size=32, overwrite=False):
+    """Write the masks of an image, or of a folder of images, by a `MaskWriter`; processes share them.
+
+    Returns (number of images that could be read, this process's messages on those that could not). Raises
+    FileNotFoundError or ValueError if there are no images, FileExistsError rather than overwriting a user's
+    file.
     """
     source = Path(source)
     if not source.exists():
@@ -182,24 +309,31 @@ def predict_folder(
         folder = source
     if not files:
         raise ValueError(f"'{source}' holds no images ({', '.join(EXTENSIONS)}).")
-    targets = [mask_target(out, file.relative_to(folder).as_posix()) for file in files]
-    written = list(targets)
-    if overlays:
-        written += [overlay_target(target) for target in targets]
-    check_targets(written, files, overwrite)
+    targets = [writer.label_file] if writer.label_file else []
+    for file in files:
+        targets += writer.targets(file.relative_to(folder).as_posix())
+    check_targets(targets, files, overwrite)
+    if not parallel.rank():
+        writer.write_label_names()
     errors = []
-    batches = chunks(list(zip(files, targets)), batch_size)
+    # a batch has `batch_size` masks, not images: each prompt takes a pass of the decoder
+    batches = chunks(files, max(1, batch_size // len(writer.prompts)))
     with ThreadPoolExecutor(READERS) as pool, progress(len(files), "segmenting") as bar:
         for _, batch in parallel.own_batches(batches):
-            images = list(pool.map(_read_or_message, [file for file, _ in batch]))
-            jobs = []
-            for image, (_, target) in zip(images, batch):
+            names = []
+            images = []
+            for file, image in zip(batch, pool.map(_read_or_message, batch)):
                 if isinstance(image, str):
                     errors.append(image)
                 else:
-                    jobs.append((image, target))
-            if jobs:
-                _segment(predictor, prompt, jobs, upsample, overlays)
+                    names.append(file.relative_to(folder).as_posix())
+                    images.append(image)
+            if images:
+                pixels = to_batch(images, predictor.size)
+                logits = predictor.logits(pixels, writer.prompts * len(images))
+                logits = logits.view(len(images), -1, *logits.shape[2:])  # [B, P, S, S]
+                for name, image, of_image in zip(names, images, logits):
+                    writer.write(name, image, of_image)
             bar.update(len(batch))
     return len(files) - len(errors), errors
 
@@ -207,21 +341,6 @@ def predict_folder(
 def overlay_target(mask):
     """Return the path of the overlay beside a mask."""
     return mask.with_suffix(".overlay.png")
-
-
-def _segment(predictor, prompt, jobs, upsample, overlays):
-    """Write the masks of a batch of (image uint8 `[H, W, 3]`, path of its mask)."""
-    pixels = []
-    for image, _ in jobs:
-        small = resize_image(image, predictor.size)
-        pixels.append(torch.from_numpy(small.transpose(2, 0, 1)))
-    logits = predictor.logits(torch.stack(pixels), [prompt] * len(jobs))
-    for (image, target), z in zip(jobs, logits):
-        mask = mask_at_size(z, image.shape[:2], upsample)
-        save_png(mask, target)
-        if overlays:
-            tinted = overlay(image, mask.cpu().numpy(), CYAN)
-            save_png(Image.fromarray(tinted), overlay_target(target))
 
 
 def _read_or_message(path):

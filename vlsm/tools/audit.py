@@ -11,7 +11,7 @@ from datasets import group_pattern, open_run_split
 from vlsm import metrics
 from vlsm.data.describe import COLOURS, NUMBERS
 from vlsm.data.records import prompt_texts
-from vlsm.results.evaluation import add_split_arguments, measure_records, results_folder
+from vlsm.results.evaluation import add_split_arguments, measure_prompts, results_folder
 from vlsm.results.predict import load_predictor, mask_at_size
 from vlsm.results.scores import bootstrap_intervals, group_names, in_brackets
 from vlsm.system import parallel
@@ -97,8 +97,8 @@ def audit(predictor, data, right, seed=0, group=None, upsample="logits", batch_s
         return groups[i], prompt, dsc, mask.sum().item(), truth.sum().item()
 
     summaries = {}
-    for condition, prompts in audit_prompts(data.records, right, seed).items():
-        rows = measure_records(predictor, data, prompts, batch_size, measure)
+    prompt_sets = audit_prompts(data.records, right, seed)
+    for condition, rows in measure_prompts(predictor, data, prompt_sets, batch_size, measure).items():
         if not rows:
             continue
         names, texts, dsc, predicted, true = zip(*rows)

@@ -6,14 +6,14 @@ Uploads stay in gradio's temporary folder for ten minutes; the program writes no
 from functools import partial
 
 import numpy as np
-import torch
 from PIL import Image
 
 from datasets import open_run_split
 from vlsm.data.cache import default_cache
-from vlsm.data.images import mask_image, read_image, resize_image
+from vlsm.data.images import mask_image, read_image
 from vlsm.results.figures import CYAN, overlay
 from vlsm.results.predict import load_predictor, logits_at_size
+from vlsm.segment import prompt_notice, to_batch
 from vlsm.system.arguments import Parser, number
 from vlsm.system.console import friendly_errors, say
 
@@ -45,8 +45,7 @@ class Runs:
 
 def foreground_probability(predictor, image, prompt):
     """Return the probability of the foreground, float32 `[H, W]`, of an image uint8 `[H, W, 3]`."""
-    small = resize_image(image, predictor.size).transpose(2, 0, 1).copy()
-    logits = predictor.logits(torch.from_numpy(small)[None], [prompt])[0]
+    logits = predictor.logits(to_batch([image], predictor.size), [prompt])[0]
     return logits_at_size(logits, image.shape[:2]).sigmoid().cpu().numpy()
 
 
@@ -54,11 +53,15 @@ def segment(runs, path, image, prompt, threshold):
     """Return the page's outputs: image with the mask, probability in grey, a line about it, mask."""
     if image is None or not prompt.strip():
         return None, None, "Choose an image and type what to segment.", None
-    probability = foreground_probability(runs.get(path), image, prompt)
+    predictor = runs.get(path)
+    probability = foreground_probability(predictor, image, prompt)
     mask = probability >= threshold
     tinted = Image.fromarray(overlay(image, mask, CYAN))
     grey = Image.fromarray((255 * probability).round().astype(np.uint8))
     share = f"{100 * mask.mean():.1f} % of the image; highest probability {probability.max():.3f}"
+    notice = prompt_notice(predictor.metadata, [prompt])
+    if notice:
+        share = f"{share}. {notice}"
     return tinted, grey, share, mask_image(mask)
 
 
