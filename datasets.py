@@ -4,7 +4,8 @@
 NAME` prints its statistics and writes a contact sheet.
 
 Layout (MedVLSM's): DATA_ROOT/<folder>/images/..., masks/..., anns/{train,val,test}.json. A user's own folder
-needs images/ and masks/ only, or train/ val/ test/ with these inside.
+needs images/ and masks/ only, or train/ val/ test/ with these inside; its masks may be label maps, with class
+numbers named in dataset.json, or lie in a folder for each class. vlsm/data/README.md shows the forms.
 """
 
 import argparse
@@ -12,7 +13,8 @@ import random
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from vlsm.data.images import image_files
+from vlsm.data.classes import find_labels, label_records, present_records
+from vlsm.data.images import LabelMask, image_files
 from vlsm.data.records import DataError, Record, choose_prompt, class_word, read_annotations
 from vlsm.system.console import first_few, friendly_errors, say
 from vlsm.system.files import check_targets, digest, owned_write
@@ -190,15 +192,47 @@ def _annotated_records(root, split, source):
 
 
 def _folder_records(root, split, split_seed):
-    """Return the records of a folder without annotation files: paired by stem, split by folder or name."""
+    """Return the records of a folder without annotation files: of its masks, or of the classes in them.
+
+    Raises ValueError for a wrong dataset.json.
+    """
+    folder, rows = _split_records(root, split, split_seed)
+    if any(record.class_word for record in rows):  # a folder for each class
+        return present_records(rows)
+    labels = find_labels(folder, root)
+    if labels:
+        rows = present_records(label_records(rows, labels), labels)
+        if split == "train":
+            _refuse_unused_labels(root, rows, labels, split_seed)
+    return rows
+
+
+def _refuse_unused_labels(root, rows, labels, split_seed):
+    """Raise ValueError if a label has no pixel in any split; rows: the training records."""
+    words = {record.class_word for record in rows}
+    for split in ("val", "test"):
+        if words >= set(labels.numbers):
+            return
+        words |= {record.class_word for record in _folder_records(root, split, split_seed)}
+    unused = [word for word in labels.numbers if word not in words]
+    if unused and rows:
+        raise ValueError(
+            f"'{labels.file}': 'labels' names {first_few(unused)}, of which no map holds a pixel; "
+            "correct the number, or remove the class."
+        )
+
+
+def _split_records(root, split, split_seed):
+    """Return (folder with images/ and masks/, records): paired by stem, split by folder or name."""
     folders = {name: _split_folder(root, name) for name in SPLITS}
     if folders["train"] and (folders["val"] or split == "test"):
-        return _paired_records(folders[split]) if folders[split] else []
+        folder = folders[split]
+        return folder or root, _paired_records(folder) if folder else []
     if folders["train"]:  # a tenth of the training files, by name, validates
-        rows = _paired_records(folders["train"])
+        folder = folders["train"]
         low, high = (0, 0.1) if split == "val" else (0.1, 1)
     elif (root / "images").is_dir() and (root / "masks").is_dir():
-        rows = _paired_records(root)
+        folder = root
         low, high = {"train": (0, 0.8), "val": (0.8, 0.9), "test": (0.9, 1)}[split]
     else:
         content = first_few(sorted(path.name for path in root.iterdir()), 8)
@@ -206,7 +240,8 @@ def _folder_records(root, split, split_seed):
             f"'{root}' should hold images/ and masks/ (equal stems), or train/, val/ and test/ with these "
             f"inside, or anns/ beside them; it holds {content or 'nothing'}."
         )
-    return [record for record in rows if low <= _unit_hash(record.name, split_seed) < high]
+    rows = _paired_records(folder)
+    return folder, [record for record in rows if low <= _unit_hash(record.name, split_seed) < high]
 
 
 def _split_folder(root, split):
@@ -223,33 +258,62 @@ def _unit_hash(name, seed):
     return int(digest(text), 16) / 2**64
 
 
+def _class_folders(folder):
+    """Return the names of the folders in masks/ if each holds the masks of one class, else [].
+
+    That is so if all masks lie in folders, of whose names images/ has none.
+    """
+    masks = folder / "masks"
+    names = set()
+    for file in image_files(masks):
+        name, *inner = file.relative_to(masks).parts
+        if not inner or (folder / "images" / name).is_dir():
+            return []
+        names.add(name)
+    return sorted(names)
+
+
 def _paired_records(folder):
-    """Return records of images/ and masks/, paired by stem.
+    """Return records of images/ and masks/, or of each class's folder in masks/, paired by stem.
 
     Files without a partner become records with `problem` set.
     """
     images = ImageFolder(folder / "images")
-    masks = ImageFolder(folder / "masks")
+    mask_root = folder / "masks"
     rows = []
-    for stem in sorted(images.by_stem.keys() | masks.by_stem.keys()):
-        image_paths = images.by_stem.get(stem, [])
-        mask_paths = masks.by_stem.get(stem, [])
-        if len(image_paths) == len(mask_paths) == 1:
-            image = image_paths[0]
-            mask = mask_paths[0]
-            name = image.relative_to(images.root).as_posix()
-            mask_name = mask.relative_to(masks.root).as_posix()
-            rows.append(Record(name, mask_name, image, mask))
-            continue
-        if not mask_paths:
-            problem = "image without mask"
-        elif not image_paths:
-            problem = "mask without image"
-        else:
-            problem = "stem with several files"
-        name = (image_paths or mask_paths)[0].name
-        rows.append(Record(name, name, images.root / name, masks.root / name, problem=problem))
+    used = set()  # stems of images
+    for word in _class_folders(folder) or [""]:
+        masks = ImageFolder(mask_root / word)
+        used.update(masks.by_stem)
+        for stem in sorted(masks.by_stem):
+            record = _pair(images, masks, stem, mask_root)
+            if word and not record.problem:
+                record.class_word = word
+                record.prompts = {"p0": "", "p1": word}
+            rows.append(record)
+    for stem in sorted(images.by_stem.keys() - used):
+        rows.append(_pair(images, masks, stem, mask_root))
     return sorted(rows, key=lambda record: record.name)
+
+
+def _pair(images, masks, stem, mask_root):
+    """Return the record of a stem, with `problem` set unless it has one image and one mask."""
+    image_paths = images.by_stem.get(stem, [])
+    mask_paths = masks.by_stem.get(stem, [])
+    if len(image_paths) == len(mask_paths) == 1:
+        image = image_paths[0]
+        mask = mask_paths[0]
+        name = image.relative_to(images.root).as_posix()
+        mask_name = mask.relative_to(mask_root).as_posix()
+        return Record(name, mask_name, image, mask)
+    if not mask_paths:
+        problem = "image without mask"
+    elif not image_paths:
+        problem = "mask without image"
+    else:
+        problem = "stem with several files"
+    name = (image_paths or mask_paths)[0].name
+    return Record(name, name, images.root / name, masks.root / name, problem=problem)
 
 
 # Opening
@@ -257,13 +321,14 @@ def _paired_records(folder):
 
 def open_dataset(
     dataset, splits, size, data_root="data", cache_dir=None, split_seed=0, prompts="random", skip_bad=False,
-    limit_train=1.0,
+    limit_train=1.0, need_foreground=("train", "val"),
 ):  # fmt: skip
     """Return `{split: CachedSplit}` at `size` pixels: checked, resized, cached.
 
     skip_bad: drop records that cannot be used, and print how many. limit_train: fraction of the training
-    records to take; it is fixed which ones, and smaller fractions are subsets of larger ones. Raises
-    ValueError, which lists the problems of all splits.
+    records to take; it is fixed which ones, and smaller fractions are subsets of larger ones.
+    need_foreground: splits that are refused if all their masks are empty. Raises ValueError, which lists the
+    problems of all splits.
     """
     from vlsm.system import parallel  # it imports torch, for which --list need not wait
 
@@ -275,7 +340,8 @@ def open_dataset(
             label = f"{Path(dataset).name} {split}"
             try:
                 rows = _chosen_records(dataset, split, data_root, split_seed, prompts, limit_train)
-                data[split] = _open_usable(rows, size, cache_dir, label, skip_bad)
+                needed = split in need_foreground
+                data[split] = _open_usable(rows, size, cache_dir, label, skip_bad, needed)
             except DataError as error:
                 problems.append(f"{label}: {error}")
                 hint = "\nMend the files, or pass --skip-bad to go on without these records."
@@ -286,19 +352,19 @@ def open_dataset(
     return data
 
 
-def _open_usable(rows, size, cache_dir, label, skip_bad):
+def _open_usable(rows, size, cache_dir, label, skip_bad, need_foreground):
     """Return the `CachedSplit` of records, with `skip_bad` of the usable ones. Raises DataError."""
     from vlsm.data.cache import open_split
 
     try:
-        return open_split(rows, size, cache_dir, label)
+        return open_split(rows, size, cache_dir, label, need_foreground)
     except DataError as error:
         bad = set(error.bad)
         if not skip_bad or len(bad) == len(rows):
             raise
         say(f"{label}: {error}\n  --skip-bad: dropped {len(bad)} of {len(rows)} records.")
     usable = [record for i, record in enumerate(rows) if i not in bad]
-    return open_split(usable, size, cache_dir, label)
+    return open_split(usable, size, cache_dir, label, need_foreground)
 
 
 def _chosen_records(dataset, split, data_root, split_seed, prompts, limit_train):
@@ -336,7 +402,9 @@ def open_run_split(
     if seed is None:
         seed = metadata["recipe"]["seed"]
     size = metadata["image_size"]
-    splits = open_dataset(dataset, [split], size, data_root, cache_dir, metadata["split_seed"], prompts)
+    splits = open_dataset(
+        dataset, [split], size, data_root, cache_dir, metadata["split_seed"], prompts, need_foreground=()
+    )
     data = splits[split]
     texts = [choose_prompt(record, prompts, seed, i) for i, record in enumerate(data.records)]
     return data, texts
@@ -357,7 +425,7 @@ def check(dataset, data_root, split_seed, out, overwrite=False):
         if rows:
             splits[split] = rows
         for record in rows:
-            inputs += [record.image, record.mask]
+            inputs += record.files
     if not splits:
         raise ValueError(
             f"'{dataset}' has no records to check: expected anns/train.json, val.json or test.json, or "
@@ -366,10 +434,22 @@ def check(dataset, data_root, split_seed, out, overwrite=False):
     name = Path(dataset).name
     file = Path(out or f"{name}-check.png")
     check_targets([file], inputs, overwrite)
+    say(f"{name}: {_describe_form(dataset, data_root, next(iter(splits.values()))[0])}")
     say(describe_splits(name, inspect_splits(splits)))
     with owned_write(file) as temporary:
         sheet(sheet_rows(splits), temporary, names=())
     say(f"Wrote {file}")
+
+
+def _describe_form(dataset, data_root, record):
+    """Return in words which form of masks a data set has; record: any of its records."""
+    if isinstance(record.mask, LabelMask):
+        return "label maps, whose class numbers dataset.json names"
+    if dataset == "demo" or _locate(dataset, data_root)[1]:
+        return "masks and prompts of annotation files"
+    if record.class_word:
+        return "binary masks, in a folder for each class"
+    return "binary masks, without classes"
 
 
 def prepare(name, source, data_root, anns, descriptions, overwrite):

@@ -6,13 +6,17 @@ With p = sigmoid(z), sums over the pixels of a sample:
     bce  = mean over pixels of max(z, 0) - z y + log(1 + exp(-|z|))
     loss = dice_weight dice + bce_weight bce
 
-The first forward kernel reads z and y once and writes four sums per tile. The second, a single program, adds
-these in a fixed order and writes the loss and two numbers per sample, from which the gradient is computed:
+Pixels whose target is 255 are ignored: they count in no sum and no mean, and their gradient is 0.
 
-    dloss/dz = p (1 - p) (A y + B) + C (p - y)
+The first forward kernel reads z and y once, writes four sums per tile and counts the pixels that are not
+ignored. The second, a single program, adds these in a fixed order and writes the loss and three numbers per
+sample, from which the gradient is computed:
+
+    dloss/dz = p (1 - p) (A y + B) + C D (p - y)
     A = -2 w / (sum p + sum y + s),  B = w (2 sum p y + s) / (sum p + sum y + s)^2
 
-with w = dice_weight / samples, C = bce_weight / pixels. Bytes that must move, for n pixels, logits of e bytes
+with w = dice_weight / samples, C = bce_weight / pixels, D = pixels / pixels that are not ignored (1 without
+ignored ones, so that C keeps its digits). Bytes that must move, for n pixels, logits of e bytes
 and targets of t: forward n (e + t), backward n (2 e + t).
 
 With `ce="reference"` the cross entropy takes p in the place of z, as the published code does; its gradient is
@@ -28,19 +32,22 @@ from .dispatch import launcher, runs_triton, tl, triton
 
 PASS = dict(BLOCK=4096, num_warps=8)  # launch sizes: pixels per program
 FINISH = dict(BLOCK_B=32, BLOCK_T=32)  # samples and tiles that the single program adds up at a time
+FAR = -1e4  # a logit whose sigmoid is 0, and whose cross entropy with 0 is 0, exactly
 
 
 def dice_bce_torch(logits, target, dice_weight=1.5, bce_weight=1.0, smooth=1e-5, ce="logits"):
     """Compute `dice_bce_loss` in plain torch, as eager code writes it; the arguments are the same."""
     dtype = torch.promote_types(logits.dtype, torch.float32)  # sums in half precision would be inexact
-    z = logits.to(dtype).flatten(1)  # [B, pixels]
-    y = target.to(dtype).flatten(1)  # [B, pixels]
+    ignored = target.flatten(1) == 255
+    z = logits.to(dtype).flatten(1).masked_fill(ignored, FAR)  # [B, pixels]
+    y = target.to(dtype).flatten(1).masked_fill(ignored, 0)  # [B, pixels]
     p = torch.sigmoid(z)
     overlap = (p * y).sum(1)  # [B]
     size = p.sum(1) + y.sum(1)  # [B]
     dice = 1 - (2 * overlap + smooth) / (size + smooth)
-    bce_input = p if ce == "reference" else z
-    bce = F.binary_cross_entropy_with_logits(bce_input, y)
+    bce_input = p.masked_fill(ignored, FAR) if ce == "reference" else z
+    share = ignored.numel() / (~ignored).sum().clamp(min=1).double()  # exactly 1 if none is ignored
+    bce = F.binary_cross_entropy_with_logits(bce_input, y) * share.to(dtype)
     return dice_weight * dice.mean() + bce_weight * bce
 
 
@@ -59,14 +66,15 @@ def _sigmoid(logit):
 
 
 @triton.jit
-def sums_kernel(z, y, sums, P, tiles, TWICE: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum p y, p, y and the cross entropy over one tile of one sample."""
+def sums_kernel(z, y, sums, pixels, P, tiles, TWICE: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum p y, p, y and the cross entropy over one tile of one sample; add to `pixels` how many count."""
     sample = tl.program_id(1).to(tl.int64)
     tile = tl.program_id(0)
     at = tile * BLOCK + tl.arange(0, BLOCK)
     inside = at < P
     logit = _load(z + sample * P, at, inside)
     truth = _load(y + sample * P, at, inside)
+    inside = inside & (truth != 255)
     p, decay = _sigmoid(logit)
     p = tl.where(inside, p, 0.0)
     x = logit
@@ -81,8 +89,9 @@ def sums_kernel(z, y, sums, P, tiles, TWICE: tl.constexpr, BLOCK: tl.constexpr):
     out = sums + (sample * tiles + tile) * 4
     tl.store(out, tl.sum(p * truth, 0))
     tl.store(out + 1, tl.sum(p, 0))
-    tl.store(out + 2, tl.sum(truth, 0))
+    tl.store(out + 2, tl.sum(tl.where(inside, truth, 0.0), 0))
     tl.store(out + 3, tl.sum(bce, 0))
+    tl.atomic_add(pixels, tl.sum(inside.to(tl.int64), 0))  # integers: the order changes nothing
 
 
 @triton.jit
@@ -93,14 +102,15 @@ def _sum_of_tiles(at, inside):
 
 @triton.jit
 def finish_kernel(
-    sums, loss, terms, B, P, tiles, dice_weight, bce_weight, smooth,
+    sums, loss, terms, pixels, B, P, tiles, dice_weight, bce_weight, smooth,
     BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Compute the loss, and (A, B) of every sample, from the tiles' sums, in a single program."""
+    """Compute the loss, and (A, B, D) of every sample, from the tiles' sums, in a single program."""
     # torch.compile passes scalars as float64
     dice_weight = tl.cast(dice_weight, tl.float32)
     bce_weight = tl.cast(bce_weight, tl.float32)
     smooth = tl.cast(smooth, tl.float32)
+    share = tl.cast(B, tl.int64) * P / tl.maximum(tl.load(pixels), 1)  # D
     total = 0.0
     for first in range(0, B, BLOCK_B):
         sample = first + tl.arange(0, BLOCK_B)
@@ -119,9 +129,10 @@ def finish_kernel(
             bce += _sum_of_tiles(at + 3, inside)
         top = 2 * both + smooth
         bottom = p + y + smooth
-        tl.store(terms + 2 * sample, -2 * dice_weight / (B * bottom), mask=known)
-        tl.store(terms + 2 * sample + 1, dice_weight * top / (B * bottom * bottom), mask=known)
-        each = dice_weight * (1 - top / bottom) + bce_weight * (bce / P)
+        tl.store(terms + 3 * sample, -2 * dice_weight / (B * bottom), mask=known)
+        tl.store(terms + 3 * sample + 1, dice_weight * top / (B * bottom * bottom), mask=known)
+        tl.store(terms + 3 * sample + 2, share, mask=known)
+        each = dice_weight * (1 - top / bottom) + bce_weight * (bce / P * share)
         total += tl.sum(tl.where(known, each, 0.0), 0)
     tl.store(loss, total / B)
 
@@ -136,34 +147,35 @@ def gradient_kernel(g, z, y, terms, dz, P, bce_scale, TWICE: tl.constexpr, BLOCK
     truth = _load(y + sample * P, at, inside)
     p, decay = _sigmoid(logit)
     slope = decay / ((1.0 + decay) * (1.0 + decay))  # p (1 - p), without cancellation
-    factor = tl.load(terms + 2 * sample)  # A
-    offset = tl.load(terms + 2 * sample + 1)  # B
+    factor = tl.load(terms + 3 * sample)  # A
+    offset = tl.load(terms + 3 * sample + 1)  # B
     out = slope * (factor * truth + offset)
-    scale = tl.cast(bce_scale, tl.float32)
+    scale = tl.cast(bce_scale, tl.float32) * tl.load(terms + 3 * sample + 2)  # C D
     if TWICE:
         out += scale * (1.0 / (1.0 + tl.exp(-p)) - truth) * slope
     else:
         out += scale * (p - truth)
     out = out * tl.load(g).to(tl.float32)
-    tl.store(dz + sample * P + at, out, mask=inside)
+    tl.store(dz + sample * P + at, tl.where(truth == 255, 0.0, out), mask=inside)
 
 
 @triton_op("vlsm::dice_bce", mutates_args=())
 def _forward(
     logits: Tensor, target: Tensor, dice_weight: float, bce_weight: float, smooth: float, ce: str
 ) -> tuple[Tensor, Tensor]:
-    """Return (loss, (A, B) of each sample `[B, 2]`) of contiguous `[B, pixels]` tensors."""
+    """Return (loss, (A, B, D) of each sample `[B, 3]`) of contiguous `[B, pixels]` tensors."""
     samples, pixels = logits.shape
     tiles = triton.cdiv(pixels, PASS["BLOCK"])
     float32 = dict(dtype=torch.float32, device=logits.device)
     sums = torch.empty(samples, tiles, 4, **float32)
     loss = torch.empty((), **float32)
-    terms = torch.empty(samples, 2, **float32)
+    terms = torch.empty(samples, 3, **float32)
+    counted = torch.zeros((), dtype=torch.int64, device=logits.device)
     twice = ce == "reference"
     sums_pass = launcher(sums_kernel)[tiles, samples]
-    sums_pass(logits, target, sums, pixels, tiles, TWICE=twice, **PASS)
+    sums_pass(logits, target, sums, counted, pixels, tiles, TWICE=twice, **PASS)
     finish = launcher(finish_kernel)[1,]
-    finish(sums, loss, terms, samples, pixels, tiles, dice_weight, bce_weight, smooth, **FINISH)
+    finish(sums, loss, terms, counted, samples, pixels, tiles, dice_weight, bce_weight, smooth, **FINISH)
     return loss, terms
 
 
@@ -207,9 +219,10 @@ _forward.register_autograd(_gradients, setup_context=_save_for_backward)
 def dice_bce_loss(logits, target, dice_weight=1.5, bce_weight=1.0, smooth=1e-5, ce="logits"):
     """Compute the scalar loss of logits `[B, ...]`, in float32 or wider.
 
-    target: in the logits' shape; bool, uint8 0/1 or float in [0, 1]; it gets no gradient. ce: "logits", or
-    "reference" for the cross entropy of the published code, see above. Raises ValueError where shapes differ,
-    or for another `ce`.
+    target: in the logits' shape; bool, uint8 0/1 or float in [0, 1]; it gets no gradient. Pixels of 255 are
+    ignored: the loss is that of the others, 0 if there are none, and their gradient is exactly 0. ce:
+    "logits", or "reference" for the cross entropy of the published code, see above. Raises ValueError where
+    shapes differ, or for another `ce`.
     """
     if logits.shape != target.shape:
         raise ValueError(f"Logits {list(logits.shape)} and target {list(target.shape)} differ in shape.")

@@ -1,7 +1,8 @@
 """DSC, IoU, HD95 and NSD of binary masks, one value per image, in torch on the device of the masks.
 
 Masks are bool (or 0/1 of any type): threshold first. `[N, H, W]`, or lists of `[H, W]` masks of different
-sizes. Where masks are empty:
+sizes. A target may be uint8 with 255 where pixels are ignored: there both masks count as background. Where
+masks are empty:
 
 | pair         | DSC, IoU, NSD | HD95           |
 | both empty   | 1             | 0              |
@@ -18,6 +19,8 @@ import torch
 import torch.nn.functional as F
 
 import kernels
+
+IGNORED = 255  # of a uint8 target: the pixel counts as background in prediction and target
 
 
 def dsc(pred, target):
@@ -72,7 +75,7 @@ def _checked_pairs(pred, target):
     pairs = []
     for p, t in [(pred, target)] if stacked else zip(pred, target):
         p = _as_bool(p)
-        t = _as_bool(t)
+        t, ignored = _split_target(t)
         if not stacked:
             p = p[None]
             t = t[None]
@@ -81,8 +84,19 @@ def _checked_pairs(pred, target):
                 f"Masks {len(pairs)}: prediction {list(p.shape)} and target {list(t.shape)} must be equal, "
                 "[N, H, W] or [H, W] each; nothing is broadcast."
             )
+        if ignored is not None:
+            p = p & ~ignored
         pairs.append((p, t))
     return pairs
+
+
+def _split_target(target):
+    """Return (target as a bool tensor without ignored pixels, bool tensor of these or None)."""
+    target = torch.as_tensor(target)
+    if target.dtype != torch.uint8:
+        return _as_bool(target), None
+    ignored = target == IGNORED
+    return _as_bool(target.masked_fill(ignored, 0)), ignored
 
 
 def _as_bool(masks):

@@ -162,6 +162,8 @@ TARGETS = {
     "empty": lambda shape: torch.zeros(shape, dtype=torch.bool),
     "full": lambda shape: torch.ones(shape, dtype=torch.uint8),
     "soft": lambda shape: torch.rand(shape),
+    "ignored in part": lambda shape: torch.tensor([0, 1, 255], dtype=torch.uint8)[torch.randint(3, shape)],
+    "all ignored": lambda shape: torch.full(shape, 255, dtype=torch.uint8),
 }
 
 
@@ -179,6 +181,22 @@ def test_dice_bce(shape, kind, ce):
         want, wanted = loss_and_gradient(dice_bce_torch, logits.double(), target, ce=ce)
         torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=1e-8)
         assert (gradient - wanted).abs().max() <= 1e-5 * wanted.abs().max() + 1e-9
+        assert not gradient[target == 255].any()
+
+
+@pytest.mark.parametrize("ce", ["logits", "reference"])
+def test_dice_bce_is_not_moved_by_what_is_ignored(ce):
+    torch.manual_seed(3)
+    logits = torch.randn(3, 1, 70, 90, device=DEVICE)
+    target = (torch.rand(3, 1, 70, 90) < 0.3).to(torch.uint8).to(DEVICE)
+    target[1] = 255
+    target[2, :, 20:] = 255
+    other = torch.where(target == 255, 60 * torch.randn_like(logits), logits)
+    for loss in (dice_bce_loss, dice_bce_torch):
+        value, gradient = loss_and_gradient(loss, logits, target, ce=ce)
+        moved, moved_gradient = loss_and_gradient(loss, other, target, ce=ce)
+        assert value == moved and torch.equal(gradient, moved_gradient)
+        assert not gradient[target == 255].any() and gradient[target != 255].all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -303,5 +321,5 @@ def test_ops_are_registered_rightly():
     torch.library.opcheck(adapter._backward, (g, h, a, w1, w2, b2, True, True), test_utils=utils)
     z, y = torch.randn(2, 20, device=DEVICE, requires_grad=True), torch.rand(2, 20, device=DEVICE)
     torch.library.opcheck(dice_bce._forward, (z, y, 1.5, 1.0, 1e-5, "logits"), test_utils=utils)
-    one, terms = torch.ones((), device=DEVICE), torch.randn(2, 2, device=DEVICE)
+    one, terms = torch.ones((), device=DEVICE), torch.randn(2, 3, device=DEVICE)
     torch.library.opcheck(dice_bce._backward, (one, z.detach(), y, terms, 1.0, "reference"), test_utils=utils)

@@ -9,13 +9,23 @@ import math
 import os
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from vlsm.data.images import ImageError, read_image, read_mask, resize_image, resize_mask
-from vlsm.data.records import DataError, index_images
+from vlsm.data.images import (
+    ImageError,
+    LabelMask,
+    class_target,
+    read_image,
+    read_labels,
+    read_mask,
+    resize_image,
+    resize_mask,
+)
+from vlsm.data.records import DataError, index_images, source_key
 from vlsm.system.console import ADVICE, progress
 from vlsm.system.files import atomic_write, digest, reserve, sweep_temporary
 
@@ -32,7 +42,8 @@ def default_cache():
 class CachedSplit:
     """The records of a split, and their pixels at the model's size.
 
-    images: uint8 `[M, 3, S, S]`; masks: uint8 0/1 `[N, S, S]`, both numpy arrays, or tensors after `move_to`.
+    images: uint8 `[M, 3, S, S]`; masks: uint8 `[N, S, S]`, 0, 1, and 255 where pixels are ignored. Both are
+    numpy arrays, or tensors after `move_to`.
     image_of: `[N]`, the image of each record (several may share one).
     """
 
@@ -117,11 +128,18 @@ class _BadRecord(Exception):
 
 
 def _read_pair(record):
-    """Return (image uint8 `[H, W, 3]`, mask bool `[H, W]`) of a record. Raises _BadRecord."""
+    """Return (image uint8 `[H, W, 3]`, mask bool `[H, W]`, or the numbers of its label map) of a record.
+
+    Raises _BadRecord.
+    """
     if record.problem:
         raise _BadRecord(record.problem, record.name)
     image = _read(read_image, record.image, "image", record.name)
-    mask = _read(read_mask, record.mask, "mask", record.mask_name)
+    reader = read_labels
+    if not isinstance(record.mask, LabelMask):
+        # the prompts of an annotation file tell what a mask of several colours holds
+        reader = partial(read_mask, one_colour=not record.prompts)
+    mask = _read(reader, record.files[1], "mask", record.mask_name)
     if image.shape[:2] != mask.shape:
         height, width, _ = image.shape
         mask_height, mask_width = mask.shape
@@ -146,39 +164,56 @@ def decode(records, images, masks, label):
 
     images: uint8 `[M, 3, S, S]`; masks: uint8 `[N, S, S]`. Raises DataError, which lists all problems.
     """
-    first, image_of = index_images(records)
-    owners = set(first)
+    first_rows, image_of = index_images(records)
+    owners = set(first_rows)
+    groups = _same_files(records)
     size = masks.shape[-1]
 
-    def decode_record(i):
+    def decode_group(indices):
+        """Read an image and its mask once for all records of both; return what is wrong, or None."""
+        first = indices[0]
         try:
-            image, mask = _read_pair(records[i])
+            image, mask = _read_pair(records[first])
         except _BadRecord as error:
             return error.args
-        masks[i] = resize_mask(mask, size)
-        if i in owners:
-            images[image_of[i]] = resize_image(image, size).transpose(2, 0, 1)
+        for i in indices:
+            source = records[i].mask
+            target = class_target(mask, source) if isinstance(source, LabelMask) else mask
+            masks[i] = resize_mask(target, size)
+        if first in owners:
+            images[image_of[first]] = resize_image(image, size).transpose(2, 0, 1)
         return None
 
     problems = defaultdict(list)
     with ThreadPoolExecutor(THREADS) as pool, progress(len(records), f"reading {label}") as bar:
-        for i, problem in enumerate(pool.map(decode_record, range(len(records)))):
-            bar.update()
+        for indices, problem in zip(groups, pool.map(decode_group, groups)):
+            bar.update(len(indices))
             if problem:
                 description, name = problem
-                problems[description].append((i, name))
+                problems[description] += [(i, name) for i in indices]
     if problems:
         raise DataError(problems, len(records))
+
+
+def _same_files(records):
+    """Return lists of indices: the classes of one label map together, other records alone."""
+    groups = {}
+    for i, record in enumerate(records):
+        key = i
+        if isinstance(record.mask, LabelMask) and not record.problem:
+            key = tuple(source_key(file) for file in record.files)
+        groups.setdefault(key, []).append(i)
+    return list(groups.values())
 
 
 # The files
 
 
-def open_split(records, size, folder, label):
+def open_split(records, size, folder, label, need_foreground=True):
     """Return the `CachedSplit` of records: from the cache in `folder` if it fits, else decoded and cached.
 
-    folder: None for no cache. Raises DataError for records that cannot be used, ValueError if no mask has
-    foreground at this size or the folder cannot be written.
+    folder: None for no cache. need_foreground: refuse a split without any. Raises DataError for records that
+    cannot be used, ValueError if no mask has foreground at this size or the folder cannot be written.
     """
     first, image_of = index_images(records)
     shapes = [(len(first), 3, size, size), (len(records), size, size)]
@@ -188,7 +223,8 @@ def open_split(records, size, folder, label):
         decode(records, images, masks, label)
     else:
         images, masks = _cached_arrays(records, shapes, Path(folder), label)
-    if not any(mask.any() for mask in masks):  # one by one: usually the first has foreground, and it ends
+    # one by one: usually the first has foreground, and it ends
+    if need_foreground and not any((mask == 1).any() for mask in masks):
         raise ValueError(
             f"Every mask of {label} is empty ({len(records)} masks), so nothing can be learnt. Foreground is "
             "white (255), or 1 in a file of 0 and 1."
@@ -216,7 +252,12 @@ def _cached_arrays(records, shapes, folder, label):
 
 def _cache_key(records, size):
     """Return a hash of the size and of every file's path, length and modification time."""
-    stamps = [[_stamp(record.image), _stamp(record.mask)] for record in records]
+    stamps = []
+    for record in records:
+        image, mask = map(_stamp, record.files)
+        if isinstance(record.mask, LabelMask):
+            mask += [record.mask.value, record.mask.ignore]
+        stamps.append([image, mask])
     text = json.dumps([FORMAT, size, stamps])
     return digest(text.encode())
 

@@ -31,6 +31,7 @@ class Summary:
     names: dict = field(default_factory=dict)  # digest of the pixels -> name of the image
     thumbnails: dict = field(default_factory=dict)  # digest of the pixels -> [768]
     prompts: Counter = field(default_factory=Counter)  # key -> number of records
+    classes: Counter = field(default_factory=Counter)  # class word -> number of records
     words: list = field(default_factory=list)  # number of words of every prompt
     unreadable: list = field(default_factory=list)  # names
 
@@ -50,6 +51,7 @@ def inspect_splits(splits):
             except (ImageError, OSError):
                 summary.unreadable.append(record.name)
             summary.prompts.update(record.prompts.keys())
+            summary.classes[record.class_word] += 1
             summary.words += [len(text.split()) for text in prompt_texts(record)]
         summaries[split] = summary
     return summaries
@@ -138,6 +140,9 @@ def _describe(summary):
         percent = ", ".join(f"{area:.1f}" for area in np.quantile(filled, QUANTILES))
         lines.append(f"  mask area in % of the image (5, 25, 50, 75, 95 % of the masks): {percent}")
     lines.append(f"  empty masks: {len(areas) - len(filled)}")
+    classes = [f"{word} ({n})" for word, n in summary.classes.most_common() if word]
+    if classes:
+        lines.append(f"  classes: {', '.join(classes)}")
     if summary.prompts:
         keys = []
         for key, count in summary.prompts.items():

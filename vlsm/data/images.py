@@ -5,6 +5,7 @@ Images and masks are turned upright by their EXIF orientation, as viewers show t
 
 import io
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,9 @@ GREY_TO = 223
 # Grey pixels of a mask are noise if they are few: as a share of the image, or of the foreground.
 ONE_VALUE = (5e-4, 0.02)  # the pixels of one grey value
 ALL_VALUES = (5e-3, 0.2)  # the pixels of all grey values together
+FEW_NUMBERS = 8  # up to so many dark values of many pixels are class numbers beside white, not noise
+IGNORED = 255  # in a target: the pixel counts in neither loss nor metrics
+LABELS_FORM = '{"labels": {"background": 0, "liver": 1, "tumour": 2}}'  # of dataset.json
 NOT_FINITE = "it holds NaN or infinite values"
 LFS_POINTER = b"version https://git-lfs"
 
@@ -33,6 +37,19 @@ class ImageError(ValueError):
 
 class NeedsPackage(ImageError):
     """A file that needs an optional package."""
+
+
+@dataclass(frozen=True)
+class LabelMask:
+    """The mask of one class in a label map.
+
+    file: the map's path, or its numbers, uint8 or uint16 `[H, W]`. Foreground: pixels of number `value`.
+    ignore: the number of pixels that do not count.
+    """
+
+    file: object
+    value: int
+    ignore: int | None = None
 
 
 def image_files(root):
@@ -141,18 +158,66 @@ def to_eight_bits(values, name):
     return (values * (255 / top)).astype(np.uint8)
 
 
-def read_mask(source, name=None):
-    """Read a mask as bool `[H, W]`; of an array: bool, or foreground above 127.
+def read_labels(source):
+    """Read a label map as its class numbers, uint8 or uint16 `[H, W]`; an array is returned as it is.
 
-    Foreground is white (255, 65535), any bright colour, or 1; in an image of one colour, the opaque pixels. A
-    palette counts by its colours, or by its numbers if the colours are not those of a mask. Raises
-    FileNotFoundError, or ImageError, which names the values, if there are others than two and a little noise
-    of compression or smoothing.
+    Raises FileNotFoundError, or ImageError for colours without a palette.
     """
     if isinstance(source, np.ndarray):
+        return source
+    image = open_image(source)
+    numbers = np.asarray(image)
+    whole = image.mode in ("1", "L", "P") or image.mode.startswith("I")
+    if not whole or numbers.min() < 0 or numbers.max() > 65535:
+        raise ImageError(source, "a label map holds class numbers of 8 or 16 bits, grey or with a palette")
+    return numbers.astype(np.uint16 if numbers.max() > 255 else np.uint8)
+
+
+def read_target(source):
+    """Read any mask source as uint8 `[H, W]`: 0, 1, and 255 where ignored. Raises as `read_mask`."""
+    if isinstance(source, LabelMask):
+        return class_target(read_labels(source.file), source)
+    return read_mask(source).astype(np.uint8)
+
+
+def class_target(labels, mask):
+    """Return the target, as `read_target`, of one class (a `LabelMask`) in a map's numbers `[H, W]`."""
+    target = (labels == mask.value).astype(np.uint8)
+    if mask.ignore is not None:
+        target[labels == mask.ignore] = IGNORED
+    return target
+
+
+def read_mask(source, name=None, one_colour=False):
+    """Read a mask as bool `[H, W]`; of an array: bool, or foreground above 127; of a `LabelMask`: its class.
+
+    Foreground is white (255, 65535), any bright colour, or 1; in an image of one colour, the opaque pixels. A
+    palette counts by its colours, or by its numbers if the colours are not those of a mask. one_colour:
+    refuse several bright colours. Raises FileNotFoundError, or ImageError, which names the values, if there
+    are others than two and a little noise of compression or smoothing.
+    """
+    if isinstance(source, LabelMask):
+        return read_target(source) == 1
+    if isinstance(source, np.ndarray):
         return source > 127 if source.dtype == np.uint8 else source
-    values = _mask_values(open_image(source, name))
-    return _foreground(values, name or source)
+    image = open_image(source, name)
+    mask = _foreground(_mask_values(image), name or source)
+    if one_colour and mask.any():
+        _refuse_colours(image, mask, name or source)
+    return mask
+
+
+def _refuse_colours(image, mask, name):
+    """Raise ImageError if the foreground has several bright colours: they may be classes."""
+    colours = np.asarray(image.convert("RGB"))[mask]  # [n, 3]
+    strong = colours > 0.5 * colours.max(1, keepdims=True)  # which of red, green and blue
+    counts = np.bincount(strong @ (1, 2, 4), minlength=8)
+    if np.sort(counts)[-2] > max(ONE_VALUE[0] * mask.size, ONE_VALUE[1] * len(colours)):
+        raise ImageError(
+            name,
+            "its foreground has several colours; if they are classes, save a map of class numbers and name "
+            f"these in dataset.json beside masks/, {LABELS_FORM}, or make a folder of masks for each class",
+        )
 
 
 def _mask_values(image):
@@ -190,16 +255,15 @@ def _foreground(values, name):
     if high <= 255:
         full = 1 if high <= 1 else 255
     scaled = values if full == 255 else values * (255 / full)
-    if low < 0:
-        wrong = np.unique(scaled)
-    elif scaled.max() < GREY_FROM and (scaled > 0).mean() > ONE_VALUE[0]:  # class numbers
-        wrong = np.unique(scaled[scaled > 0])[::-1]
-    else:
-        wrong = _grey_values(scaled)
+    wrong = np.unique(scaled) if low < 0 else _grey_values(scaled)
+    if not len(wrong):
+        wrong = _class_numbers(scaled)
     if len(wrong):
         wrong = first_few([f"{float(value) * full / 255:.4g}" for value in wrong], 6)
         raise ImageError(
-            name, f"a mask holds 0 and 255, or 0 and 1, and this one also {wrong}; make a mask of each class"
+            name,
+            f"a mask holds 0 and 255, or 0 and 1, and this one also {wrong}; if these are class numbers, "
+            f"name them in dataset.json beside masks/: {LABELS_FORM}",
         )
     return values > full / 2
 
@@ -221,6 +285,22 @@ def _grey_values(values):
     return grey[:0]
 
 
+def _class_numbers(values):
+    """Return the dark values (of 0..255) that must be class numbers, the largest first.
+
+    They are if there is nothing bright, or if few values have many pixels: compression leaves many values.
+    """
+    dark = values[(values > 0) & (values < GREY_FROM)]
+    numbers = np.unique(dark)[::-1]
+    bright = (values > GREY_TO).sum()
+    if not bright and len(dark) > ONE_VALUE[0] * values.size:
+        return numbers
+    many = len(dark) > max(ALL_VALUES[0] * values.size, ALL_VALUES[1] * bright)
+    if many and len(numbers) <= FEW_NUMBERS and values.min() == 0:
+        return numbers
+    return numbers[:0]
+
+
 def mask_image(mask):
     """Return a bool mask `[H, W]` as a Pillow image of 0 and 255."""
     return Image.fromarray(np.asarray(mask).astype(np.uint8) * 255)
@@ -232,5 +312,5 @@ def resize_image(image, size):
 
 
 def resize_mask(mask, size):
-    """Resize bool `[H, W]` to uint8 0/1 `[size, size]`, nearest at pixel centres."""
+    """Resize bool, or uint8 0/1/255, `[H, W]` to uint8 `[size, size]`, nearest at pixel centres."""
     return np.array(Image.fromarray(mask.astype(np.uint8)).resize((size, size), Image.NEAREST))

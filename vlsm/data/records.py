@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vlsm.data.images import LabelMask
 from vlsm.system.console import first_few
 from vlsm.system.files import field, leaves_folder, read_json
 
@@ -16,7 +17,7 @@ PROMPT_KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
 class Record:
     """One (image, mask, prompts) triple.
 
-    image, mask: a path, or the pixels (uint8 `[H, W, 3]`, bool `[H, W]`).
+    image, mask: a path, or the pixels (uint8 `[H, W, 3]`, bool `[H, W]`); a mask may be a `LabelMask`.
     """
 
     name: str  # of the image's file, for messages and results
@@ -26,6 +27,13 @@ class Record:
     prompts: dict = dataclasses.field(default_factory=dict)  # key (p0..p9) -> text, or list of texts
     class_word: str | None = None
     problem: str | None = None  # why it cannot be used, if that is known before its files are read
+    absent: tuple = ()  # the data set's other class words, as far as known, that are not in the image
+
+    @property
+    def files(self):
+        """The image's and the mask's paths, or pixels."""
+        mask = self.mask.file if isinstance(self.mask, LabelMask) else self.mask
+        return [self.image, mask]
 
 
 class DataError(ValueError):
@@ -46,17 +54,21 @@ class DataError(ValueError):
 
 def index_images(records):
     """Return (index of each image's first record, each record's image number); records may share an image."""
-    rows = {}  # an image's path or identity -> its row
+    rows = {}  # an image's key -> its row
     first = []
     image_of = []
     for i, record in enumerate(records):
-        image = record.image
-        key = str(image) if isinstance(image, (str, Path)) else id(image)
+        key = source_key(record.image)
         if key not in rows:
             rows[key] = len(first)
             first.append(i)
         image_of.append(rows[key])
     return first, image_of
+
+
+def source_key(source):
+    """Return a key of a file, or of pixels in memory: equal keys are the same source."""
+    return str(source) if isinstance(source, (str, Path)) else id(source)
 
 
 def read_annotations(path):
@@ -82,9 +94,14 @@ def _check_entry(entry, source):
             raise ValueError(
                 f"'{source}': the prompt's key '{key}' should be letters, digits, - and _ alone."
             )
-        texts = [value] if isinstance(value, str) else value
-        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"'{source}': prompt '{key}' is neither a text nor a list of texts.")
+        check_texts(source, key, value)
+
+
+def check_texts(source, key, value):
+    """Raise ValueError, which names source and key, unless a prompt is a text or a list of texts."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"'{source}': prompt '{key}' is neither a text nor a list of texts.")
 
 
 # Prompts
