@@ -222,7 +222,7 @@ def check_outputs(args, records, out):
     """Refuse to write over a user's files, before anything is computed. Raises as `check_targets`."""
     inputs = []
     for record in records:
-        inputs += [record.image, record.mask]
+        inputs += record.files
     targets = []
     if args.out:
         targets += [out / name for name in RESULT_FILES]

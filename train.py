@@ -148,7 +148,7 @@ def train_epoch(
                 loss = criterion(logits, masks)
                 run.scaler.scale(loss * share.weight).backward()
                 # a rank without records of this batch has computed one, with weight and count 0
-                scores = dsc(logits.detach()[:, 0] > 0, masks[:, 0] > 0)[: share.count]
+                scores = dsc(logits.detach()[:, 0] > 0, masks[:, 0])[: share.count]
                 share_loss = loss.detach().double() * share.count
                 sums += torch.stack([share_loss, scores.sum()])
                 seen += share.count
@@ -200,7 +200,7 @@ def validate(model, data, cache, criterion, seed, prompt_mode, batch_size):
             logits = model(*inputs)  # [B, 1, S, S]
         loss_sum = criterion(logits, masks).double() * len(indices)
         predicted = logits[:, 0] > 0
-        truth = masks[:, 0] > 0
+        truth = masks[:, 0]
         scores = torch.stack([dsc(predicted, truth), iou(predicted, truth)], 1)
         rows.append((number, loss_sum, scores))
     # read from the device only now: every reading waits for it

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from vlsm.data.cache import chunks, default_cache, prefetch
-from vlsm.data.images import read_mask
+from vlsm.data.images import read_ignored, read_mask
 from vlsm.results.predict import (
     clean_mask,
     logits_at_size,
@@ -152,6 +152,11 @@ def evaluate_prompts(
         record = data.records[i]
         enlarged = logits_at_size(logits, truth.shape)
         mask = mask_at_size(logits, truth.shape, upsample)
+        ignored = read_ignored(record.mask)
+        if ignored is not None:  # these pixels count as background in prediction and truth
+            ignored = torch.from_numpy(ignored).to(mask.device)
+            enlarged = enlarged.masked_fill(ignored, -torch.inf)
+            mask = mask & ~ignored
         if keep_largest or min_area:
             cleaned = clean_mask(mask.cpu().numpy(), keep_largest, min_area)
             mask = torch.from_numpy(cleaned).to(mask.device)
