@@ -315,7 +315,8 @@ def read_stored(parser, out):
             try:
                 values[name] = checked(action, stored[name])
             except (ValueError, argparse.ArgumentTypeError) as error:
-                raise ValueError(f"'{file}' holds a value that no run can have: '{name}': {error}") from None
+                flag = action.option_strings[0]
+                raise ValueError(f"'{file}' holds a value that no run can have: {flag}: {error}") from None
         elif name in stored and name in NEVER_NULL:
             raise ValueError(f"'{file}' holds a value that no run can have: '{name}' is null.")
     return values
