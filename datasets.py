@@ -482,7 +482,7 @@ def main(argv=None):
     add("--anns", metavar="DIR", help="published annotation files: MedVLSM's data folder, or a data set's")
     add("--describe", metavar="FILE.json", help="list of descriptions of the class, for prompts p7 to p9")
     add("--overwrite", action="store_true", help="replace files that this program did not write")
-    add("--check", metavar="NAME|PATH", help="print a data set's statistics, and write a contact sheet")
+    add("--check", metavar="NAME|PATH", help="print statistics and the form of masks (label map, ...)")
     add("--split-seed", type=int, default=0, help="of the 80/10/10 split of your own folder (default: 0)")
     add("--out", metavar="FILE.png", help="contact sheet of --check (default: NAME-check.png)")
     args = parser.parse_args(argv)

@@ -180,13 +180,6 @@ def read_target(source):
     return read_mask(source).astype(np.uint8)
 
 
-def read_ignored(source):
-    """Return the ignored pixels of a mask source, bool `[H, W]`; None if it has none."""
-    if not isinstance(source, LabelMask) or source.ignore is None:
-        return None
-    return read_labels(source.file) == source.ignore
-
-
 def class_target(labels, mask):
     """Return the target, as `read_target`, of one class (a `LabelMask`) in a map's numbers `[H, W]`."""
     target = (labels == mask.value).astype(np.uint8)

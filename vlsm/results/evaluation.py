@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from vlsm.data.cache import chunks, default_cache, prefetch
-from vlsm.data.images import read_ignored, read_mask
+from vlsm.data.images import read_target
 from vlsm.results.predict import (
     clean_mask,
     logits_at_size,
@@ -83,7 +83,9 @@ def results_folder(checkpoint, metadata, split, dataset=None, suffixes=()):
 
 
 def predictions(predictor, data, prompt_sets, batch_size):
-    """Yield (index, set's name, prompt, logits `[1, S, S]`, true mask bool `[H, W]`), on the device.
+    """Yield (index, set's name, prompt, logits `[1, S, S]`, truth uint8 `[H, W]`), on the device.
+
+    truth: 0, 1, and 255 where pixels are ignored.
 
     prompt_sets: {name: a text for each record, or None to leave the record out}. An image is encoded once for
     the prompts of all sets. Several processes share the records.
@@ -96,7 +98,7 @@ def predictions(predictor, data, prompt_sets, batch_size):
 
         def read_masks(batch):
             """Read masks at original size, in a thread, while the network works on the previous batch."""
-            return list(pool.map(read_mask, [data.records[i].mask for i in batch]))
+            return list(pool.map(read_target, [data.records[i].mask for i in batch]))
 
         for batch, masks in prefetch(read_masks, batches):
             images, _ = data.batch(batch)
@@ -113,7 +115,9 @@ def predictions(predictor, data, prompt_sets, batch_size):
 
 
 def measure_prompts(predictor, data, prompt_sets, batch_size, measure):
-    """Return {name: measure(index, prompt, logits `[1, S, S]`, true mask `[H, W]`) of each record, in order}.
+    """Return {name: measure(index, prompt, logits `[1, S, S]`, truth `[H, W]`) of each record, in order}.
+
+    truth: uint8, 255 where pixels are ignored.
 
     prompt_sets: {name: a text for each record, or None}. Results that are None are left out. Several
     processes share the records; each gets all results.
@@ -152,11 +156,6 @@ def evaluate_prompts(
         record = data.records[i]
         enlarged = logits_at_size(logits, truth.shape)
         mask = mask_at_size(logits, truth.shape, upsample)
-        ignored = read_ignored(record.mask)
-        if ignored is not None:  # these pixels count as background in prediction and truth
-            ignored = torch.from_numpy(ignored).to(mask.device)
-            enlarged = enlarged.masked_fill(ignored, -torch.inf)
-            mask = mask & ~ignored
         if keep_largest or min_area:
             cleaned = clean_mask(mask.cpu().numpy(), keep_largest, min_area)
             mask = torch.from_numpy(cleaned).to(mask.device)
@@ -165,6 +164,7 @@ def evaluate_prompts(
         if probability_folder:
             save_probability(enlarged, mask_target(probability_folder, record.mask_name))
         row = dict(image=record.name, mask=record.mask_name, group=groups[i], prompt=prompt)
+        row["class"] = record.class_word or ""
         row.update(score(mask, truth, tolerance))
         row.update(calibration_counts(enlarged.sigmoid(), truth))
         if keep_masks:

@@ -10,7 +10,7 @@ import torch
 from vlsm import metrics
 from vlsm.system.files import write_csv, write_json
 
-COLUMNS = ("image", "mask", "prompt", "dsc", "iou", "hd95", "nsd", "brier", "group")
+COLUMNS = ("image", "mask", "prompt", "dsc", "iou", "hd95", "nsd", "brier", "group", "class")
 DIGITS = dict(dsc=6, iou=6, hd95=4, nsd=6, brier=6)  # in metrics.csv
 # name -> title with unit, factor to that unit, which of two values is better
 METRICS = {
@@ -19,15 +19,19 @@ METRICS = {
     "hd95": ("HD95 px", 1, min),
     "nsd": ("NSD %", 100, max),
 }
+CLASS_TITLES = dict(dsc="DSC %", iou="IoU %", hd95="HD95 px", nsd="NSD %", pixel_iou="pixel IoU %")
 BINS = 15  # of probabilities, for the calibration error
 RESULT_FILES = ("metrics.csv", "metrics.json")
 
 
 def score(prediction, truth, tolerance=2.0):
-    """Return the scores of a pair of bool masks `[H, W]`, a dictionary.
+    """Return the scores of a bool prediction `[H, W]` against its true mask, a dictionary.
 
-    tolerance: of NSD, in pixels. `diagonal`: of the image, in pixels.
+    truth: bool, or uint8 with 255 where pixels are ignored. tolerance: of NSD, in pixels. `diagonal`: of the
+    image, in pixels. `intersection`, `union`: in pixels.
     """
+    prediction = prediction & (truth != metrics.IGNORED)
+    truth = truth == 1
     batch = prediction[None], truth[None]
     return dict(
         dsc=metrics.dsc(*batch).item(),
@@ -37,17 +41,20 @@ def score(prediction, truth, tolerance=2.0):
         diagonal=math.hypot(*truth.shape),
         target_empty=not truth.any().item(),
         pred_empty=not prediction.any().item(),
+        intersection=(prediction & truth).sum().item(),
+        union=(prediction | truth).sum().item(),
     )
 
 
 def calibration_counts(probability, truth):
     """Return the Brier score of probabilities `[H, W]`, and `bins` for the calibration error.
 
-    bins: for each of 15 equal ranges of probability the number of pixels, their summed probability, and how
-    many are true.
+    Pixels whose truth is 255 are left out. bins: for each of 15 equal ranges of probability the number of
+    pixels, their summed probability, and how many are true.
     """
-    p = probability.double().flatten()
-    y = truth.double().flatten()
+    counted = truth != metrics.IGNORED
+    p = probability[counted].double()
+    y = truth[counted].double()
     bin_of = (p * BINS).long().clamp(max=BINS - 1)
     bins = []
     for weights in (torch.ones_like(p), p, y):
@@ -63,7 +70,7 @@ def summarise(scores, resampled="image"):
     puts the image's diagonal in their place. `dsc_nonempty`: over records whose truth is not empty.
     `empty_correct`: share of empty truths predicted exactly empty. `ece`: expected calibration error, the
     mean gap between probability and share of foreground over all pixels. resampled: what a group of the
-    bootstrap is, in words.
+    bootstrap is, in words. `classes`: as `summarise_classes`, where the records have several.
     """
     values = {}
     for name in ("dsc", "iou", "hd95", "nsd", "brier"):
@@ -86,7 +93,31 @@ def summarise(scores, resampled="image"):
     summary["intervals"] = dict(draws=DRAWS, seed=SEED, resampled=resampled, groups=len(set(groups)))
     if "bins" in scores[0]:
         summary["ece"] = calibration_error([s["bins"] for s in scores])
+    if len({s.get("class") for s in scores}) > 1:
+        summary["classes"] = summarise_classes(scores, resampled)
     return summary
+
+
+def summarise_classes(scores, resampled="image"):
+    """Return {"each": {class word: summary of its records}, "mean": {metric: mean over classes}}, for JSON.
+
+    A mean comes with std and n. Beside the metrics `pixel_iou`: intersection over union of all pixels of the
+    images that hold the class. Unlike in VOC's mIoU, false positives in other images do not count.
+    """
+    rows = {}
+    for s in scores:
+        rows.setdefault(s["class"] or "no class", []).append(s)
+    each = {}
+    for word in sorted(rows):
+        both = sum(s["intersection"] for s in rows[word])
+        either = sum(s["union"] for s in rows[word])
+        each[word] = summarise(rows[word], resampled)
+        each[word]["pixel_iou"] = dict(mean=both / max(either, 1))
+    means = {}
+    for name in CLASS_TITLES:
+        values = [summary[name]["mean"] for summary in each.values()]
+        means[name] = _mean_and_std(torch.tensor(np.array(values, float)))  # None becomes nan
+    return dict(each=each, mean=means)
 
 
 def _column(scores, name):
@@ -142,8 +173,11 @@ def describe(summary):
             f"      {hd95['mean_with_diagonal']:7.2f} px with the image's diagonal for the {undefined} pairs "
             "with one empty mask"
         )
+    nonempty = summary["dsc_nonempty"]
     if empty["n"]:
-        nonempty = summary["dsc_nonempty"]
+        alarms = 100 - 100 * empty["mean"]
+        lines.append(f"False alarms: foreground in {alarms:.1f} % of the {empty['n']} records without any")
+    if empty["n"] and nonempty["n"]:
         correct = f"{empty['n']} empty ones: {100 * empty['mean']:.1f} % predicted exactly empty"
         unit = f"% over the {nonempty['n']} records whose truth is not empty; {correct}"
         lines.append(_line("DSC", nonempty, 100, unit))
@@ -157,7 +191,25 @@ def describe(summary):
         f"[...]: 95 % bootstrap intervals, {intervals['groups']} groups ({intervals['resampled']}) drawn "
         f"{intervals['draws']:,} times"
     )
+    if "classes" in summary:
+        lines += describe_classes(summary["classes"])
     return "\n".join(lines)
+
+
+def describe_classes(classes):
+    """Return the lines of a table by class, of `summarise_classes`; in brackets the intervals."""
+    widest = max(map(len, classes["each"]))
+    lines = [" " * widest + "".join(f"{title:>27}" for title in CLASS_TITLES.values())]
+    for word, summary in [*classes["each"].items(), ("mean", classes["mean"])]:
+        row = f"{word:{widest}}"
+        for name in CLASS_TITLES:
+            factor = 1 if name == "hd95" else 100
+            mean = summary[name]["mean"]
+            interval = in_brackets(summary[name].get("ci95"), factor)
+            cell = "n/a" if mean is None else f"{factor * mean:.2f} {interval}".rstrip()
+            row += f"{cell:>27}"
+        lines.append(row)
+    return lines
 
 
 def _line(title, stats, factor, unit):

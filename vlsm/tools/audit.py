@@ -90,6 +90,7 @@ def audit(predictor, data, right, seed=0, group=None, upsample="logits", batch_s
     groups = group_names(data.records, group)
 
     def measure(i, prompt, logits, truth):
+        truth = truth == 1
         if not truth.any():
             return None
         mask = mask_at_size(logits, truth.shape, upsample)

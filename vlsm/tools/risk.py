@@ -29,6 +29,7 @@ def missed_shares(predictor, data, prompts, batch_size=32):
     """
 
     def missed(i, prompt, logits, truth):
+        truth = truth == 1
         if not truth.any():
             return None
         probability = logits_at_size(logits, truth.shape).sigmoid()
@@ -61,6 +62,7 @@ def effect(predictor, data, prompts, threshold, group=None, batch_size=32):
     groups = group_names(data.records, group)
 
     def measure(i, prompt, logits, truth):
+        truth = truth == 1
         probability = logits_at_size(logits, truth.shape).sigmoid()
         mask = probability >= threshold
         half = probability >= 0.5
