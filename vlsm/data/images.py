@@ -288,15 +288,17 @@ def _grey_values(values):
 def _class_numbers(values):
     """Return the dark values (of 0..255) that must be class numbers, the largest first.
 
-    They are if there is nothing bright, or if few values have many pixels: compression leaves many values.
+    They are if there is nothing bright, or if few values have many pixels beside one value of white:
+    compression leaves many values, at both ends.
     """
     dark = values[(values > 0) & (values < GREY_FROM)]
     numbers = np.unique(dark)[::-1]
-    bright = (values > GREY_TO).sum()
-    if not bright and len(dark) > ONE_VALUE[0] * values.size:
+    bright = values[values > GREY_TO]
+    if not bright.size and len(dark) > ONE_VALUE[0] * values.size:
         return numbers
-    many = len(dark) > max(ALL_VALUES[0] * values.size, ALL_VALUES[1] * bright)
-    if many and len(numbers) <= FEW_NUMBERS and values.min() == 0:
+    many = len(dark) > max(ALL_VALUES[0] * values.size, ALL_VALUES[1] * len(bright))
+    one_white = bright.size and bright.min() == bright.max()
+    if many and one_white and len(numbers) <= FEW_NUMBERS and values.min() == 0:
         return numbers
     return numbers[:0]
 
