@@ -9,7 +9,7 @@ import math
 import os
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -318,7 +318,14 @@ def normalise(images, mean, std):
 
     mean, std: of the three channels, for values from 0 to 1.
     """
-    mean = torch.tensor(mean, device=images.device)[:, None, None]  # [3, 1, 1]
-    std = torch.tensor(std, device=images.device)[:, None, None]
+    scale, shift = _channel_factors(tuple(mean), tuple(std), images.device)
+    return images.float().mul(scale).add_(shift)
+
+
+@lru_cache
+def _channel_factors(mean, std, device):
+    """Return scale and shift of the channels `[3, 1, 1]`; kept, as copying them makes the host wait."""
+    mean = torch.tensor(mean, device=device)[:, None, None]
+    std = torch.tensor(std, device=device)[:, None, None]
     scale = 1 / (255 * std)
-    return images.float().mul(scale).add_(-mean / std)
+    return scale, -mean / std
