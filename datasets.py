@@ -1,27 +1,26 @@
-"""Every data set: where its files lie, its prompts and splits.
+"""Find the files, prompts and splits of every data set.
 
 `python datasets.py --prepare NAME --src DOWNLOAD` makes a data set's folder of its raw download, `--check
-NAME` looks it over, `--export demo DIR` writes the demo as files.
+NAME` prints its statistics and writes a contact sheet.
 
 Layout (MedVLSM's): DATA_ROOT/<folder>/images/..., masks/..., anns/{train,val,test}.json. A user's own folder
-needs images/ and masks/ only, or train/ val/ test/ with these inside.
+needs images/ and masks/ only, or train/ val/ test/ with these inside; its masks may be label maps, with class
+numbers named in dataset.json, or lie in a folder for each class. vlsm/data/README.md shows the forms.
 """
 
 import argparse
-import hashlib
 import random
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from vlsm.data.images import image_files
-from vlsm.data.prompts import choose_prompt, class_word
-from vlsm.data.records import DataError, Record, read_annotations
-from vlsm.system.console import friendly_errors, say
-from vlsm.system.files import check_targets, is_filled, write_json
+from vlsm.data.classes import find_labels, label_records, present_records
+from vlsm.data.images import LabelMask, image_files
+from vlsm.data.records import DataError, Record, choose_prompt, class_word, read_annotations
+from vlsm.system.console import first_few, friendly_errors, say
+from vlsm.system.files import check_targets, digest, owned_write
 
 SPLITS = ("train", "val", "test")
-SPLIT_FOLDERS = {
+SPLIT_FOLDERS = {  # names of a split's folder in a user's own data set
     "train": ("train", "training"),
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
@@ -32,8 +31,9 @@ SPLIT_FOLDERS = {
 class Source:
     """A data set in MedVLSM's layout.
 
-    word: its class in words, None where each record's p1 names it. subfolders: split -> folder below images/
-    and masks/. group: a pattern that finds, in an image's name, the patient.
+    folder: its name below the data root. url: where to download it. word: its class in words; None if each
+    record's prompt p1 names the class. subfolders: split -> folder below images/ and masks/. group: a regular
+    expression that finds the patient in an image's name.
     """
 
     folder: str
@@ -72,28 +72,45 @@ DATASETS = {
 def records(dataset, split, data_root="data", split_seed=0):
     """Return the records of a split, in a fixed order.
 
-    dataset: "demo", a key of `DATASETS`, or the path of a folder. Raises ValueError or FileNotFoundError for
-    what is not there.
+    dataset: "demo", a key of `DATASETS`, or the path of a folder. Raises ValueError for an unknown data set
+    or another layout, FileNotFoundError for a missing folder or annotation file.
     """
     if dataset == "demo":
         from vlsm.mini import demo
 
         return demo.records(split)
     root, source = _locate(dataset, data_root)
-    return _annotated_records(root, split, source) if source else _folder_records(root, split, split_seed)
+    if source:
+        return _annotated_records(root, split, source)
+    return _folder_records(root, split, split_seed)
 
 
 def available_splits(dataset, data_root="data", split_seed=0):
-    """Return the splits that the data set has records for, in the order train, val, test.
-
-    Raises as `records`.
-    """
+    """Return the splits that have records, in the order train, val, test. Raises as `records`."""
     if dataset == "demo":
         return list(SPLITS)
     root, source = _locate(dataset, data_root)
-    if source:
-        return [s for s in SPLITS if (root / "anns" / f"{s}.json").is_file()]
-    return [s for s in SPLITS if _folder_records(root, s, split_seed)]
+    splits = []
+    for split in SPLITS:
+        if source:
+            available = (root / "anns" / f"{split}.json").is_file()
+        else:
+            available = _folder_records(root, split, split_seed)
+        if available:
+            splits.append(split)
+    return splits
+
+
+def group_pattern(dataset, group=None):
+    """Return (regular expression of the bootstrap's group in an image's name, the group in words).
+
+    group: a pattern that replaces the data set's own. Without one: (None, "image").
+    """
+    if not group and dataset in DATASETS:
+        group = DATASETS[dataset].group
+    if not group:
+        return None, "image"
+    return group, f"match of '{group}' in an image's name"
 
 
 def _locate(dataset, data_root):
@@ -102,24 +119,22 @@ def _locate(dataset, data_root):
         source = DATASETS[dataset]
         root = Path(data_root).expanduser() / source.folder
         if not root.is_dir():
-            raise FileNotFoundError(_where_to_get(dataset, source, root))
+            raise FileNotFoundError(
+                f"There is no folder '{root}' for data set '{dataset}'.\n"
+                f"  1. Download the images and masks from {source.url}\n"
+                "  2. Get the prompts and splits from https://github.com/naamiinepal/medvlsm (MedVLSM's "
+                "annotation files)\n"
+                f"  3. Lay them out as {root}/images/*, {root}/masks/*, {root}/anns/{{train,val,test}}.json\n"
+                "or pass --data-root with the folder that holds it."
+            )
         return root, source
     root = Path(dataset).expanduser()
     if not root.is_dir():
         known = ", ".join(["demo", *DATASETS])
         raise ValueError(f"Data set '{dataset}' is neither known ({known}) nor the path of a folder.")
-    return root, Source(root.name, "") if (root / "anns").is_dir() else None
-
-
-def _where_to_get(name, source, root):
-    return (
-        f"There is no folder '{root}' for data set '{name}'.\n"
-        f"  1. Download the images and masks from {source.url}\n"
-        "  2. Get the prompts and splits from https://github.com/naamiinepal/medvlsm (MedVLSM's annotation "
-        "files)\n"
-        f"  3. Lay them out as {root}/images/*, {root}/masks/*, {root}/anns/{{train,val,test}}.json\n"
-        "or pass --data-root with the folder in which it lies."
-    )
+    if (root / "anns").is_dir():
+        return root, Source(root.name, "")
+    return root, None
 
 
 class ImageFolder:
@@ -127,26 +142,30 @@ class ImageFolder:
 
     def __init__(self, root):
         self.root = root
-        self.by_name, self.by_stem = {}, {}
+        self.by_name = {}
+        self.by_stem = {}
         for path in image_files(root):
             name = path.relative_to(root).as_posix()
             self.by_name[name] = path
             self.by_stem.setdefault(_stem(name), []).append(path)
 
     def find(self, name):
-        """Return the file of a name; one that is missing is reported when it is read, with all others."""
+        """Return the file of a name. A missing file is reported later, when it is read, with all others."""
         if name in self.by_name:
             return self.by_name[name]
-        same = self.by_stem.get(_stem(name), [])
-        if len(same) > 1:
-            names = ", ".join(p.name for p in same[:3])
+        paths = self.by_stem.get(_stem(name), [])
+        if not paths:
+            return self.root / name
+        if len(paths) > 1:
+            names = first_few(path.name for path in paths)
             raise ValueError(
-                f"'{name}' is not in '{self.root}', and {len(same)} files share its stem: {names}."
+                f"'{name}' is not in '{self.root}', and {len(paths)} files share its stem: {names}."
             )
-        return same[0] if same else self.root / name
+        return paths[0]
 
 
 def _stem(name):
+    """Return a relative name without its suffix, in lower case, by which images and masks are paired."""
     return str(PurePosixPath(name).with_suffix("")).casefold()
 
 
@@ -154,74 +173,147 @@ def _annotated_records(root, split, source):
     """Return the records that an annotation file lists."""
     path = root / "anns" / f"{split}.json"
     if not path.is_file():
-        there = ", ".join(sorted(p.name for p in (root / "anns").glob("*.json"))) or "nothing"
+        present = first_few(sorted(file.name for file in path.parent.glob("*.json")))
         raise FileNotFoundError(
             f"There is no '{path}'. Expected {root}/images, {root}/masks and "
-            f"{root}/anns/{{train,val,test}}.json; in anns/ there is {there}."
+            f"{root}/anns/{{train,val,test}}.json; anns/ holds {present or 'nothing'}."
         )
-    below = (source.subfolders or {}).get(split, "")
-    images, masks = ImageFolder(root / "images" / below), ImageFolder(root / "masks" / below)
-    found = []
+    subfolder = source.subfolders[split] if source.subfolders else ""
+    images = ImageFolder(root / "images" / subfolder)
+    masks = ImageFolder(root / "masks" / subfolder)
+    rows = []
     for entry in read_annotations(path):
-        image, mask, prompts = entry["img_name"], entry["mask_name"], entry["prompts"]
+        name = entry["img_name"]
+        mask_name = entry["mask_name"]
+        prompts = entry["prompts"]
         word = source.word or class_word(prompts)
-        found.append(Record(image, mask, images.find(image), masks.find(mask), prompts, word))
-    return found
+        rows.append(Record(name, mask_name, images.find(name), masks.find(mask_name), prompts, word))
+    return rows
 
 
 def _folder_records(root, split, split_seed):
-    """Return the records of a user's folder without annotation files: paired by stem, split by folder or by
-    name.
+    """Return the records of a folder without annotation files: of its masks, or of the classes in them.
+
+    Raises ValueError for a wrong dataset.json.
     """
+    folder, rows = _split_records(root, split, split_seed)
+    if any(record.class_word for record in rows):  # a folder for each class
+        return present_records(rows)
+    labels = find_labels(folder, root)
+    if labels:
+        rows = present_records(label_records(rows, labels), labels)
+        if split == "train":
+            _refuse_unused_labels(root, rows, labels, split_seed)
+    return rows
 
-    def existing(split):
-        folders = (root / name for name in SPLIT_FOLDERS[split] if (root / name / "images").is_dir())
-        return next(folders, None)
 
-    if existing("train"):
-        if split != "test" and not existing("val"):  # a tenth of the training files, by name, validates
-            pairs = _pairs(existing("train"))
-            return [r for r in pairs if (_unit_hash(r.name, split_seed) < 0.1) == (split == "val")]
-        return _pairs(existing(split)) if existing(split) else []
-    if not (root / "images").is_dir() or not (root / "masks").is_dir():
-        inside = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing"
+def _refuse_unused_labels(root, rows, labels, split_seed):
+    """Raise ValueError if a label has no pixel in any split; rows: the training records."""
+    words = {record.class_word for record in rows}
+    for split in ("val", "test"):
+        if words >= set(labels.numbers):
+            return
+        words |= {record.class_word for record in _folder_records(root, split, split_seed)}
+    unused = [word for word in labels.numbers if word not in words]
+    if unused and rows:
+        raise ValueError(
+            f"'{labels.file}': 'labels' names {first_few(unused)}, of which no map holds a pixel; "
+            "correct the number, or remove the class."
+        )
+
+
+def _split_records(root, split, split_seed):
+    """Return (folder with images/ and masks/, records): paired by stem, split by folder or name."""
+    folders = {name: _split_folder(root, name) for name in SPLITS}
+    if folders["train"] and (folders["val"] or split == "test"):
+        folder = folders[split]
+        return folder or root, _paired_records(folder) if folder else []
+    if folders["train"]:  # a tenth of the training files, by name, validates
+        folder = folders["train"]
+        low, high = (0, 0.1) if split == "val" else (0.1, 1)
+    elif (root / "images").is_dir() and (root / "masks").is_dir():
+        folder = root
+        low, high = {"train": (0, 0.8), "val": (0.8, 0.9), "test": (0.9, 1)}[split]
+    else:
+        content = first_few(sorted(path.name for path in root.iterdir()), 8)
         raise ValueError(
             f"'{root}' should hold images/ and masks/ (equal stems), or train/, val/ and test/ with these "
-            f"inside, or anns/ beside them; it holds {inside}."
+            f"inside, or anns/ beside them; it holds {content or 'nothing'}."
         )
-    low, high = {"train": (0, 0.8), "val": (0.8, 0.9), "test": (0.9, 1)}[split]
-    return [r for r in _pairs(root) if low <= _unit_hash(r.name, split_seed) < high]
+    rows = _paired_records(folder)
+    return folder, [record for record in rows if low <= _unit_hash(record.name, split_seed) < high]
+
+
+def _split_folder(root, split):
+    """Return the folder of a split that holds images/, or None."""
+    for name in SPLIT_FOLDERS[split]:
+        if (root / name / "images").is_dir():
+            return root / name
+    return None
 
 
 def _unit_hash(name, seed):
-    """Return a number in 0..1 of a file's name alone: it keeps its split when others are added."""
-    text = f"{seed}:{name}".encode(errors="surrogateescape")  # names that are no UTF-8
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") / 2**64
+    """Return a number in 0..1 from a file's name alone, so that it keeps its split when others are added."""
+    text = f"{seed}:{name}".encode(errors="surrogateescape")  # names need not be UTF-8
+    return int(digest(text), 16) / 2**64
 
 
-def _pairs(folder):
-    """Return records of images/ and masks/, paired by stem; lone files become records that tell their
-    problem.
+def _class_folders(folder):
+    """Return the names of the folders in masks/ if each holds the masks of one class, else [].
+
+    That is so if all masks lie in folders, of whose names images/ has none.
     """
-    images, masks = ImageFolder(folder / "images"), ImageFolder(folder / "masks")
-    found = []
-    for stem, files in images.by_stem.items():
-        partners = masks.by_stem.get(stem, [])
-        if len(files) == len(partners) == 1:
-            pair = (files[0], images.root), (partners[0], masks.root)
-            names = (p.relative_to(below).as_posix() for p, below in pair)
-            found.append(Record(*names, files[0], partners[0]))
-    problems = {
-        "image without mask": [p[0].name for s, p in images.by_stem.items() if s not in masks.by_stem],
-        "mask without image": [p[0].name for s, p in masks.by_stem.items() if s not in images.by_stem],
-        "stem with several files": [
-            p[0].name for files in (images, masks) for p in files.by_stem.values() if len(p) > 1
-        ],
-    }
-    for kind, names in problems.items():
-        for name in names:
-            found.append(Record(name, name, folder / "images" / name, folder / "masks" / name, problem=kind))
-    return sorted(found, key=lambda r: r.name)
+    masks = folder / "masks"
+    names = set()
+    for file in image_files(masks):
+        name, *inner = file.relative_to(masks).parts
+        if not inner or (folder / "images" / name).is_dir():
+            return []
+        names.add(name)
+    return sorted(names)
+
+
+def _paired_records(folder):
+    """Return records of images/ and masks/, or of each class's folder in masks/, paired by stem.
+
+    Files without a partner become records with `problem` set.
+    """
+    images = ImageFolder(folder / "images")
+    mask_root = folder / "masks"
+    rows = []
+    used = set()  # stems of images
+    for word in _class_folders(folder) or [""]:
+        masks = ImageFolder(mask_root / word)
+        used.update(masks.by_stem)
+        for stem in sorted(masks.by_stem):
+            record = _pair(images, masks, stem, mask_root)
+            if word and not record.problem:
+                record.class_word = word
+                record.prompts = {"p0": "", "p1": word}
+            rows.append(record)
+    for stem in sorted(images.by_stem.keys() - used):
+        rows.append(_pair(images, masks, stem, mask_root))
+    return sorted(rows, key=lambda record: record.name)
+
+
+def _pair(images, masks, stem, mask_root):
+    """Return the record of a stem, with `problem` set unless it has one image and one mask."""
+    image_paths = images.by_stem.get(stem, [])
+    mask_paths = masks.by_stem.get(stem, [])
+    if len(image_paths) == len(mask_paths) == 1:
+        image = image_paths[0]
+        mask = mask_paths[0]
+        name = image.relative_to(images.root).as_posix()
+        mask_name = mask.relative_to(mask_root).as_posix()
+        return Record(name, mask_name, image, mask)
+    if not mask_paths:
+        problem = "image without mask"
+    elif not image_paths:
+        problem = "mask without image"
+    else:
+        problem = "stem with several files"
+    name = (image_paths or mask_paths)[0].name
+    return Record(name, name, images.root / name, masks.root / name, problem=problem)
 
 
 # Opening
@@ -229,117 +321,135 @@ def _pairs(folder):
 
 def open_dataset(
     dataset, splits, size, data_root="data", cache_dir=None, split_seed=0, prompts="random", skip_bad=False,
-    limit_train=1.0, shard=False,
+    limit_train=1.0, need_foreground=("train", "val"),
 ):  # fmt: skip
     """Return `{split: CachedSplit}` at `size` pixels: checked, resized, cached.
 
-    skip_bad: go on without the records that cannot be used, and say how many they are. limit_train: the share
-    of the training records to take, always the same ones, of which a smaller share takes some. shard: several
-    processes hold a share of the images each, where else each machine holds them all. Raises ValueError, all
-    problems of all splits together.
+    skip_bad: drop records that cannot be used, and print how many. limit_train: fraction of the training
+    records to take; it is fixed which ones, and smaller fractions are subsets of larger ones.
+    need_foreground: splits that are refused if all their masks are empty. Raises ValueError, which lists the
+    problems of all splits.
     """
-    from vlsm.data.cache import open_split
-    from vlsm.data.sharded_cache import open_share
-    from vlsm.system import parallel
+    from vlsm.system import parallel  # it imports torch, for which --list need not wait
 
-    shard = shard and parallel.world_size() > 1
-    opener, turns = (open_share, nullcontext()) if shard else (open_split, parallel.local_first())
-    data, problems = {}, []
-    with turns:
+    data = {}
+    problems = []
+    hint = ""
+    with parallel.local_first():
         for split in splits:
             label = f"{Path(dataset).name} {split}"
             try:
-                chosen = _chosen_records(dataset, split, data_root, split_seed, prompts, limit_train)
-                data[split] = _open_usable(opener, chosen, size, cache_dir, label, skip_bad)
+                rows = _chosen_records(dataset, split, data_root, split_seed, prompts, limit_train)
+                needed = split in need_foreground
+                data[split] = _open_usable(rows, size, cache_dir, label, skip_bad, needed)
             except DataError as error:
                 problems.append(f"{label}: {error}")
+                hint = "\nMend the files, or pass --skip-bad to go on without these records."
             except (ValueError, FileNotFoundError) as error:
                 problems.append(str(error))
     if problems:
-        hint = ""
-        if any("records cannot" in p for p in problems):
-            hint = "\nMend the files, or pass --skip-bad to go on without these records."
         raise ValueError("\n".join(dict.fromkeys(problems)) + hint)
     return data
 
 
-def _open_usable(opener, chosen, size, cache_dir, label, skip_bad):
-    """Open records; with `skip_bad`, those that can be used. Raises DataError."""
+def _open_usable(rows, size, cache_dir, label, skip_bad, need_foreground):
+    """Return the `CachedSplit` of records, with `skip_bad` of the usable ones. Raises DataError."""
+    from vlsm.data.cache import open_split
+
     try:
-        return opener(chosen, size, cache_dir, label)
+        return open_split(rows, size, cache_dir, label, need_foreground)
     except DataError as error:
-        if not skip_bad or len(error.bad) == len(chosen):
-            raise
-        say(f"{label}: {error}\n  --skip-bad: dropped {len(error.bad)} of {len(chosen)} records.")
         bad = set(error.bad)
-    return opener([r for i, r in enumerate(chosen) if i not in bad], size, cache_dir, label)
+        if not skip_bad or len(bad) == len(rows):
+            raise
+        say(f"{label}: {error}\n  --skip-bad: dropped {len(bad)} of {len(rows)} records.")
+    usable = [record for i, record in enumerate(rows) if i not in bad]
+    return open_split(usable, size, cache_dir, label, need_foreground)
 
 
 def _chosen_records(dataset, split, data_root, split_seed, prompts, limit_train):
-    """Return the records of a split that take part.
+    """Return the records of a split to use.
 
-    Raises ValueError where there are none, or one lacks the prompt that is asked for.
+    Raises ValueError if it is empty, or a record lacks the chosen prompt.
     """
-    found = records(dataset, split, data_root, split_seed)
-    if not found:
+    rows = records(dataset, split, data_root, split_seed)
+    if not rows:
         raise ValueError(
             f"The {split} split of '{dataset}' is empty. If its files are split by a hash of their names, a "
-            "handful of them can leave a part empty: try another --split-seed, or train/, val/ and test/ "
+            "split of only a few files can be empty: try another --split-seed, or train/, val/ and test/ "
             "folders."
         )
     if split == "train" and limit_train < 1:
-        order = random.Random(0).sample(range(len(found)), len(found))
-        found = [found[i] for i in sorted(order[: max(1, round(limit_train * len(found)))])]
-    for i, record in enumerate(found):
-        choose_prompt(record, prompts, 0, i)  # a missing key is found here, not in the middle of an epoch
-    return found
+        order = random.Random(0).sample(range(len(rows)), len(rows))
+        count = max(1, round(limit_train * len(rows)))
+        rows = [rows[i] for i in sorted(order[:count])]
+    for i, record in enumerate(rows):
+        choose_prompt(record, prompts, 0, i)  # reject a missing key now, not in the middle of an epoch
+    return rows
+
+
+def open_run_split(
+    metadata, split="test", dataset=None, data_root=None, prompts=None, seed=None, cache_dir=None
+):
+    """Return (`CachedSplit`, one prompt for each record) of a split, as the run with this metadata read it.
+
+    metadata: a checkpoint's. dataset, data_root, prompts, seed: those of the run unless given. Raises as
+    `open_dataset`.
+    """
+    dataset = dataset or metadata["dataset"]
+    data_root = data_root or metadata["data_root"]
+    prompts = prompts or metadata["prompts"]
+    if seed is None:
+        seed = metadata["recipe"]["seed"]
+    size = metadata["image_size"]
+    splits = open_dataset(
+        dataset, [split], size, data_root, cache_dir, metadata["split_seed"], prompts, need_foreground=()
+    )
+    data = splits[split]
+    texts = [choose_prompt(record, prompts, seed, i) for i, record in enumerate(data.records)]
+    return data, texts
 
 
 # The command line
 
 
-def export(name, folder):
-    """Write the demo in MedVLSM's layout. Raises FileExistsError rather than writing over anything."""
-    from PIL import Image
-
-    from vlsm.data.images import mask_image
-
-    if name != "demo":
-        raise ValueError(f"Only the demo is generated and can be exported; '{name}' lies in files already.")
-    root = Path(folder)
-    if is_filled(root):
-        raise FileExistsError(f"'{root}' is not empty; give a new folder.")
-    for part in ("images", "masks", "anns"):
-        (root / part).mkdir(parents=True, exist_ok=True)
-    for split in SPLITS:
-        entries = []
-        for r in records("demo", split):
-            Image.fromarray(r.image).save(root / "images" / r.name)
-            mask_image(r.mask).save(root / "masks" / r.mask_name)
-            entries.append(dict(img_name=r.name, mask_name=r.mask_name, prompts=r.prompts))
-        write_json(root / "anns" / f"{split}.json", entries)
-    return root
-
-
 def check(dataset, data_root, split_seed, out, overwrite=False):
-    """Print a data set's fingerprint and write a contact sheet. Raises as `records` does."""
-    from vlsm.results import dataset_check
+    """Print a data set's statistics and write a contact sheet. Raises as `records` does."""
+    from vlsm.data.check import describe_splits, inspect_splits, sheet_rows
+    from vlsm.results.figures import sheet
 
-    parts = available_splits(dataset, data_root, split_seed)
-    if not parts:
+    splits = {}
+    inputs = []
+    for split in available_splits(dataset, data_root, split_seed):
+        rows = records(dataset, split, data_root, split_seed)
+        if rows:
+            splits[split] = rows
+        for record in rows:
+            inputs += record.files
+    if not splits:
         raise ValueError(
-            f"'{dataset}' has no annotation file (anns/train.json, val.json or test.json), so there is "
-            "nothing to look at."
+            f"'{dataset}' has no records to check: expected anns/train.json, val.json or test.json, or "
+            "images/ and masks/ with files of equal stems."
         )
-    splits = {part: records(dataset, part, data_root, split_seed) for part in parts}
-    splits = {part: found for part, found in splits.items() if found}
     name = Path(dataset).name
     file = Path(out or f"{name}-check.png")
-    inputs = [f for found in splits.values() for r in found for f in (r.image, r.mask)]
     check_targets([file], inputs, overwrite)
-    say(dataset_check.describe(name, dataset_check.inspect_splits(splits)))
-    dataset_check.contact_sheet(splits, file)
+    say(f"{name}: {_describe_form(dataset, data_root, next(iter(splits.values()))[0])}")
+    say(describe_splits(name, inspect_splits(splits)))
+    with owned_write(file) as temporary:
+        sheet(sheet_rows(splits), temporary, names=())
     say(f"Wrote {file}")
+
+
+def _describe_form(dataset, data_root, record):
+    """Return in words which form of masks a data set has; record: any of its records."""
+    if isinstance(record.mask, LabelMask):
+        return "label maps, whose class numbers dataset.json names"
+    if dataset == "demo" or _locate(dataset, data_root)[1]:
+        return "masks and prompts of annotation files"
+    if record.class_word:
+        return "binary masks, in a folder for each class"
+    return "binary masks, without classes"
 
 
 def prepare(name, source, data_root, anns, descriptions, overwrite):
@@ -349,51 +459,34 @@ def prepare(name, source, data_root, anns, descriptions, overwrite):
     if name not in DATASETS:
         raise ValueError(f"--prepare '{name}' is not known. Choose one of: {', '.join(DATASETS)}.")
     if not source:
-        raise ValueError("--prepare wants the download, folder or zip archive: --src DOWNLOAD.")
+        raise ValueError("--prepare needs the download, folder or zip archive: --src DOWNLOAD.")
     folder = DATASETS[name].folder
-    if anns:  # MedVLSM's data folder, the data set's in it, or that one's anns
-        inside = (Path(anns) / below for below in (f"{folder}/anns", folder))
-        anns = next((path for path in inside if path.is_dir()), Path(anns))
+    if anns:  # MedVLSM's data folder, the data set's folder in it, or that one's anns
+        for subfolder in (f"{folder}/anns", folder):
+            if (Path(anns) / subfolder).is_dir():
+                anns = Path(anns) / subfolder
+                break
     texts = raw.read_descriptions(descriptions) if descriptions else ()
     raw.prepare(name, source, Path(data_root) / folder, anns, texts, overwrite)
     say(f"Look at it with: python datasets.py --check {name} --data-root {data_root}")
 
 
 def main(argv=None):
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Data sets for train.py and evaluate.py.")
     add = parser.add_argument
     add("--list", action="store_true", help="list the known data sets and where to download them")
     add("--prepare", metavar="NAME", help="make a data set's folder of its download, --src")
-    add(
-        "--src",
-        metavar="DOWNLOAD",
-        help="folder or zip archive, as its publisher ships it; nothing is written there",
-    )
+    add("--src", metavar="DOWNLOAD", help="folder or zip archive, as published; nothing is written there")
     add("--data-root", default="data", help="folder that holds the data sets' folders (default: data)")
-    add(
-        "--anns",
-        metavar="DIR",
-        help="MedVLSM's annotation files: its data folder, or a data set's (default: made)",
-    )
-    add(
-        "--describe",
-        metavar="FILE.json",
-        help="general descriptions of the class, a list, for prompts p7 to p9",
-    )
-    add("--overwrite", action="store_true", help="replace files changed by hand, or not ours")
-    add("--check", metavar="NAME|PATH", help="print a data set's fingerprint, and write a contact sheet")
-    add("--split-seed", type=int, default=0, help="of the 80/10/10 split of your own folder (default 0)")
-    add("--out", metavar="FILE.png", help="of --check: the contact sheet (default: NAME-check.png)")
-    add(
-        "--export",
-        nargs=2,
-        metavar=("demo", "DIR"),
-        help="write the demo data set in MedVLSM's layout to DIR",
-    )
+    add("--anns", metavar="DIR", help="published annotation files: MedVLSM's data folder, or a data set's")
+    add("--describe", metavar="FILE.json", help="list of descriptions of the class, for prompts p7 to p9")
+    add("--overwrite", action="store_true", help="replace files that this program did not write")
+    add("--check", metavar="NAME|PATH", help="print statistics and the form of masks (label map, ...)")
+    add("--split-seed", type=int, default=0, help="of the 80/10/10 split of your own folder (default: 0)")
+    add("--out", metavar="FILE.png", help="contact sheet of --check (default: NAME-check.png)")
     args = parser.parse_args(argv)
-    if args.export:
-        say(f"Wrote {export(*args.export)}. Train on it with: python train.py --dataset {args.export[1]}")
-    elif args.prepare:
+    if args.prepare:
         prepare(args.prepare, args.src, args.data_root, args.anns, args.describe, args.overwrite)
     elif args.check:
         check(args.check, args.data_root, args.split_seed, args.out, args.overwrite)

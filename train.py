@@ -1,267 +1,273 @@
-"""Fine-tune a vision-language segmentation model: `python train.py --dataset kvasir --peft dense --dim 64`.
+"""Fine-tune a vision-language segmentation model with few trained parameters.
 
-The loop is written out below: `train_epochs` goes through the epochs, `train_epoch` through the batches of
-one.
+`python train.py --dataset kvasir --peft dense --dim 64`; the run is written out from top to bottom below.
 """
 
-import os
+import math
 import sys
 import time
-from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from tqdm import tqdm
 
 import datasets
 import kernels
-from vlsm.checkpoint import load_state
 from vlsm.data.augment import augment
-from vlsm.data.cache import chunks
-from vlsm.data.prompts import choose_prompt
+from vlsm.data.cache import chunks, device_batches
+from vlsm.data.images import IGNORED
+from vlsm.data.records import choose_prompt
 from vlsm.metrics import dsc, iou
 from vlsm.model import build
-from vlsm.networks.weights import is_random
+from vlsm.networks.weights import image_side, is_random
 from vlsm.system import parallel
 from vlsm.system.console import Interrupt, friendly_errors, progress, say
-from vlsm.system.device import autocast, choose_device, multiplies_bf16
-from vlsm.training import memory, sweep
-from vlsm.training.job import EpochMeter, Job
-from vlsm.training.options import complete, default_folder, parse_options
-from vlsm.training.run_folder import check_records, fingerprint_records, held_folder, make_folder
-from vlsm.training.save import describe_run, open_tensorboard, save_epoch, save_untrained
+from vlsm.system.parallel import autocast, choose_device
+from vlsm.training.arguments import RECIPE_FIELDS, method_options, parse_arguments, stored_settings
+from vlsm.training.dry_run import describe_memory
+from vlsm.training.frozen_cache import FrozenCache
+from vlsm.training.run import Run, check_gradients, describe_run, held_folder
 
-LARGE = 20_000_000  # parameters, from which products are most of a step
-STRIDE = 1_000_003  # between the seeds of two epochs
+SEED_STEP = 1_000_003  # between the seeds of two epochs, and of two batches
+LOOK_EVERY = 20  # steps between two readings of the sums on the device: each waits until it is idle
 
 
-def train_epoch(job, epoch, interrupt):
-    """Train on every record once; returns (loss, DSC), means over the records.
+def main(argv=None, after_epoch=None):
+    """Train one run; after each epoch, call `after_epoch(run)`. Returns the `Run`, or None for --dry-run."""
+    args = parse_arguments(argv)  # on --resume the stored values went through the same parser
+    device = parallel.join_processes(args.device)
+    device, dtype = choose_device(device, args.amp)
+    if args.batch_size < parallel.world_size():
+        raise ValueError(f"--batch-size {args.batch_size}: {parallel.world_size()} processes share a batch.")
+    # looked up before the weights are loaded, to fail early if the data set is missing
+    splits = datasets.available_splits(args.dataset, args.data_root, args.split_seed)
+    torch.manual_seed(args.seed)
+    with parallel.local_first():  # one process of a machine downloads the weights
+        model = build(args.model, args.weights, args.peft, args.reference, **method_options(vars(args)))
+    side = image_side(model.network.config, model.info["folder"], args.image_size)
+    model.place_on(device, dtype, args.kernels, args.compile)
+    model.recompute_activations(args.checkpoint_activations)
+    describe_model(model)
+    if args.peft == "none":
+        return save_untrained(args, model, side)
+    criterion = partial(
+        kernels.dice_bce_loss, dice_weight=args.dice_weight, bce_weight=args.bce_weight, ce=args.ce
+    )
+    groups = model.parameter_groups(args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=device.type == "cuda")
+    scheduler = ReduceLROnPlateau(optimizer, "min", args.lr_factor, args.lr_patience)
+    cache = FrozenCache(model, device, dtype, args.cache_gb, args.cache_dir)
+    if args.dry_run:
+        say(describe_memory(model, cache, optimizer, criterion, side))
+        return None
+    with held_folder(args.out, args.resume, args.overwrite):
+        parallel.barrier()  # every rank checks the folder before rank 0 writes
+        data = open_data(args, splits, side)
+        settings = stored_settings(vars(args))
+        metadata = describe_run(model, data, side, settings, RECIPE_FIELDS)
+        run = Run(args.out, model, optimizer, scheduler, dtype, metadata, args.monitor)
+        run.start(settings, args.resume, args.overwrite, args.changed_data, args.tensorboard)
+        for split in ("train", "val"):
+            description = cache.add_split(split, data[split], args.batch_size)
+            if description:
+                say(description)
+            data[split].move_to(device)
+        with Interrupt() as interrupt:
+            train_epochs(args, run, data, cache, criterion, interrupt, after_epoch)
+    say(f"Best validation DSC {100 * run.best:.2f}. Evaluate it with: python evaluate.py --ckpt {run.out}")
+    return run
 
-    Raises Diverged for a loss of nan.
+
+def train_epochs(args, run, data, cache, criterion, interrupt, after_epoch=None):
+    """Train to the last epoch, or until validation stalls; save the run after each epoch."""
+    for epoch in range(run.next_epoch, args.epochs + 1):
+        if epoch > args.min_epochs and run.stalled >= args.patience:
+            say(f"Stopping early: {run.stalled} epochs without a better validation {args.monitor}.")
+            break
+        began = time.perf_counter()
+        lr = run.optimizer.param_groups[0]["lr"]
+        loss, train_dsc = train_epoch(
+            run, data["train"], cache, criterion, epoch, args.epochs, args.seed, args.prompts,
+            args.batch_size, args.accumulate, args.augment, args.clip, interrupt,
+        )  # fmt: skip
+        seconds = time.perf_counter() - began
+        val_loss, val_dsc, val_iou = validate(
+            run.model, data["val"], cache, criterion, args.seed, args.prompts, args.batch_size
+        )
+        run.refuse_nonfinite(val_loss, f"validation loss after epoch {epoch}")
+        speed = len(data["train"]) / seconds
+        line = run.end_epoch(
+            epoch=epoch, train_loss=loss, train_dsc=train_dsc, val_loss=val_loss, val_dsc=val_dsc,
+            val_iou=val_iou, lr=lr, seconds=round(seconds, 2), images_per_second=round(speed, 3),
+        )  # fmt: skip
+        run.save()
+        say(f"epoch {epoch:3d}/{args.epochs}  {line}")
+        interrupt.leave(f"Interrupted after epoch {epoch}; {run.describe_saved()}")
+        if after_epoch:
+            after_epoch(run)
+
+
+def train_epoch(
+    run, data, cache, criterion, epoch, epochs, seed, prompt_mode, batch_size, accumulate, augmented, clip,
+    interrupt,
+):  # fmt: skip
+    """Train on every record of `data` once; returns (loss, DSC), means over the records.
+
+    Raises Diverged for a loss of nan or infinity.
     """
-    options, model, records = job.options, job.model.train(), job.data["train"].records
-    mode, seed = options.prompts, options.seed * STRIDE + epoch
-    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
-    steps = [parallel.share_batch(batch, options.accumulate) for batch in chunks(order, options.batch_size)]
-    if parallel.world_size() > 1:  # dropout's draws: each process its own, whatever was drawn before
-        torch.manual_seed(seed * STRIDE + parallel.rank())
-    with progress(len(records), f"epoch {epoch}/{options.epochs}") as bar:
-        meter = EpochMeter(job, epoch, bar)
-        batches = job.batches("train", [share.indices for shares in steps for share in shares])
-        for k, shares in enumerate(steps):
-            job.optimizer.zero_grad(set_to_none=True)
-            for share, (indices, images, masks) in zip(shares, batches):
-                # images: uint8 [B, 3, S, S], or None where what is kept will do; masks: uint8 [B, 1, S, S]
+    model = run.model.train()
+    device = cache.device
+    records = data.records
+    epoch_seed = seed * SEED_STEP + epoch
+    generator = torch.Generator().manual_seed(epoch_seed)
+    order = torch.randperm(len(records), generator=generator).tolist()
+    steps = [parallel.share_batch(batch, accumulate) for batch in chunks(order, batch_size)]
+    if parallel.world_size() > 1:  # each rank draws its own dropout, whatever was drawn before
+        torch.manual_seed(epoch_seed * SEED_STEP + parallel.rank())
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # of loss and DSC, over this rank's records
+    seen = 0
+    parts = []
+    for step in steps:
+        for share in step:
+            parts.append(share.indices)
+    batches = device_batches(data, parts, device, augmented or cache.needs_pixels("train"))
+    with progress(len(records), f"epoch {epoch}/{epochs}") as bar:
+        for k, step in enumerate(steps):  # step: this rank's shares of a batch, one for each accumulation
+            run.optimizer.zero_grad(set_to_none=True)
+            for share, (indices, images, masks) in zip(step, batches):
+                # images: uint8 [B, 3, S, S], None if cached features replace them; masks: uint8 [B, 1, S, S]
                 changed = None
-                if options.augment:
-                    generator = torch.Generator().manual_seed(seed * STRIDE + k * options.batch_size)
-                    size, part = share.batch_size, share.part
-                    images, masks, changed = augment(images, masks, generator, size, part)
-                prompts = [choose_prompt(records[i], mode, options.seed, epoch, i) for i in indices]
-                pixel_values = job.normalise(images)  # [B, 3, S, S]
-                kept = job.frozen.lookup("train", indices, prompts, pixel_values, changed)
-                with autocast(job.device, job.dtype):
-                    logits = model(pixel_values, *job.tokenizer(prompts), **kept)  # [B, 1, S, S]
-                loss = kernels.dice_bce_loss(logits, masks, **options.loss())
-                job.scaler.scale(loss * share.weight).backward()
-                scores = dsc(logits.detach()[:, 0] > 0, masks[:, 0] > 0)
-                meter.add(loss, scores[: share.count].sum(), share.count)
-            job.step(loss)
-            bar.update(share.batch_size)
-            interrupt.leave(f"Interrupted in epoch {epoch}; {job.describe_saved()}")
-        meter.flush()
-    parallel.all_reduce_mean(model.base.get_buffer(name) for name in model.updated_buffers)
-    loss_sum, dsc_sum, count = parallel.all_reduce_sum([meter.loss, meter.dsc, meter.records], job.device)
+                if augmented:
+                    # seeded by the batch: every rank draws for the whole batch and takes its share
+                    generator = torch.Generator().manual_seed(epoch_seed * SEED_STEP + k * batch_size)
+                    images, masks, changed = augment(images, masks, generator, share.batch_size, share.part)
+                prompts = [choose_prompt(records[i], prompt_mode, seed, epoch, i) for i in indices]
+                inputs = cache.model_inputs("train", indices, images, prompts, changed)
+                with autocast(device, cache.dtype):
+                    logits = model(*inputs)  # [B, 1, S, S]
+                loss = criterion(logits, masks)
+                run.scaler.scale(loss * share.weight).backward()
+                # a rank without records of this batch has computed one, with weight and count 0
+                predicted, truth = counted_pixels(logits.detach(), masks)
+                scores = dsc(predicted, truth)[: share.count]
+                share_loss = loss.detach().double() * share.count
+                sums += torch.stack([share_loss, scores.sum()])
+                seen += share.count
+            optimizer_step(run, loss, clip)
+            bar.update(step[0].batch_size)
+            steps_done = k + 1
+            if steps_done % LOOK_EVERY == 0 or steps_done == len(steps):
+                loss_sum, dsc_sum = sums.tolist()
+                run.refuse_nonfinite(loss_sum, f"loss in epoch {epoch}")
+                bar.set_postfix(loss=loss_sum / seen, DSC=100 * dsc_sum / seen)
+            interrupt.leave(f"Interrupted in epoch {epoch}; {run.describe_saved()}")
+    buffers = [model.network.get_buffer(name) for name in model.updated_buffers]
+    parallel.all_reduce_mean(buffers)
+    loss_sum, dsc_sum, count = parallel.all_reduce_sum([*sums.tolist(), seen], device)
     return loss_sum / count, dsc_sum / count
 
 
+def optimizer_step(run, loss, clip):
+    """Average the gradients over all ranks, clip them, and update the trained parameters."""
+    parameters = run.model.tuned_parameters().values()
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    parallel.all_reduce_mean(gradients)
+    run.scaler.unscale_(run.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+    overflow = run.scaler.is_enabled() and not norm.isfinite()  # in fp16's first steps, until a scale fits
+    if not run.gradients_checked and loss.isfinite() and not overflow:
+        line = check_gradients(run.model)
+        if not parallel.rank():
+            tqdm.write(line)
+        run.gradients_checked = True
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+
+
+def counted_pixels(logits, masks):
+    """Return prediction and truth, bool `[B, H, W]`, both False where the mask `[B, 1, H, W]` is ignored."""
+    predicted = (logits > 0) & (masks != IGNORED)
+    return predicted[:, 0], masks[:, 0] == 1  # bool: of other types the metrics check the values, which waits
+
+
 @torch.no_grad()
-def validate(job):
+def validate(model, data, cache, criterion, seed, prompt_mode, batch_size):
     """Return (loss, DSC, IoU), means over the validation records at the model's size."""
-    options, model, records = job.options, job.model.eval(), job.data["val"].records
-    own = parallel.own_batches(chunks(list(range(len(records))), options.batch_size))
-    found = []
-    # job.batches is asked first: at its end a process with --shard-cache may still send images to others
-    for (indices, images, masks), (number, _) in zip(job.batches("val", [batch for _, batch in own]), own):
-        prompts = [choose_prompt(records[i], options.prompts, options.seed, i) for i in indices]
-        pixel_values = job.normalise(images)
-        kept = job.frozen.lookup("val", indices, prompts, pixel_values)
-        with autocast(job.device, job.dtype):
-            logits = model(pixel_values, *job.tokenizer(prompts), **kept)  # [B, 1, S, S]
-        loss = kernels.dice_bce_loss(logits, masks, **options.loss())
-        predicted, truth = logits[:, 0] > 0, masks[:, 0] > 0
+    model.eval()
+    records = data.records
+    order = list(range(len(records)))
+    shares = parallel.own_batches(chunks(order, batch_size))
+    parts = [indices for _, indices in shares]
+    batches = device_batches(data, parts, cache.device, cache.needs_pixels("val"))
+    rows = []  # for each batch: its number, its records' summed loss, their DSC and IoU `[B, 2]`
+    for (number, _), (indices, images, masks) in zip(shares, batches):
+        prompts = [choose_prompt(records[i], prompt_mode, seed, i) for i in indices]
+        inputs = cache.model_inputs("val", indices, images, prompts)
+        with autocast(cache.device, cache.dtype):
+            logits = model(*inputs)  # [B, 1, S, S]
+        loss_sum = criterion(logits, masks).double() * len(indices)
+        predicted, truth = counted_pixels(logits, masks)
         scores = torch.stack([dsc(predicted, truth), iou(predicted, truth)], 1)
-        found.append((number, loss.double() * len(indices), scores))
-    if parallel.world_size() > 1:
-        found = parallel.gather_sorted([(number, loss.cpu(), scores.cpu()) for number, loss, scores in found])
-    loss_sum = sum(loss for _, loss, _ in found)
-    return loss_sum.item() / len(records), *torch.cat([scores for _, _, scores in found]).mean(0).tolist()
+        rows.append((number, loss_sum, scores))
+    # read from the device only now: every reading waits for it
+    rows = [(number, loss_sum.cpu(), scores.cpu()) for number, loss_sum, scores in rows]
+    _, loss_sums, scores = zip(*parallel.gather_sorted(rows))
+    loss = sum(loss_sums) / len(records)
+    means = torch.cat(scores).mean(0)
+    return loss.item(), *means.tolist()
 
 
-def train_epochs(job, about, after_epoch=None):
-    """Train to the last epoch, or until validation stalls; after each, save the run and call
-    `after_epoch(job)`.
-    """
-    options, records = job.options, len(job.data["train"])
-    writer = (
-        open_tensorboard(job.out, len(job.history)) if options.tensorboard and not parallel.rank() else None
-    )
-    with Interrupt() as interrupt:
-        for epoch in range(len(job.history) + 1, options.epochs + 1):
-            if epoch > options.min_epochs and job.stalled >= options.patience:
-                say(f"Stopping early: {job.stalled} epochs without a better validation DSC.")
-                break
-            began, lr = time.perf_counter(), job.optimizer.param_groups[0]["lr"]
-            loss, train_dsc = train_epoch(job, epoch, interrupt)
-            seconds = time.perf_counter() - began
-            speed = records / seconds
-            val_loss, val_dsc, val_iou = validate(job)
-            job.refuse_nonfinite(val_loss, f"validation loss became {val_loss} after epoch {epoch}")
-            row = dict(
-                epoch=epoch, train_loss=loss, train_dsc=train_dsc, val_loss=val_loss, val_dsc=val_dsc,
-                val_iou=val_iou, lr=lr, seconds=round(seconds, 2), images_per_second=round(speed, 1),
-            )  # fmt: skip
-            better = job.end_epoch(row)
-            save_epoch(job, about, better, writer)
-            say(
-                f"epoch {epoch:3d}/{options.epochs}  loss {loss:.4f}  DSC {100 * train_dsc:.2f}  val loss "
-                f"{val_loss:.4f}  val DSC {100 * val_dsc:.2f}  IoU {100 * val_iou:.2f}  lr {lr:.1e}  "
-                f"{speed:.3g} img/s{'  *' if better else ''}"
-            )
-            interrupt.leave(f"Interrupted after epoch {epoch}; {job.describe_saved()}")
-            if after_epoch:
-                after_epoch(job)
-
-
-def train(options, after_epoch=None):
-    """Train one run, from its options to its last epoch; returns the `Job`, or None where nothing was
-    trained.
-    """
-    device, dtype = choose_device(parallel.join_processes(options.device), options.amp)
-    if options.batch_size < parallel.world_size():
-        raise ValueError(
-            f"--batch-size {options.batch_size} is the whole batch, and there are {parallel.world_size()} "
-            "processes to share it."
-        )
-    datasets.available_splits(options.dataset, options.data_root, options.split_seed)  # is it there?
-    torch.manual_seed(options.seed)
-    model = build_model(options)
-    about = describe_run(options, model)
-    large = model.count_parameters()[1] > LARGE
-    if device.type == "cpu" and dtype is None and large and multiplies_bf16():
-        say("This CPU multiplies in bfloat16: --amp bf16 makes a step about 1.8 to 3 times as fast.")
-    if options.dry_run:
-        if options.peft != "none":
-            say_memory(options, model, about, device, dtype)
-        return None
-    with held_folder(options):
-        parallel.barrier()  # all have looked at the folder before the first one writes there
-        if options.peft == "none":
-            return save_untrained(options, model, about)
-        job = start_job(options, model, about, device, dtype)
-        train_epochs(job, about, after_epoch)
-    say(f"Best validation DSC {100 * job.best:.2f}. Evaluate it with: python evaluate.py --ckpt {job.out}")
-    return job
-
-
-def say_memory(options, model, about, device, dtype):
-    """Print what a run needs of memory, and the largest batches for some cards."""
-    root, seed = options.data_root, options.split_seed
-    images = sum(len(datasets.records(options.dataset, split, root, seed)) for split in ("train", "val"))
-    job = Job(options, Path(options.out), model, model.tokenizer(), {}, device, dtype)
-    say(memory.describe(memory.estimate(job, about["image_size"]), options, images))
-
-
-def start_job(options, model, about, device, dtype):
-    """Return the `Job` of a new run, or of the one that goes on, with its data and its folder."""
-    tokenizer = model.tokenizer()
-    data = open_data(options, about["image_size"])
-    about["class_words"] = sorted({r.class_word for d in data.values() for r in d.records if r.class_word})
-    about["records"] = fingerprint_records(data)
-    job = Job(options, Path(options.out), model, tokenizer, data, device, dtype)
-    if options.resume and (job.out / "state.pt").is_file():
-        check_records(options, about["records"])
-        job.resume(load_state(job.out / "state.pt"))
-        best = f"best validation DSC {100 * job.best:.2f}"
-        say(f"Resuming '{job.out}' after epoch {len(job.history)} ({best})")
-    job.add_data()
-    if not parallel.rank():  # after the state was accepted: a wrong --weights must not enter config.json
-        make_folder(options, about)
-    return job
-
-
-def build_model(options):
-    """Return the model, and say how many of its parameters are trained."""
-    with parallel.local_first():
-        model = build(
-            options.model, options.weights, options.peft, options.reference, **options.method_options
-        )
-    if is_random(options.weights):
-        note = "random weights, for tests and research: nothing in them is pretrained."
-        say(f"{options.weights}: {note}", file=sys.stderr)
+def describe_model(model):
+    """Print how many parameters are trained, and warn of random weights."""
+    weights = model.info["weights"]
+    if is_random(weights):
+        say(f"{weights}: random weights, for tests and research; nothing is pretrained.", file=sys.stderr)
     trained, total = model.count_parameters()
-    share = f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f} %)"
-    say(f"{options.model} ({options.weights}), --peft {options.peft}: {share}")
-    return model
+    percent = 100 * trained / total
+    say(
+        f"{model.info['model']} ({weights}), --peft {model.info['method']}: {trained:,} of {total:,} "
+        f"parameters are trained ({percent:.2f} %)"
+    )
 
 
-def open_data(options, side):
-    """Return {split: `CachedSplit`} of the run.
+def open_data(args, splits, side):
+    """Open the run's `splits` with images of `side` pixels; returns {split: `CachedSplit`}.
 
-    Raises ValueError where there is no training or validation split.
+    Raises ValueError without a training or validation split.
     """
-    name, root, seed = options.dataset, options.data_root, options.split_seed
-    splits = datasets.available_splits(name, root, seed) or ["train", "val"]
+    splits = splits or ["train", "val"]  # of a data set without records the message names these
     data = datasets.open_dataset(
-        name, splits, side, root, options.cache_dir, seed, options.prompts, skip_bad=options.skip_bad,
-        limit_train=options.limit_train, shard=options.shard_cache,
+        args.dataset, splits, side, args.data_root, args.cache_dir, args.split_seed, args.prompts,
+        args.skip_bad, args.limit_train,
     )  # fmt: skip
     if not {"train", "val"} <= set(data):
         raise ValueError(
-            f"'{name}' has records for {' and '.join(data)} only; training needs train and val. If it is a "
-            "folder of a few files that are split by their names, another --split-seed or train/ and val/ "
-            "folders help."
+            f"'{args.dataset}' has records for {' and '.join(data)} only; training needs train and val. If "
+            "it is a folder of a few files that are split by their names, another --split-seed or train/ and "
+            "val/ folders help."
         )
-    say(f"{name}: " + ", ".join(f"{len(d)} {s}" for s, d in data.items()) + f" records at {side} x {side}")
+    counts = ", ".join(f"{len(split)} {name}" for name, split in data.items())
+    say(f"{args.dataset}: {counts} records at {side} x {side}")
     return data
 
 
-def train_each_seed(options):
-    """Train a run for each of --seeds, side by side in one folder.
-
-    With --resume, those that are there go on.
-    """
-    if options.sweep or "seed" in options.given:
-        other = "--sweep" if options.sweep else "--seed"
-        raise ValueError(f"--seeds and {other} exclude each other; leave one of them out.")
-    group = Path(options.out or default_folder(options, "seeds"))
-    for seed in dict.fromkeys(options.seeds):
-        out = group / f"seed{seed}"
-        resume = options.resume and (out / "config.json").is_file()
-        say(f"--seeds: {out}")
-        given = options.given | {"seed"}
-        train(complete(replace(options, seed=seed, out=str(out), resume=resume, given=given)))
-    say(f"All seeds are done. Evaluate them with: python evaluate.py --ckpt {group}")
-
-
-def main(argv=None):
-    options = parse_options(argv)
-    if options.seeds:
-        train_each_seed(options)
-        return parallel.shut_down()
-    options = complete(options)
-    if options.sweep:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ValueError(
-                "--sweep runs one trial after another in one process; start it without torchrun."
-            )
-        with held_folder(options):
-            sweep.run_sweep(options, train)
-    else:
-        train(options)
-    return parallel.shut_down()
+def save_untrained(args, model, side):
+    """Write the checkpoint of --peft none; returns its `Run`, or None for --dry-run."""
+    if args.dry_run:
+        return None
+    settings = stored_settings(vars(args))
+    metadata = describe_run(model, {}, side, settings, RECIPE_FIELDS)
+    run = Run(args.out, model, None, None, None, metadata)
+    with held_folder(args.out, args.resume, args.overwrite):
+        parallel.barrier()
+        run.start(settings, args.resume, args.overwrite)
+        run.save_checkpoint("best")
+    say(f"Nothing to train. Wrote a checkpoint; evaluate it with: python evaluate.py --ckpt {args.out}")
+    return run
 
 
 if __name__ == "__main__":
     with friendly_errors():
         main()
+        parallel.shut_down()

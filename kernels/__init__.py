@@ -1,8 +1,7 @@
-"""Fused kernels, a file each: Triton kernel, plain-torch reference, registered op.
+"""Fused kernels, one file each: Triton kernel, plain-torch twin, registered op.
 
-Imports nothing of the project.
-
-Names are loaded when they are first asked for: Triton and torch's op registry take seconds to import.
+Imports nothing else of the project. Names are loaded on first use: Triton and torch's op registry take
+seconds to import.
 """
 
 import sys
@@ -21,6 +20,7 @@ __all__ = list(_MODULES)
 
 
 def __getattr__(name):
+    """Load a function of this package on first use; other names come from Hugging Face's package."""
     if name in _MODULES:
         globals()[name] = getattr(import_module(f"kernels.{_MODULES[name]}"), name)
         return globals()[name]
@@ -32,24 +32,26 @@ def __getattr__(name):
 
 
 def _installed_package():
-    """Return Hugging Face's package of the same name, where it is installed, or None.
+    """Return Hugging Face's package of the same name if it is installed, else None.
 
-    transformers imports names of it; run in this folder, Python finds this package first. Its modules are
-    found behind ours.
+    transformers imports names from it, but in this repository Python finds this package first. Its folder is
+    added behind ours, so that its modules are found too.
     """
-    if "kernels.installed" not in sys.modules:
-        here = Path(__file__).parent
-        elsewhere = [p for p in sys.path if Path(p).resolve() != here.parent]
-        spec = PathFinder.find_spec("kernels", elsewhere)
-        if spec is None or spec.origin is None:
-            return None
-        __path__.append(str(Path(spec.origin).parent))
-        spec = spec_from_file_location("kernels.installed", spec.origin)
-        sys.modules[spec.name] = module_from_spec(spec)
-        try:
-            spec.loader.exec_module(sys.modules[spec.name])
-        except BaseException:  # nothing of half a package stays
-            del sys.modules[spec.name]
-            __path__.pop()
-            raise
-    return sys.modules["kernels.installed"]
+    if "kernels.installed" in sys.modules:
+        return sys.modules["kernels.installed"]
+    root = Path(__file__).parents[1]
+    search_path = [folder for folder in sys.path if Path(folder).resolve() != root]
+    spec = PathFinder.find_spec("kernels", search_path)
+    if spec is None or spec.origin is None:
+        return None
+    __path__.append(str(Path(spec.origin).parent))
+    spec = spec_from_file_location("kernels.installed", spec.origin)
+    package = module_from_spec(spec)
+    sys.modules[spec.name] = package
+    try:
+        spec.loader.exec_module(package)
+    except BaseException:  # a package that fails half-way must not stay in the process
+        del sys.modules[spec.name]
+        __path__.pop()
+        raise
+    return package

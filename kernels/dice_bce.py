@@ -6,172 +6,210 @@ With p = sigmoid(z), sums over the pixels of a sample:
     bce  = mean over pixels of max(z, 0) - z y + log(1 + exp(-|z|))
     loss = dice_weight dice + bce_weight bce
 
-The forward kernel reads z and y once and writes four sums a tile; a second, of one program, adds them in a
-fixed order and leaves the loss and the two numbers a sample that the gradient needs:
+Pixels whose target is 255 are ignored: they count in no sum and no mean, and their gradient is 0.
 
-    dloss/dz = p (1 - p) (A y + B) + C (p - y)
+The first forward kernel reads z and y once, writes four sums per tile and counts the pixels that are not
+ignored. The second, a single program, adds these in a fixed order and writes the loss and three numbers per
+sample, from which the gradient is computed:
+
+    dloss/dz = p (1 - p) (A y + B) + C D (p - y)
     A = -2 w / (sum p + sum y + s),  B = w (2 sum p y + s) / (sum p + sum y + s)^2
 
-with w = dice_weight / samples, C = bce_weight / pixels. Bytes that must move, for n pixels, logits of e bytes
+with w = dice_weight / samples, C = bce_weight / pixels, D = pixels / pixels that are not ignored (1 without
+ignored ones, so that C keeps its digits). Bytes that must move, for n pixels, logits of e bytes
 and targets of t: forward n (e + t), backward n (2 e + t).
 
-`ce="reference"` hands p to the cross entropy where z belongs, as the published code does; its gradient is C
-(sigmoid(p) - y) p (1 - p).
+With `ce="reference"` the cross entropy takes p in the place of z, as the published code does; its gradient is
+C (sigmoid(p) - y) p (1 - p).
 """
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.library import triton_op
 
 from .dispatch import launcher, runs_triton, tl, triton
 
-# launch sizes: pixels a program, and samples and tiles at a time of the program that adds them up
-PASS, FINISH = dict(BLOCK=4096, num_warps=8), dict(BLOCK_B=32, BLOCK_T=32)
-CE_CHOICES = ("logits", "reference")
+PASS = dict(BLOCK=4096, num_warps=8)  # launch sizes: pixels per program
+FINISH = dict(BLOCK_B=32, BLOCK_T=32)  # samples and tiles that the single program adds up at a time
+FAR = -1e4  # a logit whose sigmoid is 0, and whose cross entropy with 0 is 0, exactly
 
 
-def reference(logits, target, dice_weight=1.5, bce_weight=1.0, smooth=1e-5, ce="logits"):
-    """Compute the formula in plain torch, as eager code writes it; arguments as in `dice_bce_loss`."""
-    exact = torch.promote_types(logits.dtype, torch.float32)  # half precision would lose the sums
-    z, y = logits.to(exact).flatten(1), target.to(exact).flatten(1)  # [B, pixels]
+def dice_bce_torch(logits, target, dice_weight=1.5, bce_weight=1.0, smooth=1e-5, ce="logits"):
+    """Compute `dice_bce_loss` in plain torch, as eager code writes it; the arguments are the same."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)  # sums in half precision would be inexact
+    ignored = target.flatten(1) == 255
+    z = logits.to(dtype).flatten(1).masked_fill(ignored, FAR)  # [B, pixels]
+    y = target.to(dtype).flatten(1).masked_fill(ignored, 0)  # [B, pixels]
     p = torch.sigmoid(z)
-    dice = (1 - (2 * (p * y).sum(1) + smooth) / (p.sum(1) + y.sum(1) + smooth)).mean()
-    return dice_weight * dice + bce_weight * F.binary_cross_entropy_with_logits(
-        p if ce == "reference" else z, y
-    )
+    overlap = (p * y).sum(1)  # [B]
+    size = p.sum(1) + y.sum(1)  # [B]
+    dice = 1 - (2 * overlap + smooth) / (size + smooth)
+    bce_input = p.masked_fill(ignored, FAR) if ce == "reference" else z
+    share = ignored.numel() / (~ignored).sum().clamp(min=1).double()  # exactly 1 if none is ignored
+    bce = F.binary_cross_entropy_with_logits(bce_input, y) * share.to(dtype)
+    return dice_weight * dice.mean() + bce_weight * bce
 
 
 @triton.jit
-def sums_kernel(z, y, sums, P, tiles, TWICE: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum p y, sum p, sum y and sum bce of one tile of one sample."""
-    sample, tile = tl.program_id(1).to(tl.int64), tl.program_id(0)
+def _load(base, at, inside):
+    """Load a sample's pixels `at`, in float32."""
+    return tl.load(base + at, mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit
+def _sigmoid(logit):
+    """Return (sigmoid, exp(-|logit|)) of a tile: no exponential overflows."""
+    decay = tl.exp(-tl.abs(logit))
+    p = tl.where(logit >= 0, 1.0, decay) / (1.0 + decay)
+    return p, decay
+
+
+@triton.jit
+def sums_kernel(z, y, sums, pixels, P, tiles, TWICE: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum p y, p, y and the cross entropy over one tile of one sample; add to `pixels` how many count."""
+    sample = tl.program_id(1).to(tl.int64)
+    tile = tl.program_id(0)
     at = tile * BLOCK + tl.arange(0, BLOCK)
     inside = at < P
-    logit = tl.load(z + sample * P + at, mask=inside, other=0.0).to(tl.float32)
-    truth = tl.load(y + sample * P + at, mask=inside, other=0).to(tl.float32)
-    decay = tl.exp(-tl.abs(logit))
-    p = tl.where(inside, tl.where(logit >= 0, 1.0, decay) / (1.0 + decay), 0.0)
+    logit = _load(z + sample * P, at, inside)
+    truth = _load(y + sample * P, at, inside)
+    inside = inside & (truth != 255)
+    p, decay = _sigmoid(logit)
+    p = tl.where(inside, p, 0.0)
     x = logit
     if TWICE:
         x = p
         decay = tl.exp(-p)
-    # log(1 + e) has no digits of a small e left; the series has them
+    # log(1 + decay) loses the digits of a small decay; the series keeps them
     series = decay * (1.0 - decay * (0.5 - decay * (1.0 / 3 - decay * 0.25)))
     log = tl.where(decay < 0.03, series, tl.log(1.0 + decay))
-    bce = tl.where(inside, tl.maximum(x, 0.0) - x * truth + log, 0.0)
+    bce = tl.maximum(x, 0.0) - x * truth + log
+    bce = tl.where(inside, bce, 0.0)
     out = sums + (sample * tiles + tile) * 4
     tl.store(out, tl.sum(p * truth, 0))
     tl.store(out + 1, tl.sum(p, 0))
-    tl.store(out + 2, tl.sum(truth, 0))
+    tl.store(out + 2, tl.sum(tl.where(inside, truth, 0.0), 0))
     tl.store(out + 3, tl.sum(bce, 0))
+    tl.atomic_add(pixels, tl.sum(inside.to(tl.int64), 0))  # integers: the order changes nothing
+
+
+@triton.jit
+def _sum_of_tiles(at, inside):
+    """Add one of the four sums over a block of tiles `[BLOCK_B, BLOCK_T]`."""
+    return tl.sum(tl.load(at, mask=inside, other=0.0), 1)
 
 
 @triton.jit
 def finish_kernel(
-    sums,
-    loss,
-    terms,
-    B,
-    P,
-    tiles,
-    dice_weight,
-    bce_weight,
-    smooth,
-    BLOCK_B: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    """Compute the loss, and (A, B) of every sample, from the tiles' sums; one program."""
-    # scalars arrive as float64 under torch.compile
-    dice_weight, bce_weight = tl.cast(dice_weight, tl.float32), tl.cast(bce_weight, tl.float32)
+    sums, loss, terms, pixels, B, P, tiles, dice_weight, bce_weight, smooth,
+    BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Compute the loss, and (A, B, D) of every sample, from the tiles' sums, in a single program."""
+    # torch.compile passes scalars as float64
+    dice_weight = tl.cast(dice_weight, tl.float32)
+    bce_weight = tl.cast(bce_weight, tl.float32)
     smooth = tl.cast(smooth, tl.float32)
+    share = tl.cast(B, tl.int64) * P / tl.maximum(tl.load(pixels), 1)  # D
     total = 0.0
     for first in range(0, B, BLOCK_B):
         sample = first + tl.arange(0, BLOCK_B)
-        both, p = tl.zeros([BLOCK_B], tl.float32), tl.zeros([BLOCK_B], tl.float32)
-        y, bce = tl.zeros([BLOCK_B], tl.float32), tl.zeros([BLOCK_B], tl.float32)
+        known = sample < B
+        both = tl.zeros([BLOCK_B], tl.float32)
+        p = tl.zeros([BLOCK_B], tl.float32)
+        y = tl.zeros([BLOCK_B], tl.float32)
+        bce = tl.zeros([BLOCK_B], tl.float32)
         for start in range(0, tiles, BLOCK_T):
             tile = start + tl.arange(0, BLOCK_T)
             at = sums + (sample.to(tl.int64)[:, None] * tiles + tile[None, :]) * 4
-            inside = (sample < B)[:, None] & (tile < tiles)[None, :]
-            both += tl.sum(tl.load(at, mask=inside, other=0.0), 1)
-            p += tl.sum(tl.load(at + 1, mask=inside, other=0.0), 1)
-            y += tl.sum(tl.load(at + 2, mask=inside, other=0.0), 1)
-            bce += tl.sum(tl.load(at + 3, mask=inside, other=0.0), 1)
-        top, bottom = 2 * both + smooth, p + y + smooth
-        tl.store(terms + 2 * sample, -2 * dice_weight / (B * bottom), mask=sample < B)
-        tl.store(terms + 2 * sample + 1, dice_weight * top / (B * bottom * bottom), mask=sample < B)
-        each = dice_weight * (1 - top / bottom) + bce_weight * (bce / P)
-        total += tl.sum(tl.where(sample < B, each, 0.0), 0)
+            inside = known[:, None] & (tile < tiles)[None, :]
+            both += _sum_of_tiles(at, inside)
+            p += _sum_of_tiles(at + 1, inside)
+            y += _sum_of_tiles(at + 2, inside)
+            bce += _sum_of_tiles(at + 3, inside)
+        top = 2 * both + smooth
+        bottom = p + y + smooth
+        tl.store(terms + 3 * sample, -2 * dice_weight / (B * bottom), mask=known)
+        tl.store(terms + 3 * sample + 1, dice_weight * top / (B * bottom * bottom), mask=known)
+        tl.store(terms + 3 * sample + 2, share, mask=known)
+        each = dice_weight * (1 - top / bottom) + bce_weight * (bce / P * share)
+        total += tl.sum(tl.where(known, each, 0.0), 0)
     tl.store(loss, total / B)
 
 
 @triton.jit
 def gradient_kernel(g, z, y, terms, dz, P, bce_scale, TWICE: tl.constexpr, BLOCK: tl.constexpr):
-    """Compute dloss/dz times the incoming gradient `g`, of one tile of one sample."""
+    """Compute dloss/dz times the incoming gradient `g`, for one tile of one sample."""
     sample = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < P
-    logit = tl.load(z + sample * P + at, mask=inside, other=0.0).to(tl.float32)
-    truth = tl.load(y + sample * P + at, mask=inside, other=0).to(tl.float32)
-    decay = tl.exp(-tl.abs(logit))
-    p = tl.where(logit >= 0, 1.0, decay) / (1.0 + decay)
+    logit = _load(z + sample * P, at, inside)
+    truth = _load(y + sample * P, at, inside)
+    p, decay = _sigmoid(logit)
     slope = decay / ((1.0 + decay) * (1.0 + decay))  # p (1 - p), without cancellation
-    out = slope * (tl.load(terms + 2 * sample) * truth + tl.load(terms + 2 * sample + 1))
-    scale = tl.cast(bce_scale, tl.float32)
+    factor = tl.load(terms + 3 * sample)  # A
+    offset = tl.load(terms + 3 * sample + 1)  # B
+    out = slope * (factor * truth + offset)
+    scale = tl.cast(bce_scale, tl.float32) * tl.load(terms + 3 * sample + 2)  # C D
     if TWICE:
         out += scale * (1.0 / (1.0 + tl.exp(-p)) - truth) * slope
     else:
         out += scale * (p - truth)
-    tl.store(dz + sample * P + at, out * tl.load(g).to(tl.float32), mask=inside)
+    out = out * tl.load(g).to(tl.float32)
+    tl.store(dz + sample * P + at, tl.where(truth == 255, 0.0, out), mask=inside)
 
 
 @triton_op("vlsm::dice_bce", mutates_args=())
 def _forward(
-    logits: torch.Tensor, target: torch.Tensor, dice_weight: float, bce_weight: float, smooth: float, ce: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (loss, (A, B) of each sample `[B, 2]`) of contiguous `[B, pixels]` tensors."""
+    logits: Tensor, target: Tensor, dice_weight: float, bce_weight: float, smooth: float, ce: str
+) -> tuple[Tensor, Tensor]:
+    """Return (loss, (A, B, D) of each sample `[B, 3]`) of contiguous `[B, pixels]` tensors."""
     samples, pixels = logits.shape
     tiles = triton.cdiv(pixels, PASS["BLOCK"])
-    sums = torch.empty(samples, tiles, 4, dtype=torch.float32, device=logits.device)
-    loss = torch.empty((), dtype=torch.float32, device=logits.device)
-    terms = torch.empty(samples, 2, dtype=torch.float32, device=logits.device)
+    float32 = dict(dtype=torch.float32, device=logits.device)
+    sums = torch.empty(samples, tiles, 4, **float32)
+    loss = torch.empty((), **float32)
+    terms = torch.empty(samples, 3, **float32)
+    counted = torch.zeros((), dtype=torch.int64, device=logits.device)
     twice = ce == "reference"
-    launcher(sums_kernel)[tiles, samples](logits, target, sums, pixels, tiles, TWICE=twice, **PASS)
-    launcher(finish_kernel)[1,](
-        sums, loss, terms, samples, pixels, tiles, dice_weight, bce_weight, smooth, **FINISH
-    )
+    sums_pass = launcher(sums_kernel)[tiles, samples]
+    sums_pass(logits, target, sums, counted, pixels, tiles, TWICE=twice, **PASS)
+    finish = launcher(finish_kernel)[1,]
+    finish(sums, loss, terms, counted, samples, pixels, tiles, dice_weight, bce_weight, smooth, **FINISH)
     return loss, terms
 
 
 @triton_op("vlsm::dice_bce_backward", mutates_args=())
-def _backward(
-    g: torch.Tensor,
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    terms: torch.Tensor,
-    bce_weight: float,
-    ce: str,
-) -> torch.Tensor:
-    """Return the gradient by the logits `[B, pixels]`, in their dtype; g: the loss's own, on the device."""
+def _backward(g: Tensor, logits: Tensor, target: Tensor, terms: Tensor, bce_weight: float, ce: str) -> Tensor:
+    """Return the gradient of the logits `[B, pixels]`, in their dtype; g: the loss's own gradient, a scalar
+    tensor on the device.
+    """
     samples, pixels = logits.shape
     dz = torch.empty_like(logits)
     scale = bce_weight / (samples * pixels)
-    launcher(gradient_kernel)[triton.cdiv(pixels, PASS["BLOCK"]), samples](
-        g, logits, target, terms, dz, pixels, scale, TWICE=ce == "reference", **PASS
-    )
+    twice = ce == "reference"
+    tiles = triton.cdiv(pixels, PASS["BLOCK"])
+    gradient_pass = launcher(gradient_kernel)[tiles, samples]
+    gradient_pass(g, logits, target, terms, dz, pixels, scale, TWICE=twice, **PASS)
     return dz
 
 
 def _save_for_backward(ctx, inputs, output):
-    logits, target, _, ctx.bce_weight, _, ctx.ce = inputs
-    ctx.save_for_backward(logits, target, output[1])
+    """Keep for `_gradients` the tensors and numbers that the backward kernel reads."""
+    logits, target, _, bce_weight, _, ce = inputs
+    _, terms = output
+    ctx.bce_weight = bce_weight
+    ctx.ce = ce
+    ctx.save_for_backward(logits, target, terms)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, g, _):
-    logits, target, terms = ctx.saved_tensors
-    wanted = g is not None and ctx.needs_input_grad[0]
-    dz = _backward(g, logits, target, terms, ctx.bce_weight, ctx.ce) if wanted else None
+    """Return the gradients of `_forward`'s arguments: only the logits get one."""
+    dz = None
+    if g is not None and ctx.needs_input_grad[0]:
+        logits, target, terms = ctx.saved_tensors
+        dz = _backward(g, logits, target, terms, ctx.bce_weight, ctx.ce)
     return dz, None, None, None, None, None
 
 
@@ -181,21 +219,21 @@ _forward.register_autograd(_gradients, setup_context=_save_for_backward)
 def dice_bce_loss(logits, target, dice_weight=1.5, bce_weight=1.0, smooth=1e-5, ce="logits"):
     """Compute the scalar loss of logits `[B, ...]`, in float32 or wider.
 
-    target: of the logits' shape, bool, uint8 0/1 or float in [0, 1]; it gets no gradient. ce: "logits", or
-    "reference" for the cross entropy of the published code, see above. Raises ValueError where shapes differ,
-    or for another `ce`.
+    target: in the logits' shape; bool, uint8 0/1 or float in [0, 1]; it gets no gradient. Pixels of 255 are
+    ignored: the loss is that of the others, 0 if there are none, and their gradient is exactly 0. ce:
+    "logits", or "reference" for the cross entropy of the published code, see above. Raises ValueError where
+    shapes differ, or for another `ce`.
     """
     if logits.shape != target.shape:
-        raise ValueError(
-            f"Logits {list(logits.shape)} and target {list(target.shape)} differ in shape; nothing is "
-            "broadcast."
-        )
-    if ce not in CE_CHOICES:
+        raise ValueError(f"Logits {list(logits.shape)} and target {list(target.shape)} differ in shape.")
+    if ce not in ("logits", "reference"):
         raise ValueError(f"ce='{ce}' is not known; choose 'logits' or 'reference'.")
     target = target.detach().to(logits.device)
     if not runs_triton(logits):
-        return reference(logits, target, dice_weight, bce_weight, smooth, ce)
+        return dice_bce_torch(logits, target, dice_weight, bce_weight, smooth, ce)
     if target.dtype == torch.bool:
         target = target.view(torch.uint8)
-    logits, target = logits.flatten(1).contiguous(), target.flatten(1).contiguous()
-    return _forward(logits, target, dice_weight, bce_weight, smooth, ce)[0]
+    logits = logits.flatten(1).contiguous()
+    target = target.flatten(1).contiguous()
+    loss, _ = _forward(logits, target, dice_weight, bce_weight, smooth, ce)
+    return loss

@@ -1,8 +1,8 @@
-"""Where the Triton kernels run, and where their plain-torch references do.
+"""Choose between the Triton kernels and their plain-torch twins.
 
-Triton is optional: without it (or without a GPU) every function of this package computes its reference under
-autograd. With TRITON_INTERPRET=1 in the environment, before this module is imported, the kernels run on CPU
-tensors in Triton's interpreter: slow, for the tests alone.
+Triton is optional: without it (or without a GPU) every function of this package runs its twin under autograd.
+With TRITON_INTERPRET=1 in the environment before this module is imported, the kernels run on CPU tensors in
+Triton's interpreter: slow, for tests only.
 """
 
 import os
@@ -14,18 +14,19 @@ from torch.library import wrap_triton
 
 
 def load_triton():
-    """Return (triton, triton.language), or stand-ins that can only define kernels where Triton is not
-    installed.
+    """Return (triton, triton.language), or stand-ins with which these files can be imported if Triton is
+    missing.
 
-    Sets TRITON_DEFAULT_FP_FUSION=1 in the environment unless it is set: the kernels count on fused
-    multiply-adds, and Triton warns (3.9) or stops (3.10) where the variable is missing.
+    Sets TRITON_DEFAULT_FP_FUSION=1 in the environment unless it is set: the kernels rely on fused
+    multiply-adds, and Triton warns (3.9) or stops (3.10) without the variable.
     """
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     try:
         import triton
         import triton.language as tl
     except ImportError:
-        return SimpleNamespace(jit=lambda kernel: kernel), SimpleNamespace(constexpr=None)
+        triton = SimpleNamespace(jit=lambda kernel: kernel)
+        tl = SimpleNamespace(constexpr=None)
     return triton, tl
 
 
@@ -42,24 +43,22 @@ def _probe_kernel(x):
 
 
 def use_kernels(mode):
-    """Choose for all functions: "auto" (Triton on a GPU), "triton" (refuse to run without), "torch"
-    (references).
+    """Choose for all functions of this package: "auto" (Triton on a GPU), "triton" (an error where it cannot
+    run), "torch" (the plain-torch twins).
 
-    On a GPU a trivial kernel is built first: Triton needs a C compiler and Python's headers. Where that
-    fails, "auto" says so on stderr and becomes "torch". Returns whether Triton will run. Raises ValueError
-    where Triton is asked for and cannot run.
+    On a GPU a trivial kernel is compiled first: Triton needs a C compiler and Python's headers. Where that
+    fails, "auto" prints why on stderr and becomes "torch". Returns whether Triton will run. Raises ValueError
+    where "triton" is chosen and cannot run.
     """
     global _mode
     if mode not in MODES:
         raise ValueError(f"--kernels '{mode}' is not known; choose one of: {', '.join(MODES)}.")
-    gpu, problem = torch.cuda.is_available(), None
+    gpu = torch.cuda.is_available()
+    problem = None
     if not AVAILABLE:
         problem = "the package triton is not installed (pip install triton; Linux only)"
     elif gpu and mode != "torch":
-        try:
-            _probe_kernel[1,](torch.empty(1, device="cuda"))
-        except Exception as error:  # a missing compiler, missing headers, an unknown GPU
-            problem = f"Triton cannot build a kernel here ({str(error).strip().splitlines()[0]})"
+        problem = _compile_problem()
     elif not INTERPRETED:
         problem = "there is no GPU"
     if mode == "triton" and problem:
@@ -70,15 +69,25 @@ def use_kernels(mode):
     return _mode != "torch" and not problem
 
 
+def _compile_problem():
+    """Return why Triton cannot compile a kernel on this GPU, or None."""
+    try:
+        _probe_kernel[1,](torch.empty(1, device="cuda"))
+    except Exception as error:  # a missing compiler, missing headers, an unknown GPU
+        first_line = str(error).strip().splitlines()[0]
+        return f"Triton cannot build a kernel here ({first_line})"
+    return None
+
+
 def runs_triton(x):
-    """Tell whether functions on this tensor launch their Triton kernel."""
+    """Return whether the functions launch their Triton kernel for this tensor."""
     if _mode == "torch" or not AVAILABLE or x.dtype == torch.float64:
         return False
     return x.is_cuda or INTERPRETED
 
 
 def launcher(kernel):
-    """Return a kernel as it is launched in an op: `torch.compile` sees into it.
+    """Wrap a kernel so that `torch.compile` can trace its launch inside an op.
 
     Not in the interpreter, which some versions of torch refuse to wrap.
     """
@@ -86,5 +95,5 @@ def launcher(kernel):
 
 
 def dot_precision():
-    """Return how a float32 `tl.dot` multiplies: as torch's own products do at present."""
+    """Return the precision of a float32 `tl.dot`: that of torch's own matrix products at present."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"

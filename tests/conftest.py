@@ -14,7 +14,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from vlsm.data import pixel_values
+import datasets
+from vlsm.data import cache
+from vlsm.data.images import mask_image
 from vlsm.networks.base import IMAGENET_MEAN, IMAGENET_STD
 from vlsm.system.console import friendly_errors
 
@@ -28,9 +30,9 @@ ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 
 
-def normalise(images, out=None, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+def normalise(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """Pixel values by CLIPSeg's mean and deviation, unless others are given."""
-    return pixel_values.normalise(images, mean, std, out)
+    return cache.normalise(images, mean, std)
 
 
 def rows(path):
@@ -120,11 +122,24 @@ def folder(tmp_path):
     return root
 
 
+def write_demo(root):
+    """Write the demo in MedVLSM's layout."""
+    for part in ("images", "masks", "anns"):
+        (root / part).mkdir(parents=True)
+    for split in datasets.SPLITS:
+        entries = []
+        for record in datasets.records("demo", split):
+            Image.fromarray(record.image).save(root / "images" / record.name)
+            mask_image(record.mask).save(root / "masks" / record.mask_name)
+            entries.append(dict(img_name=record.name, mask_name=record.mask_name, prompts=record.prompts))
+        (root / "anns" / f"{split}.json").write_text(json.dumps(entries, indent=1))
+
+
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
     """The demo data set as files: drawing it takes seconds."""
     folder = tmp_path_factory.mktemp("demo") / "demo"
-    importlib.import_module("datasets").export("demo", folder)
+    write_demo(folder)
     return folder
 
 

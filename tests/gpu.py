@@ -1,8 +1,8 @@
 """The first hour on a GPU, in one command: `python -m tests.gpu` (for a trial: `--device cpu --quick`).
 
 Runs each part in a process of its own with a time limit, goes on where one fails, and writes all of it to one
-folder, `gpu-report` by default: README.md with what was found beside the goals, every part's output, the
-benchmark's JSON and a profiler trace. On one card it ends within nine minutes.
+folder, `gpu-report` by default: README.md with the results beside the goals, every part's output, the
+benchmark's JSON and a profiler trace. On one card it takes at most nine minutes.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
-# side of a row of the benchmark -> how many times ours is to be faster; the row's name begins so
+# (start of a row's name in the benchmark, its side, how many times faster ours should be)
 GOALS = (
     ("step dense", "reference", 2.5), ("step dense", "compile", 1.2), ("adapter forward+backward", "compile", 1.5),
     ("dice_bce", "compile", 1.0), ("hd95", "all pairs", 3.0), ("hd95", "MONAI's way", 3.0),
@@ -24,9 +24,9 @@ MEMORY_GOAL = 0.6  # of the reference's, at the peak of a dense step
 
 
 def parts(args):
-    """Return [(name, seconds, command)] of all parts, the most telling first."""
+    """Return [(name, time limit in seconds, command)] of all parts, the most informative first."""
     python, out, small = [sys.executable], args.out, args.quick
-    bench = ["-m", "kernels.bench", "--device", args.device, "--json"]
+    bench = ["-m", "tests.bench", "--device", args.device, "--json"]
     sizes = (
         ["--runs", "3", "--step-runs", "1", "--epoch-runs", "1", "--images", "4"]
         if small
@@ -84,8 +84,8 @@ def graphs(device):
         torch._dynamo.utils.counters.clear()
         weights = "mini" if name == "clipseg" else f"random:{ROOT}/tests/tiny/{name}.json"
         model = vlsm.build(name, weights, method).place_on(torch.device(device), None).train()
-        for block in model.base.compilable_blocks():
-            block.compile(dynamic=model.base.compile_dynamic, **backend)
+        for block in model.network.compilable_blocks():
+            block.compile(dynamic=model.network.compile_dynamic, **backend)
         images, ids = tiny_batch(2, sides.get(name, 64))
         model(images.to(device), ids).square().mean().backward()
         breaks = dict(torch._dynamo.utils.counters["graph_break"])
@@ -97,14 +97,13 @@ def graphs(device):
 def profile(device, out):
     """Write the trace of one dense step of real size, and print where its time goes."""
     import tempfile
-    from types import SimpleNamespace
 
-    from tests.bench_training import Pair, prompts_of
+    from tests.bench.training import Pair, prompts_of
 
     cuda = device == "cuda"
-    bench = SimpleNamespace(device=torch.device(device), dtype=torch.bfloat16, cuda=cuda)
+    B = 32 if cuda else 1
     with tempfile.TemporaryDirectory() as folder:
-        pair, B = Pair(bench, folder, "dense"), 32 if cuda else 1
+        pair = Pair(torch.device(device), torch.bfloat16, folder, "dense")
     target = (torch.rand(B, 1, 352, 352, device=device) < 0.2).to(torch.uint8)
     inputs = torch.randn(B, 3, 352, 352, device=device), prompts_of(B), target
     for _ in range(3 if cuda else 1):
@@ -120,7 +119,7 @@ def profile(device, out):
 
 
 def goals(out):
-    """Return lines of a table: each goal, what was found, whether it was reached."""
+    """Return lines of a table: each goal, the measured value, whether it was reached."""
     file = out / "bench.json"
     rows, lines = json.loads(file.read_text())["rows"] if file.is_file() else [], []
     for start, side, times in GOALS:
@@ -136,7 +135,7 @@ def goals(out):
 
 
 def report(out, ended, device):
-    """Write README.md of what is there by now."""
+    """Write README.md with the results so far."""
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     lines = [f"# {name}, torch {torch.__version__}", "", "| part | ended | seconds |", "| --- | --- | ---: |"]
     lines += [f"| [{part}]({part}.txt) | {how} | {seconds:.0f} |" for part, (how, seconds) in ended.items()]

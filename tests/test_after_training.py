@@ -48,44 +48,17 @@ def test_prediction_without_ground_truth(cli, trained, folder, tmp_path):
     Image.open(folder / "images" / "d0.png").resize((33, 71)).convert("L").save(
         folder / "images" / "tall.jpg"
     )
-    code, said, err = cli(
-        "evaluate",
-        "--ckpt",
-        trained,
-        "--images",
-        folder / "images",
-        "--prompt",
-        "red disk",
-        "--save-masks",
-        out,
-        "--overlay",
-    )
+    ask = ("evaluate", "--ckpt", trained, "--prompt", "red disk", "--images")
+    code, said, err = cli(*ask, folder / "images", "--save-masks", out, "--overlay")
     assert code == 0 and "Wrote 37 masks" in said, err
-    assert Image.open(out / "tall.png").size == (33, 71) and Image.open(out / "tall.overlay.png").size == (
-        33,
-        71,
-    )
+    assert Image.open(out / "tall.png").size == (33, 71)
+    assert Image.open(out / "tall.overlay.png").size == (33, 71)
     one = tmp_path / "one"
-    assert (
-        cli(
-            "evaluate",
-            "--ckpt",
-            trained,
-            "--images",
-            folder / "images" / "d1.png",
-            "--prompt",
-            "red disk",
-            "--save-masks",
-            one,
-        )[0]
-        == 0
-    )
+    assert cli(*ask, folder / "images" / "d1.png", "--save-masks", one)[0] == 0
     assert (np.asarray(Image.open(one / "d1.png")) == np.asarray(Image.open(out / "d1.png"))).mean() > 0.999
     Image.open(folder / "images" / "d0.png").save(folder / "images" / "d0.bmp")
-    code, _, err = cli(
-        "evaluate", "--ckpt", trained, "--images", folder / "images", "--prompt", "x", "--save-masks", out
-    )
-    assert code == 2 and "Several pictures would be written to '" in err and "d0.png': rename" in err
+    code, _, err = cli(*ask, folder / "images", "--save-masks", out)
+    assert code == 2 and "d0.png" in err and "equal stems" in err
     code, _, err = cli("evaluate", "--ckpt", trained, "--images", folder / "images")
     assert code == 2 and "--prompt" in err
 
@@ -95,10 +68,9 @@ def test_merged_weights_are_a_plain_clipseg(cli, quick, folder, tmp_path, method
     from transformers import CLIPSegForImageSegmentation
 
     options = without_dim(quick)
-    assert (
-        cli("train", *options, "--peft", method, "--epochs", 2, *["--lr", 5e-3] * (method != "none"))[0] == 0
-    )
-    code, said, err = cli("evaluate", "--ckpt", tmp_path / "run", "--merge", tmp_path / "merged")
+    more = [] if method == "none" else ["--lr", 5e-3]
+    assert cli("train", *options, "--peft", method, "--epochs", 2, *more)[0] == 0
+    code, said, err = cli("vlsm.tools.merge", tmp_path / "run", tmp_path / "merged")
     assert code == 0 and "transformers loads it" in said, err
     tuned, plain = vlsm.load(tmp_path / "run"), vlsm.build("clipseg", tmp_path / "merged")
     theirs = CLIPSegForImageSegmentation.from_pretrained(tmp_path / "merged").eval()
@@ -110,24 +82,31 @@ def test_merged_weights_are_a_plain_clipseg(cli, quick, folder, tmp_path, method
         torch.testing.assert_close(logits.reshape(want.shape), want, atol=1e-4, rtol=0)
         moved = (want - vlsm.build("clipseg", "mini")(pixels, ids, mask)).abs().max()
     assert (moved > 0.1) == (method != "none")
-    assert (
-        cli(
-            "train",
-            *options[:-1],
-            tmp_path / "again",
-            "--weights",
-            tmp_path / "merged",
-            "--peft",
-            "coop",
-            "--epochs",
-            1,
-        )[0]
-        == 0
-    )
-    code, _, err = cli("evaluate", "--ckpt", tmp_path / "run", "--merge", tmp_path / "merged")
+    again = [*options[:-1], tmp_path / "again", "--weights", tmp_path / "merged"]
+    assert cli("train", *again, "--peft", "coop", "--epochs", 1)[0] == 0
+    code, _, err = cli("vlsm.tools.merge", tmp_path / "run", tmp_path / "merged")
     assert code == 2 and "is not empty" in err
 
 
 def test_adapters_are_not_merged(cli, trained, tmp_path):
-    code, _, err = cli("evaluate", "--ckpt", trained, "--merge", tmp_path / "merged")
+    code, _, err = cli("vlsm.tools.merge", trained, tmp_path / "merged")
     assert code == 2 and "possible for lora, decoder and full" in err and not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("method", ["dense", "decoder", "lora+decoder"])
+def test_a_shared_base_stays_as_it_is(cli, quick, trained, tmp_path, method):
+    """Two models share frozen tensors, predict as if loaded alone, and keep what is trained in float32."""
+    assert cli("train", *without_dim(quick)[:-1], tmp_path / "two", "--epochs", 1, "--peft", method)[0] == 0
+    base = vlsm.load(trained).place_on(torch.device("cpu"), torch.bfloat16)
+    frozen = {name: tensor.clone() for name, tensor in base.network.state_dict().items()}
+    model = vlsm.load(tmp_path / "two", base=base)
+    alone = vlsm.load(tmp_path / "two").place_on(torch.device("cpu"), torch.bfloat16)
+    assert all(tensor.dtype == torch.float32 for tensor in model.tuned_parameters().values())
+    for name, tensor in alone.tuned_state_dict().items():
+        assert torch.equal(model.tuned_state_dict()[name], tensor)
+    shared = {id(p) for p in base.network.parameters()} & {id(p) for p in model.network.parameters()}
+    assert len(shared) == len(list(base.network.parameters())) - len(model.tuned_names)
+    with torch.no_grad():
+        for tensor in model.tuned_parameters().values():
+            tensor.add_(1)
+    assert all(torch.equal(tensor, frozen[name]) for name, tensor in base.network.state_dict().items())

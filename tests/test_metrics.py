@@ -54,6 +54,36 @@ def test_loss_at_saturated_logits_is_finite():
         assert loss.item() == pytest.approx(40 + 1.5 * (1 if z < 0 else 1 / 3), rel=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (3, 1, 7, 5), (2, 9, 4)])
+def test_loss_of_ignored_pixels_by_hand(shape):
+    """Sums and means over the other pixels alone, in Python floats; gradients of the ignored exactly 0."""
+    torch.manual_seed(0)
+    z = (3 * torch.randn(shape, dtype=torch.double)).requires_grad_()
+    y = torch.tensor([0, 1, 255], dtype=torch.uint8)[torch.randint(3, shape)]
+    y.view(-1)[0], y.view(-1)[-1] = 1, 255
+    dice, bce, pixels = 0.0, 0.0, 0
+    for zs, ys in zip(z.flatten(1).tolist(), y.flatten(1).tolist()):
+        pairs = [(1 / (1 + math.exp(-v)), b) for v, b in zip(zs, ys) if b != 255]
+        size = sum(p + b for p, b in pairs)
+        dice += 1 - (2 * sum(p * b for p, b in pairs) + 1e-5) / (size + 1e-5)
+        bce += sum(-b * math.log(p) - (1 - b) * math.log(1 - p) for p, b in pairs)
+        pixels += len(pairs)
+    loss = vlsm.dice_bce_loss(z, y)
+    assert loss.item() == pytest.approx(1.5 * dice / len(z) + bce / pixels, rel=1e-9)
+    loss.backward()
+    assert not z.grad[y == 255].any() and z.grad[y != 255].all()
+    for ce in ("logits", "reference"):
+        assert torch.autograd.gradcheck(lambda z, ce=ce: vlsm.dice_bce_loss(z, y, ce=ce), z)
+
+
+def test_loss_of_nothing_but_ignored_pixels_is_0():
+    z = torch.randn(2, 1, 5, 3, requires_grad=True)
+    for ce in ("logits", "reference"):
+        loss = vlsm.dice_bce_loss(z, torch.full(z.shape, 255, dtype=torch.uint8), ce=ce)
+        (gradient,) = torch.autograd.grad(loss, z)
+        assert loss.item() == 0 and not gradient.any()
+
+
 def test_reference_cross_entropy_takes_a_second_sigmoid():
     torch.manual_seed(0)
     z, y = torch.randn(2, 1, 5, 5), (torch.rand(2, 1, 5, 5) < 0.5).float()
@@ -142,22 +172,26 @@ def test_empty_masks():
     assert metrics.iou(pred, target).tolist() == [1, 0, 0, 1]
     distances = metrics.hd95(pred, target)
     assert distances[[0, 3]].tolist() == [0, 0] and distances[[1, 2]].isnan().all()
-    s = metrics.summarise(
-        [1, 0, 0, 1],
-        [1, 0, 0, 1],
-        distances,
-        [10.0] * 4,
-        [True, False, True, False],
-        [True, True, False, False],
-    )
-    assert s["hd95"] == dict(mean=0.0, std=0.0, n=2, n_undefined=2, mean_with_diagonal=5.0)
-    assert s["dsc"]["mean"] == 0.5 and s["dsc"]["std"] == 0.5 and s["dsc_nonempty"]["mean"] == 0.5
-    assert s["empty_correct"] == dict(mean=0.5, std=0.5, n=2)
+
+
+def test_ignored_pixels_are_background_in_both():
+    generator = torch.Generator().manual_seed(2)
+    pred = torch.rand(6, 15, 11, generator=generator) < 0.4
+    target = torch.tensor([0, 1, 255], dtype=torch.uint8)[torch.randint(3, pred.shape, generator=generator)]
+    target[3] = 255
+    target[4][target[4] == 1] = 0
+    clean_pred, clean_target = pred & (target != 255), target == 1
+    for metric in (metrics.dsc, metrics.iou, metrics.hd95, metrics.nsd):
+        want = metric(clean_pred, clean_target)
+        assert torch.equal(metric(pred, target).nan_to_num(-1), want.nan_to_num(-1))
+        assert torch.equal(metric(list(pred), list(target)).nan_to_num(-1), want.nan_to_num(-1))
+    assert metrics.dsc(pred, target)[3] == 1, "all is ignored: both are empty"
+    with pytest.raises(ValueError, match="other than 0 and 1"):
+        metrics.dsc(target, pred)
 
 
 def test_metrics_of_nothing():
     assert metrics.dsc([], []).shape == metrics.hd95([], []).shape == (0,)
-    assert metrics.summarise([], [], [], [], [], [])["hd95"]["mean"] is None
 
 
 def test_metrics_refuse_grey_and_unequal_masks():
@@ -167,6 +201,11 @@ def test_metrics_refuse_grey_and_unequal_masks():
         metrics.iou(torch.ones(1, 2, 2), torch.ones(1, 2, 3))
     with pytest.raises(ValueError, match="1 predictions came with 2"):
         metrics.hd95(torch.ones(1, 2, 2), torch.ones(2, 2, 2))
+
+
+def test_metrics_of_an_ignored_target_of_another_shape():
+    with pytest.raises(ValueError, match="nothing is broadcast"):
+        metrics.dsc(torch.ones(1, 2, 2), torch.full((1, 2, 3), 255, dtype=torch.uint8))
 
 
 def test_counts_stay_exact_where_float32_does_not():

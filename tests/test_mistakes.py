@@ -16,9 +16,9 @@ from vlsm.networks.weights import MINI
 @pytest.mark.parametrize(
     "call, message",
     [
-        (6, "The loss became nan in epoch 2, step 2"),
-        (7, "The loss became nan in epoch 2, step 3"),
-        (8, "The validation loss became nan after epoch 2"),
+        (6, "The loss in epoch 2 became nan"),
+        (7, "The loss in epoch 2 became nan"),
+        (8, "The validation loss after epoch 2 became nan"),
     ],
 )
 def test_loss_that_is_not_finite_stops_with_a_sentence(cli, quick, tmp_path, monkeypatch, call, message):
@@ -62,7 +62,7 @@ def test_disk_full_keeps_the_last_good_file(cli, quick, trained, monkeypatch):
 
     monkeypatch.setattr("vlsm.checkpoint.save_file", full)
     code, _, err = cli("train", "--out", trained, "--resume", "--epochs", 3)
-    assert code == 2 and "No space is left on the disk" in err and "--resume" in err
+    assert code == 2 and "No space left on the disk" in err and "--resume" in err
     after = load_file(trained / "last.safetensors")
     assert all(torch.equal(before[n], after[n]) for n in before) and not list(trained.glob(".*.tmp"))
 
@@ -143,9 +143,9 @@ def test_state_that_would_execute_is_refused(cli, trained, tmp_path):
         ),
         (["--peft", "coop+cocoop"], "both put context vectors into the text encoder"),
         (["--image-size", "50"], "no multiple of the model's patch size 8; try 48"),
-        (["--batch-size", "0"], "--batch-size 0"),
+        (["--batch-size", "0"], "--batch-size: 0 is out of range"),
         (["--weights", "./nowhere"], "There is no folder './nowhere'"),
-        (["--device", "cuda:99"], "is not to be had here"),
+        (["--device", "cuda:99"], "is not available"),
         (["--amp", "fp16", "--device", "cpu"], "needs a GPU"),
     ],
 )
@@ -181,3 +181,42 @@ def test_hub_that_cannot_be_reached_says_what_to_do(cli, tmp_path, monkeypatch):
         and "hf download CIDAS/clipseg-rd64-refined --local-dir DIR" in err
         and "--weights mini runs offline" in err
     )
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("context_init", ["a photo of a", "--overwrite"]),
+        ("augment", "yes"),
+        ("reference", "true"),
+        ("dataset", None),
+        ("peft", None),
+        ("lr", None),
+        ("lr", [1e-3]),
+        ("monitor", "accuracy"),
+        ("dims", 8),
+    ],
+)
+def test_edited_options_never_reach_the_command_line(cli, trained, key, value):
+    """A value in config.json is checked by type, and is no word of a command line: nothing is deleted."""
+    config = json.loads((trained / "config.json").read_text())
+    config["options"][key] = value
+    (trained / "config.json").write_text(json.dumps(config))
+    before = sorted(path.name for path in trained.iterdir())
+    code, _, err = cli("train", "--out", trained, "--resume", "--epochs", 3)
+    assert code == 2 and "Traceback" not in err and key.split("_")[0] in err
+    assert sorted(path.name for path in trained.iterdir()) == before
+
+
+def test_empty_options_are_refused(cli, trained, tmp_path):
+    for argv in (["--ckpt", trained, "--images", ""], ["--ckpt", trained, "--save-masks", " "]):
+        code, _, err = cli("evaluate", *argv)
+        assert code == 2 and "is empty" in err
+    assert cli("train", "--peft", "", "--out", tmp_path / "x")[0] == 2
+
+
+def test_a_state_of_something_else_is_refused(cli, trained):
+    for state in ({"tuned": {}}, [1]):
+        torch.save(state, trained / "state.pt")
+        code, _, err = cli("train", "--out", trained, "--resume", "--epochs", 3)
+        assert code == 2 and "is not the state of a run" in err

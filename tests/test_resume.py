@@ -79,7 +79,7 @@ def test_ctrl_c_says_how_to_resume(quick, tmp_path):
     text = process.communicate()[0]
     assert process.returncode == 130
     assert (
-        f"is saved. Go on with: python train.py --out {tmp_path / 'run'} --resume" in text
+        f"is saved. Continue with: python train.py --out {tmp_path / 'run'} --resume" in text
         and "Traceback" not in text
     )
     assert load_file(tmp_path / "run" / "last.safetensors")

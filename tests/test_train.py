@@ -1,7 +1,6 @@
 """train.py as a user runs it: whole small runs, recipes, options."""
 
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -19,7 +18,7 @@ import vlsm
 from tests.conftest import ROOT, rows, same_tensors, without_dim
 from vlsm.methods.registry import METHODS
 from vlsm.system import plots
-from vlsm.training.job import Job
+from vlsm.training.run import Run
 
 
 def test_a_run_from_training_to_pictures(cli, quick, tmp_path, folder):
@@ -66,14 +65,12 @@ def test_a_run_from_training_to_pictures(cli, quick, tmp_path, folder):
     assert saved.shape == (44, 60) and set(np.unique(saved)) <= {0, 255}
     assert Image.open(run / "eval-test" / "figure.png").size[0] > 600
 
-    code, out, err = cli("evaluate", "--pred", masks, "--target", folder / "masks")
+    code, out, err = cli("vlsm.tools.score", masks, folder / "masks")
     assert code == 2 and "have no partner" in err
     for file in (folder / "masks").iterdir():
         if not (masks / file.name).exists():
             file.unlink()
-    code, out, err = cli(
-        "evaluate", "--pred", masks, "--target", folder / "masks", "--out", tmp_path / "scores"
-    )
+    code, out, err = cli("vlsm.tools.score", masks, folder / "masks", "--out", tmp_path / "scores")
     again = json.loads((tmp_path / "scores" / "metrics.json").read_text())
     for metric in ("dsc", "iou", "hd95"):
         assert again[metric].pop("ci95") == pytest.approx(result[metric].pop("ci95"))
@@ -199,17 +196,13 @@ def test_each_paper_has_its_recipe(cli, quick, folder, tmp_path):
 @pytest.mark.parametrize("monitor, stalled, best", [("dsc", 0, True), ("loss", 2, True)])
 def test_what_is_monitored_is_what_must_progress(monitor, stalled, best):
     plateau = SimpleNamespace(step=lambda loss: None)
-    job = SimpleNamespace(
-        options=SimpleNamespace(monitor=monitor),
-        scheduler=plateau,
-        history=[],
-        best=-1.0,
-        stalled=0,
-        mark=-math.inf,
-    )
+    run = Run("nowhere", vlsm.build("clipseg", "mini"), None, plateau, None, {}, monitor)
     for dsc, loss in ((0.5, 1.0), (0.6, 0.99995), (0.7, 1.2)):
-        assert Job.end_epoch(job, dict(val_dsc=dsc, val_loss=loss)) == best
-    assert job.stalled == stalled and job.best == 0.7
+        run.end_epoch(
+            train_loss=1, train_dsc=0, val_dsc=dsc, val_loss=loss, val_iou=0, lr=1, images_per_second=1
+        )
+        assert run.improved == best
+    assert run.stalled == stalled and run.best == 0.7
 
 
 def test_dry_run_prints_the_counts_and_writes_nothing(cli, quick, tmp_path):

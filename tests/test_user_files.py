@@ -21,9 +21,10 @@ from vlsm.data.images import ImageError, image_files, read_image, read_mask
 from vlsm.networks.clipseg import CLIPSegConfig
 from vlsm.networks.tokenizer import Tokenizer
 from vlsm.networks.weights import MINI
-from vlsm.results.scores import score_folders, summarise, write_results
+from vlsm.results.scores import summarise, write_results
 from vlsm.system import files
-from vlsm.training.run_folder import delete_run
+from vlsm.tools.score import score_folders
+from vlsm.training.run import delete_run
 
 BLOB = np.zeros((40, 60), np.uint8)
 BLOB[10:30, 20:45] = 1
@@ -109,7 +110,7 @@ def test_unreadable_pictures_have_a_reason(tmp_path, monkeypatch):
     for data, reason in (
         (pointer, "git LFS"),
         (b"", "an empty file"),
-        (b"text", "no picture"),
+        (b"text", "no image"),
         (whole[:80], ""),
     ):
         (tmp_path / "x.png").write_bytes(data)
@@ -159,7 +160,7 @@ def test_a_broken_picture_costs_its_own_mask_alone(cli, folder, trained, tmp_pat
     (folder / "images" / "broken.png").write_bytes(b"no picture")
     ask = ("--images", folder / "images", "--prompt", "x", "--save-masks", tmp_path / "out")
     code, _, err = cli("evaluate", "--ckpt", trained, *ask)
-    assert code == 1 and "broken.png' cannot be used: no picture" in err
+    assert code == 1 and "broken.png' cannot be used: no image" in err
     assert len(list((tmp_path / "out").glob("*.png"))) == len(list((folder / "images").iterdir())) - 1
 
 
@@ -181,9 +182,25 @@ def test_overwrite_deletes_a_run_and_nothing_else(tmp_path, capsys):
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
+    files.write_text(tmp_path / "eval-test" / "metrics.csv", "x")
     delete_run(tmp_path)
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["eval-test", "mine.txt", "notes.md"]
     assert "also holds eval-test, notes.md" in capsys.readouterr().out
+
+
+def test_only_what_this_program_wrote_is_deleted(tmp_path):
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    for name in ("a.txt", "b.txt", "deep/c.txt", "deep/er/d.txt"):
+        files.write_text(out / name, name)
+    files.write_text(elsewhere / "e.txt", "e")
+    (out / "b.txt").write_text("changed by hand")
+    (out / "mine.txt").write_text("mine")
+    (out / "link").symlink_to(elsewhere)
+    (out / "a-link.txt").symlink_to(elsewhere / "e.txt")
+    left = files.delete_owned(out)
+    assert left == [out / name for name in ("a-link.txt", "b.txt", "link", "mine.txt")]
+    assert sorted(out.rglob("*")) == left and (elsewhere / "e.txt").is_file()
+    assert files.delete_owned(elsewhere) == [] and not elsewhere.exists()
 
 
 def test_overwrite_spares_what_is_no_run(cli, quick, tmp_path):
@@ -196,14 +213,14 @@ def test_overwrite_spares_what_is_no_run(cli, quick, tmp_path):
 
 @pytest.mark.parametrize(
     "key, value, said",
-    [("lr", "fast", "--lr 'fast'"), ("epochs", -1, "--epochs -1"), ("dim", 10**9, "--dim 1000000000")],
+    [("lr", "fast", "--lr"), ("epochs", -1, "--epochs"), ("dim", "wide", "--dim")],
 )
 def test_a_run_resumes_with_values_that_can_be(key, value, said, cli, trained):
     config = json.loads((trained / "config.json").read_text())
     config["options"].update({key: value, "out": "/elsewhere", "overwrite": True})
     (trained / "config.json").write_text(json.dumps(config))
     code, _, err = cli("train", "--out", trained, "--resume")
-    assert code == 2 and "config.json' holds what no run can have" in err and said in err
+    assert code == 2 and "config.json' holds a value that no run can have" in err and said in err
 
 
 def test_a_run_without_its_state_does_not_begin_anew(cli, trained):
@@ -221,7 +238,7 @@ def test_changed_records_are_said(cli, folder, trained):
         for file in names[0]:
             Path(file).unlink()
     code, _, err = cli("train", "--out", trained, "--resume", "--epochs", 9)
-    assert code == 2 and "are others than when the run" in err
+    assert code == 2 and "records have changed" in err
     assert cli("train", "--out", trained, "--resume", "--epochs", 3, "--changed-data")[0] == 0
 
 
@@ -334,7 +351,7 @@ def test_half_of_another_package_named_kernels_does_not_stay(tmp_path):
         ("vocab.json", "[]", "The tokenizer in .* cannot be read"),
         ("preprocessor_config.json", '{"size": "big"}', "'size' should be a side in pixels, and is 'big'"),
         ("preprocessor_config.json", '{"size": {"height": null}}', "'height' should be a side in pixels"),
-        ("preprocessor_config.json", '{"size": -8}', "a side of -8 pixels cannot be"),
+        ("preprocessor_config.json", '{"size": -8}', "a side of -8 pixels"),
         ("preprocessor_config.json", "[1]", "should hold a JSON object"),
     ],
 )

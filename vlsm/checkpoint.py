@@ -1,6 +1,4 @@
-"""Checkpoints: the tuned tensors and all that is needed to use them, in one safetensors file; and a run's
-state.
-"""
+"""Checkpoints: the tuned tensors and what is needed to use them, in one safetensors file; a run's state."""
 
 import json
 import re
@@ -10,9 +8,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from vlsm.model import attach_tuner, load_base
-from vlsm.networks.weights import TEXT_FILES
-from vlsm.system.files import atomic_write, is_filled, write_json, write_text
+from vlsm.model import attach, read_network
+from vlsm.system.files import atomic_write
 
 FORMAT = 1
 METADATA = dict(
@@ -20,43 +17,24 @@ METADATA = dict(
     data_root=str, split_seed=int, prompts=str, image_size=int, mean=list, std=list, recipe=dict,
 )  # fmt: skip
 REQUIRED = ("model", "weights", "fingerprint", "method", "options", "reference")
+OF_THIS_MACHINE = ("folder", "config", "fresh")  # keys of a model's `info` that a checkpoint leaves out
 HUB = "hub:"  # before the name of a repository on the Hugging Face hub
 HUB_ID = re.compile(rf"{HUB}[\w.-]+/[\w.-]+")
 
 
-def save_tuned(path, model, **about):
-    """Write the tuned tensors and, as metadata (each value in JSON), `about` and the model's own `info`."""
-    info = {k: v for k, v in model.info.items() if k not in ("folder", "config")}
-    metadata = dict(format=FORMAT, **info, **about)
+def save_tuned(path, model, **metadata):
+    """Write the tuned tensors and, as metadata (each value in JSON), the model's `info` and `metadata`."""
+    described = {name: value for name, value in model.info.items() if name not in OF_THIS_MACHINE}
+    texts = {name: json.dumps(value) for name, value in dict(format=FORMAT, **described, **metadata).items()}
     with atomic_write(path) as temporary:
-        save_file(model.tuned_state_dict(), temporary, {k: json.dumps(v) for k, v in metadata.items()})
-
-
-def save_merged(folder, model):
-    """Write a plain Hugging Face folder, weights last: the base with what was learnt merged in.
-
-    The base's own small files are copied. Raises ValueError where merging cannot be, FileExistsError where
-    the folder holds something already.
-    """
-    folder, source = Path(folder), Path(model.info["folder"])
-    if is_filled(folder):
-        raise FileExistsError(
-            f"'{folder}' exists and is not empty. Name another folder for the merged weights."
-        )
-    tensors = model.merged_state_dict()
-    write_json(folder / "config.json", model.info["config"])
-    for name in TEXT_FILES:
-        if name != "config.json" and (source / name).is_file():
-            write_text(folder / name, (source / name).read_text(encoding="utf-8"))
-    with atomic_write(folder / "model.safetensors") as temporary:
-        save_file(tensors, temporary, {"format": "pt"})
+        save_file(model.tuned_state_dict(), temporary, texts)
 
 
 def locate_checkpoint(path):
-    """Return a checkpoint's file: of a run's folder the best one, of "hub:owner/name" the one in that hub
-    repository, downloaded.
+    """Return the file of a checkpoint: a file; a run's folder, of which the best one; or "hub:owner/name",
+    which is downloaded.
 
-    Raises FileNotFoundError where there is none.
+    Raises FileNotFoundError if there is no checkpoint.
     """
     if HUB_ID.fullmatch(str(path)):
         from huggingface_hub import hf_hub_download
@@ -76,49 +54,58 @@ def locate_checkpoint(path):
 
 
 def read_metadata(path):
-    """Return the metadata of a checkpoint, or of a run's best one, as a dictionary.
+    """Return the metadata of a checkpoint (of a run's folder: its best one) as a dictionary.
 
     Raises FileNotFoundError where there is none, ValueError for a file that is damaged or no checkpoint.
     """
     path = locate_checkpoint(path)
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+            texts = file.metadata() or {}
     except Exception as error:
         raise ValueError(
             f"The checkpoint '{path}' cannot be read ({str(error)[:200]}). Is the file complete?"
         ) from error
-    if metadata.get("format") != json.dumps(FORMAT):
-        found = metadata.get("format")
-        raise ValueError(f"'{path}' is no checkpoint of this program (format {found}, expected {FORMAT}).")
-    about = {}
-    for name, value in metadata.items():
+    if texts.get("format") != json.dumps(FORMAT):
+        raise ValueError(
+            f"'{path}' is no checkpoint of this program (format {texts.get('format')}, expected {FORMAT})."
+        )
+    metadata = {}
+    for name, text in texts.items():
         try:
-            about[name] = json.loads(value)
+            metadata[name] = json.loads(text)
         except (ValueError, RecursionError):
             raise ValueError(f"'{path}': the metadata's '{name}' is not valid JSON.") from None
-    _check_metadata(path, about)
-    return about
+    _check_metadata(path, metadata)
+    return metadata
 
 
-def _check_metadata(path, about):
+def _check_metadata(path, metadata):
     """Raise ValueError, which names the file and the key, for metadata that no checkpoint can have."""
-    for name, kind in METADATA.items():
-        if name in about and not isinstance(about[name], kind) or name in REQUIRED and name not in about:
-            found = about.get(name, "missing")
-            raise ValueError(f"'{path}': the metadata's '{name}' should be {kind.__name__}; it is {found!r}.")
-    if not 1 <= about.get("image_size", 1) <= 8192:
-        raise ValueError(f"'{path}': the metadata's 'image_size' {about['image_size']} cannot be.")
+    for name in REQUIRED:
+        if name not in metadata:
+            raise ValueError(f"'{path}': the metadata's '{name}' is missing.")
+    for name, expected in METADATA.items():
+        if name in metadata and not isinstance(metadata[name], expected):
+            raise ValueError(
+                f"'{path}': the metadata's '{name}' should be {expected.__name__}; it is {metadata[name]!r}."
+            )
+    side = metadata.get("image_size", 1)
+    if not 1 <= side <= 8192:
+        raise ValueError(f"'{path}': the metadata's 'image_size' {side} is out of range (1 to 8192).")
     for name, least in (("mean", -1e3), ("std", 1e-6)):
-        values = about.get(name, [1.0] * 3)
+        values = metadata.get(name, [1.0] * 3)
         if len(values) != 3 or not all(isinstance(v, (int, float)) and least <= v <= 1e3 for v in values):
             raise ValueError(
-                f"'{path}': the metadata's '{name}' {values} are no three numbers to normalise by."
+                f"'{path}': the metadata's '{name}' {values} should be three numbers to normalise by."
             )
 
 
 def read_tuned(path):
-    """Return the tuned tensors of a checkpoint, or of a run's best one. Raises ValueError for NaN."""
+    """Return the tuned tensors of a checkpoint (of a run's folder: its best one).
+
+    Raises ValueError for NaN or infinity.
+    """
     path = locate_checkpoint(path)
     tensors = load_file(path)
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
@@ -127,33 +114,42 @@ def read_tuned(path):
     return tensors
 
 
-def check_base(path, about, base):
-    """Raise ValueError unless a checkpoint with the metadata `about` was tuned on this `Base`."""
-
-    def describe(model, reference, fingerprint):
-        return f"{model}{' with --reference' if reference else ''}, fingerprint {fingerprint}"
-
-    wanted = about["model"], about["reference"], about["fingerprint"]
-    found = base.model, base.network.reference, base.fingerprint
-    if wanted != found:
-        raise ValueError(
-            f"'{locate_checkpoint(path)}' was tuned on the base '{about['weights']}' ({describe(*wanted)}), "
-            f"and '{base.weights}' is another base ({describe(*found)}). Pass the right one with --weights."
-        )
-
-
-def load(path, weights=None):
+def load(path, weights=None, base=None):
     """Return the model of a run's checkpoint: its base and the trained tuner, in eval mode.
 
-    weights: a folder or hub id that holds the same base, if it has moved. The checkpoint's metadata stands in
-    `model.about`. Raises ValueError if the base is not the one that was tuned.
+    weights: a folder or hub id that holds the same base, if it has moved. base: a VLSM in memory; its frozen
+    weights are shared if the checkpoint was tuned on them, so that several runs hold one base. The
+    checkpoint's metadata is `model.metadata`. Raises ValueError if the base is not the one that was tuned.
     """
-    about = read_metadata(path)
-    base = load_base(about["model"], weights or about["weights"], about["reference"])
-    check_base(path, about, base)
-    model = attach_tuner(base, about["method"], about["options"], about)
+    metadata = read_metadata(path)
+    wanted = _identity(metadata)
+    share = base is not None and not base.tuned_names and wanted == _identity(base.info)
+    if share:
+        network = base.network
+        description = base.info
+    else:
+        network, description = read_network(
+            metadata["model"], weights or metadata["weights"], metadata["reference"]
+        )
+    if wanted != _identity(description):
+        raise ValueError(
+            f"'{locate_checkpoint(path)}' was tuned on the base '{metadata['weights']}' "
+            f"({_describe_base(*wanted)}), and '{description['weights']}' is another base "
+            f"({_describe_base(*_identity(description))}). Pass the right one with --weights."
+        )
+    model = attach(network, description, metadata["method"], metadata["options"], share)
+    model.metadata = metadata
     model.load_tuned(read_tuned(path))
     return model
+
+
+def _identity(info):
+    """Return what identifies a base: (model, reference, fingerprint) of a VLSM's `info`, or of metadata."""
+    return info["model"], info["reference"], info["fingerprint"]
+
+
+def _describe_base(model, reference, fingerprint):
+    return f"{model}{' with --reference' if reference else ''}, fingerprint {fingerprint}"
 
 
 def save_state(path, state):
@@ -169,5 +165,5 @@ def load_state(path):
     except FileNotFoundError:
         raise FileNotFoundError(f"There is nothing to resume: '{path}' does not exist.") from None
     except Exception as error:
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        reason = type(error).__name__  # torch.load's own text advises to execute what the file holds
         raise ValueError(f"'{path}' cannot be read ({reason}). Start again with --overwrite.") from error

@@ -1,16 +1,16 @@
-"""DSC, IoU, NSD and HD95 of binary masks, one value an image, in torch on the device where the masks are.
+"""DSC, IoU, HD95 and NSD of binary masks, one value per image, in torch on the device of the masks.
 
 Masks are bool (or 0/1 of any type): threshold first. `[N, H, W]`, or lists of `[H, W]` masks of different
-sizes. Where masks are empty:
+sizes. A target may be uint8 with 255 where pixels are ignored: there both masks count as background. Where
+masks are empty:
 
-| pair         | DSC, IoU, NSD | HD95                                                            |
-| both empty   | 1             | 0                                                               |
-| one is empty | 0             | undefined: nan; counted by `summarise`, never averaged silently |
+| pair         | DSC, IoU, NSD | HD95           |
+| both empty   | 1             | 0              |
+| one is empty | 0             | undefined: nan |
 
 In the terms of Metrics Reloaded (Maier-Hein et al. 2024): DSC and IoU are overlap-based, NSD and HD95
-boundary-based; each has a value an image, and means run over images. HD95 is MONAI's: the percentile in each
-direction, then the larger of the two. Where one mask is empty there is no distance; `mean_with_diagonal` puts
-the image's diagonal there, the largest one possible. NSD's boundaries run between pixels.
+boundary-based; each has a value per image, and means are taken over images. HD95 is MONAI's: the percentile
+in each direction, then the larger of the two. The boundaries of NSD run between pixels.
 """
 
 import math
@@ -20,58 +20,25 @@ import torch.nn.functional as F
 
 import kernels
 
-
-def _batches(pred, target):
-    """Return checked pairs of bool `[n, H, W]` tensors: one pair of a batch, one for each mask of lists."""
-    if len(pred) != len(target):
-        raise ValueError(f"{len(pred)} predictions came with {len(target)} targets.")
-    if torch.is_tensor(pred) and torch.is_tensor(target):
-        pairs = [(pred, target)]
-    else:
-        pairs = [(torch.as_tensor(p)[None], torch.as_tensor(t)[None]) for p, t in zip(pred, target)]
-    for i, (p, t) in enumerate(pairs):
-        if p.shape != t.shape or p.dim() != 3:
-            raise ValueError(
-                f"Masks {i}: prediction {list(p.shape)} and target {list(t.shape)} must be equal, and [H, W] "
-                "each; nothing is broadcast."
-            )
-    return [(_as_bool(p), _as_bool(t)) for p, t in pairs]
-
-
-def _as_bool(masks):
-    if masks.dtype != torch.bool and not ((masks == 0) | (masks == 1)).all():
-        raise ValueError(
-            "A mask holds values other than 0 and 1; threshold it first (grey masks: > 127, probabilities: > "
-            "0.5, logits: > 0)."
-        )
-    return masks.bool()
-
-
-def _ratio(pred, target, numerator, denominator):
-    """Return numerator/denominator of (|P∧T|, |P|, |T|) in float64, counted in integers; 1 where both masks
-    are empty.
-    """
-    batches = _batches(pred, target)
-    counts = [torch.stack([m.sum((1, 2)) for m in (p & t, p, t)]) for p, t in batches]  # [3, n] each
-    both, p, t = torch.cat(counts, 1) if counts else torch.zeros(3, 0, dtype=torch.int64)
-    top, bottom = numerator(both, p, t).double(), denominator(both, p, t).double()
-    return torch.where(bottom == 0, 1.0, top / bottom.clamp(min=1))
+IGNORED = 255  # of a uint8 target: the pixel counts as background in prediction and target
 
 
 def dsc(pred, target):
     """Compute the Dice similarity coefficient 2|P∧T| / (|P|+|T|) of each pair, float64 `[N]` in [0, 1].
 
-    Raises ValueError for unequal shapes.
+    Raises ValueError for unequal shapes, or masks that hold other values than 0 and 1.
     """
-    return _ratio(pred, target, lambda both, p, t: 2 * both, lambda both, p, t: p + t)
+    both, p, t = _pixel_counts(pred, target)
+    return _ratio(2 * both, p + t)
 
 
 def iou(pred, target):
     """Compute the intersection over union |P∧T| / |P∨T| of each pair, float64 `[N]` in [0, 1].
 
-    Raises ValueError for unequal shapes.
+    Raises ValueError as `dsc`.
     """
-    return _ratio(pred, target, lambda both, p, t: both, lambda both, p, t: p + t - both)
+    both, p, t = _pixel_counts(pred, target)
+    return _ratio(both, p + t - both)
 
 
 def hd95(pred, target):
@@ -80,99 +47,162 @@ def hd95(pred, target):
 
     Boundary: mask pixels with one of four neighbours outside the mask or the image. Distances: Euclidean,
     from each boundary pixel to the other boundary's nearest, exact. Percentile: linear interpolation, its
-    rank in integers. This is MONAI's definition; medpy pools both directions and differs by pixels.
+    rank in integers. This is MONAI's definition; medpy pools both directions and differs by pixels. Raises
+    ValueError as `dsc`.
     """
-    values = [_hd95(p, t) for p, t in _batches(pred, target)]
-    return torch.cat(values) if values else torch.zeros(0, dtype=torch.float64)
-
-
-def _hd95(pred, target):
-    """Compute HD95 of masks `[B, H, W]`.
-
-    Percentile: linear, of the roots of integer squares, its rank 0.95 (n-1) taken in integers: exact.
-    """
-    squared, counts = kernels.surface_distances(pred, target)
-    counts = counts.flatten()  # [2B]
-    # one sort for all lists: each keeps its place, as the higher digits
-    of = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(squared))
-    ordered = torch.cat([(of << 32 | squared).sort().values & 0xFFFFFFFF, squared.new_zeros(1).long()])
-    first, last = counts.cumsum(0) - counts, (counts - 1).clamp(min=0)
-    rank, rest = 19 * last // 20, 19 * last % 20
-    low, high = (ordered[first + k].double().sqrt() for k in (rank, torch.minimum(rank + 1, last)))
-    percentile = (low + rest.double() / 20 * (high - low)).view(2, -1)
-    empty = (counts == 0).view(2, -1)
-    value = percentile.amax(0).masked_fill(empty.any(0), float("nan"))
-    return value.masked_fill(empty.all(0), 0.0)
+    return _joined([_hd95(p, t) for p, t in _checked_pairs(pred, target)])
 
 
 def nsd(pred, target, tolerance=2.0):
     """Compute the normalised surface distance of each pair, float64 `[N]` in [0, 1]: the share of both masks'
-    contours that lies within `tolerance` pixels of the other's.
+    contours within `tolerance` pixels of the other's.
 
     As DeepMind's surface-distance defines it in two dimensions (Nikolov et al. 2018): the contour runs
     between pixels, through the corners where the four pixels differ; a corner counts with the length of the
-    contour there (`CONTOUR`). Corners, not boundary pixels, are what HD95 does not look at, so the distances
-    are computed anew, by the same exact kernel. Raises ValueError as `dsc`, and for a negative tolerance.
+    contour there (`CONTOUR`). HD95 measures between boundary pixels instead, so the distances are computed
+    anew, by the same exact kernel. Raises ValueError as `dsc`, and for a negative tolerance.
     """
     if not tolerance >= 0:
         raise ValueError(f"The tolerance of NSD is a distance in pixels, 0 or more; it is {tolerance}.")
-    values = [_nsd(p, t, tolerance) for p, t in _batches(pred, target)]
-    return torch.cat(values) if values else torch.zeros(0, dtype=torch.float64)
+    return _joined([_nsd(p, t, tolerance) for p, t in _checked_pairs(pred, target)])
+
+
+def _checked_pairs(pred, target):
+    """Return pairs of bool `[n, H, W]` tensors: one pair for tensors, pairs of n = 1 for lists."""
+    if len(pred) != len(target):
+        raise ValueError(f"{len(pred)} predictions came with {len(target)} targets.")
+    stacked = torch.is_tensor(pred) and torch.is_tensor(target)
+    pairs = []
+    for p, t in [(pred, target)] if stacked else zip(pred, target):
+        p = _as_bool(p)
+        t, ignored = _split_target(t)
+        if not stacked:
+            p = p[None]
+            t = t[None]
+        if p.shape != t.shape or p.dim() != 3:
+            raise ValueError(
+                f"Masks {len(pairs)}: prediction {list(p.shape)} and target {list(t.shape)} must be equal, "
+                "[N, H, W] or [H, W] each; nothing is broadcast."
+            )
+        if ignored is not None:
+            p = p & ~ignored
+        pairs.append((p, t))
+    return pairs
+
+
+def _split_target(target):
+    """Return (target as a bool tensor without ignored pixels, bool tensor of these or None)."""
+    target = torch.as_tensor(target)
+    if target.dtype != torch.uint8:
+        return _as_bool(target), None
+    ignored = target == IGNORED
+    return _as_bool(target.masked_fill(ignored, 0)), ignored
+
+
+def _as_bool(masks):
+    """Return masks as a bool tensor. Raises ValueError for values other than 0 and 1."""
+    masks = torch.as_tensor(masks)
+    if masks.dtype == torch.bool:
+        return masks
+    if not ((masks == 0) | (masks == 1)).all():
+        raise ValueError(
+            "A mask holds values other than 0 and 1; threshold it first (grey masks: > 127, probabilities: > "
+            "0.5, logits: > 0)."
+        )
+    return masks.bool()
+
+
+def _joined(values):
+    """Return the values of all pairs as one tensor, float64 `[N]`."""
+    if not values:
+        return torch.zeros(0, dtype=torch.float64)
+    return torch.cat(values)
+
+
+def _pixel_counts(pred, target):
+    """Return |P∧T|, |P|, |T| of each pair, int64 `[3, N]`: float32 would be inexact from 2^24 pixels on."""
+    pairs = _checked_pairs(pred, target)
+    if not pairs:
+        return torch.zeros(3, 0, dtype=torch.int64)
+    counts = []
+    for p, t in pairs:
+        masks = torch.stack([p & t, p, t])  # [3, n, H, W]
+        counts.append(masks.sum((2, 3)))
+    return torch.cat(counts, 1)
+
+
+def _ratio(numerator, denominator):
+    """Return numerator/denominator in float64; 1 where both masks are empty."""
+    ratio = numerator.double() / denominator.double().clamp(min=1)
+    return torch.where(denominator == 0, 1.0, ratio)
+
+
+def _hd95(pred, target):
+    """Compute HD95 of masks `[B, H, W]`, float64 `[B]`.
+
+    The percentile interpolates between roots of integer squares, and its rank 0.95 (n - 1) is computed in
+    integers: exact.
+    """
+    squared, counts = kernels.surface_distances(pred, target)
+    list_index = _list_index(counts, len(squared))
+    # a single sort for all 2B lists: the list's index as the upper 32 bits keeps each list together
+    keys = list_index << 32 | squared
+    ordered = keys.sort().values & 0xFFFFFFFF
+    ordered = torch.cat([ordered, ordered.new_zeros(1)])  # empty lists at the end point here
+    first = counts.flatten().cumsum(0).view(2, -1) - counts
+    last = (counts - 1).clamp(min=0)
+    rank = 19 * last // 20
+    next_rank = torch.minimum(rank + 1, last)
+    low = ordered[first + rank].double().sqrt()
+    high = ordered[first + next_rank].double().sqrt()
+    twentieths = 19 * last % 20
+    percentile = low + twentieths.double() / 20 * (high - low)  # [2, B]
+    return _fill_empty(percentile.amax(0), counts, one=math.nan, both=0.0)
+
+
+def _list_index(counts, total):
+    """Return for each of `total` values the index of its list, of lists with `counts` values `[2, B]`."""
+    index = torch.arange(counts.numel(), device=counts.device)
+    return index.repeat_interleave(counts.flatten(), output_size=total)
+
+
+def _fill_empty(values, counts, one, both):
+    """Return values `[B]` with `one` where one mask of the pair is empty and `both` where both are."""
+    empty = counts == 0  # [2, B]: of predictions and targets
+    values = values.masked_fill(empty.any(0), one)
+    return values.masked_fill(empty.all(0), both)
 
 
 # Length of the contour at a corner, by which of its four pixels are inside: bits 8 4 / 2 1, upper left first.
-_DIAGONAL = math.sqrt(2) / 2
+_CROSSED = math.sqrt(2)  # two opposite corners are cut off
+_CUT = _CROSSED / 2
 CONTOUR = [
-    0, _DIAGONAL, _DIAGONAL, 1, _DIAGONAL, 1, 2 * _DIAGONAL, _DIAGONAL,
-    _DIAGONAL, 2 * _DIAGONAL, 1, _DIAGONAL, 1, _DIAGONAL, _DIAGONAL, 0,
+    0, _CUT, _CUT, 1, _CUT, 1, _CROSSED, _CUT,
+    _CUT, _CROSSED, 1, _CUT, 1, _CUT, _CUT, 0,
 ]  # fmt: skip
 
 
+def _corner_codes(masks):
+    """Return which pixels around each corner are inside, uint8 `[B, H + 1, W + 1]`: indices of `CONTOUR`."""
+    padded = F.pad(masks.byte(), (1, 1, 1, 1))  # everything beyond the image is outside
+    beside = 2 * padded[..., :-1] + padded[..., 1:]  # two bits, left and right: [B, H + 2, W + 1]
+    return 4 * beside[:, :-1] + beside[:, 1:]
+
+
 def _nsd(pred, target, tolerance):
-    """Compute NSD of masks `[B, H, W]`."""
-    padded = (F.pad(masks.byte(), (1, 1, 1, 1)) for masks in (pred, target))  # beyond the image is outside
-    # [B, H + 1, W + 1] each
-    codes = [8 * m[:, :-1, :-1] + 4 * m[:, :-1, 1:] + 2 * m[:, 1:, :-1] + m[:, 1:, 1:] for m in padded]
-    corners = [(code > 0) & (code < 15) for code in codes]
-    squared, counts = kernels.surface_distances(*corners, whole=True)
-    code = torch.cat([c[at] for c, at in zip(codes, corners)]).long()
-    lengths = torch.tensor(CONTOUR, dtype=torch.float64, device=pred.device)[code]
-    of = torch.arange(counts.numel(), device=counts.device).repeat_interleave(counts.flatten())
+    """Compute NSD of masks `[B, H, W]`, float64 `[B]`."""
+    pred_codes = _corner_codes(pred)
+    target_codes = _corner_codes(target)
+    pred_contour = pred_codes % 15 > 0  # neither 0 nor 15: the four pixels differ
+    target_contour = target_codes % 15 > 0
+    squared, counts = kernels.surface_distances(pred_contour, target_contour, whole=True)
+    codes = torch.cat([pred_codes[pred_contour], target_codes[target_contour]])
+    contour = torch.tensor(CONTOUR, dtype=torch.float64, device=pred.device)
+    lengths = contour[codes.long()]
     near = squared.double() <= tolerance**2
-    total, within = (lengths.new_zeros(counts.numel()).index_add(0, of, v) for v in (lengths, lengths * near))
-    total, within = (v.view(2, -1).sum(0) for v in (total, within))
-    empty = counts == 0
-    value = (within / total.clamp(min=1)).masked_fill(empty.any(0), 0.0)
-    return value.masked_fill(empty.all(0), 1.0)
-
-
-def summarise(dsc_values, iou_values, hd95_values, diagonals, target_empty, pred_empty, **others):
-    """Return means over images, as a dictionary ready for JSON; all arguments `[N]`.
-
-    `dsc`, `iou`, `hd95`, and each of `others` (nsd=...): mean, std (population) and n. For hd95 n counts the
-    defined pairs, `n_undefined` those with exactly one empty mask, and `mean_with_diagonal` puts the image's
-    diagonal in their place. `dsc_nonempty`: over images whose truth is not empty; `empty_correct`: the share
-    of empty truths predicted exactly empty. Where nothing is to be averaged the value is None.
-    """
-
-    def stats(values):
-        values = torch.as_tensor(values, dtype=torch.float64)
-        if not len(values):
-            return dict(mean=None, std=None, n=0)
-        return dict(mean=values.mean().item(), std=values.std(correction=0).item(), n=len(values))
-
-    d, h = torch.as_tensor(dsc_values, dtype=torch.float64), torch.as_tensor(hd95_values, dtype=torch.float64)
-    diagonals = torch.as_tensor(diagonals, dtype=torch.float64)
-    empty, pred_empty = (torch.as_tensor(t, dtype=torch.bool) for t in (target_empty, pred_empty))
-    defined = ~h.isnan()
-    hd = stats(h[defined])
-    hd["n_undefined"] = int((~defined).sum())
-    hd["mean_with_diagonal"] = stats(torch.where(defined, h, diagonals))["mean"]
-    return dict(
-        dsc=stats(d),
-        iou=stats(iou_values),
-        hd95=hd,
-        **{name: stats(values) for name, values in others.items()},
-        dsc_nonempty=stats(d[~empty]),
-        empty_correct=stats(pred_empty[empty].double()),
-    )
+    list_index = _list_index(counts, len(squared))
+    zeros = lengths.new_zeros(counts.numel())
+    total = zeros.index_add(0, list_index, lengths).view(2, -1).sum(0)
+    within = zeros.index_add(0, list_index, lengths * near).view(2, -1).sum(0)
+    share = within / total.clamp(min=1)
+    return _fill_empty(share, counts, one=0.0, both=1.0)

@@ -2,10 +2,7 @@
 
 import copy
 import os
-import re
 import shutil
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -19,54 +16,75 @@ from vlsm.networks.sam3 import SAM3
 from vlsm.networks.san import SAN
 from vlsm.networks.tokenizer import Tokenizer
 from vlsm.networks.transformer import Attention
+from vlsm.segment import segment_image
 from vlsm.system.files import read_json
 
 NETWORKS = {"clipseg": CLIPSeg, "cris": CRIS, "san": SAN, "sam3": SAM3}
-# Gradients that are zero by nature: a key bias shifts all of a query's scores alike, which softmax ignores;
-# the first matrix of a LoRA update learns nothing before the second has left zero.
-ZERO_BY_NATURE = re.compile(r"k_proj\.bias$|\.(q|k|v|out)\.down\.weight$")
 
 
 class VLSM(nn.Module):
-    """Image and prompt in, logits out.
+    """A frozen `network` and a `tuner`: segments images by prompts.
 
-    Only what the tuner names is trained; all else has `requires_grad` False.
+    The tuner's parameters are trained, and those of the network that the tuner names; all others have
+    `requires_grad` False. If none of the network's is trained, it stays in evaluation mode: without dropout,
+    with fixed BatchNorm statistics.
 
-    A base of which nothing is trained stays in evaluation mode: no dropout, no statistics that drift.
-    Attributes: `base`, the network; `tuner`; `info`, a dictionary with model, weights, fingerprint, method,
-    options, reference, folder, config; `about`, the metadata of the checkpoint that it was loaded from, or
-    None.
+    Attributes: `info`, a dictionary with model, weights, fingerprint, method, options, reference, folder,
+    config; `metadata`, that of the checkpoint that was loaded, or None.
     """
 
-    def __init__(self, base, tuner, info, about=None):
+    def __init__(self, network, tuner, info, metadata=None):
         super().__init__()
-        self.base, self.tuner, self.info, self.about = base, tuner, info, about
-        self.base.requires_grad_(False)
-        names = tuner.trained_network_parameters(base)
-        for name in names:
-            base.get_parameter(name).requires_grad_(True)
-        self.updated_buffers = base.updated_buffers() if names else []  # names
+        self.network = network.requires_grad_(False)
+        self.tuner = tuner
+        self.info = info
+        self.metadata = metadata
+        self.compute_dtype = None  # autocast's, see `place_on`
+        self.tuned_names = tuner.trained_network_parameters(network)
+        for name in self.tuned_names:
+            network.get_parameter(name).requires_grad_(True)
+        # names of the buffers that training changes
+        self.updated_buffers = network.updated_buffers() if self.tuned_names else []
 
     def forward(self, pixel_values, input_ids, attention_mask=None, image_features=None, text_features=None):
         """Segment images by prompts: `[B, 3, H, W]`, `[B, T]`, `[B, T]` -> logits `[B, 1, H, W]`.
 
-        For `image_features` and `text_features`, kept from before, see `Network.forward`.
+        For several prompts of each image, and for features computed before, see `Network.forward`.
         """
-        return self.base(pixel_values, input_ids, attention_mask, self.tuner, image_features, text_features)
+        return self.network(
+            pixel_values, input_ids, attention_mask, self.tuner, image_features, text_features
+        )
+
+    def predict(self, image, prompts, threshold=0.5, probability=False):
+        """Segment an image of any size by a prompt, or by a list of P prompts, in evaluation mode.
+
+        image: a path, a Pillow image, or a numpy array uint8 `[H, W, 3]` or `[H, W]`. Returns numpy arrays of
+        the image's own size. Of a prompt: the mask, bool `[H, W]`, where its probability is above `threshold`
+        (default 0.5). Of a list: a label map, uint8 `[H, W]`: 0 for background, else 1 + the index of the
+        most probable prompt among those above `threshold`. With `probability`: float32 `[H, W]`, or
+        `[P, H, W]` of a list. The image is encoded once for all prompts. Raises ValueError for an image that
+        cannot be read, a threshold outside of 0 and 1, and lists of no prompt or of more than 255.
+        """
+        return segment_image(self, image, prompts, threshold, probability)
 
     def train(self, mode=True):
+        """Set training mode, as `nn.Module.train`; the network follows only if a part of it is trained."""
         super().train(mode)
-        self.base.train(mode and any(p.requires_grad for p in self.base.parameters()))
+        self.network.train(mode and bool(self.tuned_names))
         return self
 
     def tokenizer(self):
-        """Return the base's tokenizer, which cuts prompts to what its window holds besides context vectors.
+        """Return the network's tokenizer; it cuts prompts to the window of the text encoder, less n context
+        vectors.
 
-        Raises ValueError where it knows tokens that the base does not.
+        Raises ValueError if the tokenizer has more tokens than the network's vocabulary.
         """
-        contexts, text = self.tuner.contexts().text, self.base.config.text
-        limit = text.max_position_embeddings - (contexts[0].shape[-2] if contexts else 0)
-        tokenizer = Tokenizer(self.info["folder"], limit, self.base.keeps_padding)
+        text = self.network.config.text
+        limit = text.max_position_embeddings
+        contexts = self.tuner.contexts().text
+        if contexts:
+            limit -= contexts[0].shape[-2]
+        tokenizer = Tokenizer(self.info["folder"], limit, self.network.keeps_padding)
         if tokenizer.end >= text.vocab_size:
             raise ValueError(
                 f"The tokenizer in '{self.info['folder']}' has {tokenizer.end + 1} tokens, and the network's "
@@ -75,221 +93,192 @@ class VLSM(nn.Module):
             )
         return tokenizer
 
-    # What was trained
+    # What is trained
 
     def tuned_parameters(self):
-        """Return what training changes: a dictionary from tensor name (as in the checkpoint) to parameter."""
-        names = self.tuner.trained_network_parameters(self.base)
-        return {
-            **dict(self.tuner.named_parameters()),
-            **{name: self.base.get_parameter(name) for name in names},
-        }
+        """Return the trained parameters by their names in the checkpoint."""
+        parameters = dict(self.tuner.named_parameters())
+        for name in self.tuned_names:
+            parameters[name] = self.network.get_parameter(name)
+        return parameters
 
-    def _tuned_tensors(self):
-        return {
-            **self.tuned_parameters(),
-            **{name: self.base.get_buffer(name) for name in self.updated_buffers},
-        }
+    def tuned_tensors(self):
+        """Return the trained parameters, and the buffers that training changes, by name."""
+        tensors = self.tuned_parameters()
+        for name in self.updated_buffers:
+            tensors[name] = self.network.get_buffer(name)
+        return tensors
 
     def tuned_state_dict(self):
-        """Return copies of the tuned tensors on the CPU, in float32, by name; nothing of the frozen base."""
-        return {
-            name: p.detach().float().cpu().clone().contiguous() for name, p in self._tuned_tensors().items()
-        }
+        """Return copies of the tuned tensors by name, in float32 on the CPU."""
+        state = {}
+        for name, tensor in self.tuned_tensors().items():
+            state[name] = tensor.detach().float().cpu().clone().contiguous()
+        return state
 
     @torch.no_grad()
     def load_tuned(self, tensors):
-        """Set the tuned tensors.
+        """Copy a checkpoint's tensors into the tuned ones.
 
         Raises ValueError unless names and shapes are those of `tuned_state_dict()`.
         """
-        own = self._tuned_tensors()
-        mismatch = weights_io.describe_mismatch(own, tensors)
+        tensors = self.network.own_names(tensors)  # runs of earlier versions hold the published names
+        tuned = self.tuned_tensors()
+        mismatch = weights_io.describe_mismatch(tuned, tensors)
         if mismatch:
-            method, options = self.info["method"], self.info["options"]
-            raise ValueError(f"These tensors are not those of --peft {method} with {options}: {mismatch}.")
-        for name, parameter in own.items():
-            parameter.copy_(tensors[name])
-
-    def merged_state_dict(self):
-        """Return the base in float32 with what was learnt merged in, by the checkpoint's own names.
-
-        Raises ValueError where no change of the base's weights does the same.
-        """
-        base = copy.deepcopy(self.base).float().cpu()
-        copy.deepcopy(self.tuner).cpu().merge_into(base)
-        return {name: t.contiguous() for name, t in base.state_dict().items()}
+            raise ValueError(
+                f"These tensors are not those of --peft {self.info['method']} with {self.info['options']}: "
+                f"{mismatch}."
+            )
+        for name, tensor in tuned.items():
+            tensor.copy_(tensors[name])
 
     def count_parameters(self):
         """Return (trained, total) numbers of parameters."""
-        trained, every = self.tuned_parameters().values(), self.parameters()
-        return sum(p.numel() for p in trained), sum(p.numel() for p in every)
+        trained = sum(p.numel() for p in self.tuned_parameters().values())
+        return trained, sum(p.numel() for p in self.parameters())
 
-    def check_gradients(self):
-        """Return a line on the gradients: each trained tensor needs a finite one, no frozen one has any.
-
-        Raises ValueError where a gradient is missing, not finite, or where none should be.
-        """
-        tuned = self.tuned_parameters()
-        trained = {id(p) for p in tuned.values()}
-        absent = [n for n, p in tuned.items() if p.grad is None]
-        broken = [n for n, p in tuned.items() if p.grad is not None and not p.grad.isfinite().all()]
-        if not self.info["reference"]:  # published code trains some tensors that nothing reads
-            broken, absent = absent + broken, []
-        present = [n for n in tuned if n not in broken + absent]
-        zero = absent + [n for n in present if not ZERO_BY_NATURE.search(n) and not tuned[n].grad.any()]
-        leaking = [n for n, p in self.named_parameters() if id(p) not in trained and p.grad is not None]
-        if broken or leaking:
-            raise ValueError(
-                f"First step: {len(broken)} trained tensors without a finite gradient "
-                f"({', '.join(broken[:3])}), {len(leaking)} frozen ones with one ({', '.join(leaking[:3])}). "
-                "Training would be wrong; please report this."
-            )
-        frozen = sum(1 for _ in self.parameters()) - len(tuned)
-        counts = f"{len(tuned) - len(zero)} of {len(tuned)} trained tensors finite and non-zero"
-        line = f"gradients at the first step: {counts}, 0 of {frozen} frozen ones have any"
-        if zero:
-            line += f"; ZERO, so not learning yet: {', '.join(zero[:4])}{', ...' if len(zero) > 4 else ''}"
-        return line
+    def parameter_groups(self, weight_decay):
+        """Return the optimizer's groups: parameters with weight decay, by the tuner's rule, and without."""
+        decayed = []
+        others = []
+        for name, tensor in self.tuned_parameters().items():
+            group = decayed if self.tuner.uses_weight_decay(name, tensor) else others
+            group.append(tensor)
+        groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
+        return [group for group in groups if group["params"]]
 
     # Where it runs
 
     def place_on(self, device, dtype, use_kernels="auto", compile_blocks="auto"):
-        """Move to a device, in place: frozen matrices in the compute dtype, kernels chosen, layers compiled.
+        """Move to a device, in place, and return self; choose the kernels, compile the transformer layers.
 
-        use_kernels, compile_blocks: the options `--kernels` and `--compile`. Raises ValueError where what is
-        asked for cannot be.
+        dtype: of frozen matrices, or None to leave them as they are. use_kernels, compile_blocks: the options
+        `--kernels` and `--compile`. Raises ValueError for a choice that is not available.
         """
         triton = kernels.use_kernels(use_kernels)
+        self.compute_dtype = dtype
         if dtype is not None:
             self.hold_frozen_weights_in(dtype)
         self.to(device)
-        compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
-        if compile_blocks == "on" and device.type == "cpu" and not any(map(shutil.which, compilers)):
-            raise ValueError(
-                "--compile on needs a C++ compiler for a CPU, and there is none on the PATH (apt install "
-                "g++). Use --compile off."
-            )
+        if compile_blocks == "on" and device.type == "cpu":
+            compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
+            if not any(map(shutil.which, compilers)):
+                raise ValueError(
+                    "--compile on needs a C++ compiler for a CPU, and none is on the PATH (apt install g++). "
+                    "Use --compile off."
+                )
         if compile_blocks == "on" or (compile_blocks == "auto" and device.type == "cuda" and triton):
             self.compile_blocks()
         return self
 
     def recompute_activations(self, recompute=True):
-        """Keep no activations of the transformer layers for the backward pass, but compute them again; in
-        place.
-        """
-        for block in self.base.compilable_blocks():
+        """Compute the transformer layers' activations again in the backward pass: less memory, more time."""
+        for block in self.network.compilable_blocks():
             block.recompute = recompute
 
     def compile_blocks(self):
-        """Have `torch.compile` build the transformer layers, once for each kind of layer; in place.
+        """Compile the transformer layers in place.
 
-        Where the network allows it sizes are left open: another batch or prompt length compiles nothing anew.
+        Shapes are dynamic where the network allows it, so that another batch size or prompt length does not
+        compile again.
         """
-        # a layer's variants: encoder, adapters or none, gradient on its input or none, training or not
+        # variants of a layer: encoder, with or without adapters, with or without gradients, training or not
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-        for block in self.base.compilable_blocks():
-            block.compile(dynamic=self.base.compile_dynamic)
+        for block in self.network.compilable_blocks():
+            block.compile(dynamic=self.network.compile_dynamic)
 
     def hold_frozen_weights_in(self, dtype):
-        """Keep frozen matrices in the compute dtype; norms, positions and the trained stay float32."""
+        """Cast frozen matrices to the compute dtype; norms, positions and trained layers stay float32."""
         heavy = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, Attention)
-        for module in self.base.modules():
-            if type(module) in heavy and not any(p.requires_grad for p in module.parameters()):
+        for module in self.network.modules():
+            frozen = not any(p.requires_grad for p in module.parameters())
+            if type(module) in heavy and frozen:
                 module.to(dtype)
-        return self
 
 
 def network_class(model):
-    """Return the class of a name in `NETWORKS`. Raises ValueError for others."""
+    """Return the network class of a name. Raises ValueError for a name that is not in `NETWORKS`."""
     if model not in NETWORKS:
         raise ValueError(f"Model '{model}' is not known. Choose one of: {', '.join(NETWORKS)}.")
     return NETWORKS[model]
 
 
 def read_config(model, weights):
-    """Return (folder, dictionary of the `config.json`, the network's configuration) of some weights.
+    """Return (folder, contents of config.json, the network's `Config`) of some weights.
 
-    Downloads what is on the hub. Raises ValueError where the file describes another network.
+    Downloads weights that are on the hub. Raises ValueError if the file describes another network.
     """
-    kind = network_class(model)
-    folder, file = weights_io.locate_weights(weights, kind)
+    wanted = network_class(model)
+    folder, file = weights_io.locate_weights(weights, wanted)
     raw = read_json(file)
-    model_type = raw.get("model_type", kind.model_types[0])
-    if model_type not in kind.model_types:
-        wanted = " or ".join(kind.model_types)
-        fitting = "".join(
-            f"That is --model {n}." for n, other in NETWORKS.items() if model_type in other.model_types
-        )
+    model_type = raw.get("model_type", wanted.model_types[0])
+    if model_type not in wanted.model_types:
+        others = [name for name, other in NETWORKS.items() if model_type in other.model_types]
+        advice = f" That is --model {others[0]}." if others else ""
         raise ValueError(
-            f"'{file}' describes a '{model_type}' model; --model {model} needs a {wanted} one. "
-            f"{fitting}".rstrip()
+            f"'{file}' describes a '{model_type}' model; --model {model} needs a "
+            f"{' or '.join(wanted.model_types)} one.{advice}"
         )
-    return folder, raw, kind.Config.from_dict(raw)
+    return folder, raw, wanted.Config.from_dict(raw)
 
 
-@dataclass
-class Base:
-    """A network with its weights, before a method is chosen.
+def read_network(model, weights, reference=False):
+    """Return (network with its weights, dictionary that describes them).
 
-    fresh: names of the tensors that its checkpoint lacks and that started at random.
+    The dictionary is the first part of `VLSM.info`, with `fresh` besides: names of the tensors that the
+    checkpoint lacks and that started at random. Raises as `build`.
     """
-
-    network: nn.Module
-    model: str
-    weights: str
-    folder: Path
-    config: dict
-    fingerprint: str
-    fresh: frozenset
-
-
-def load_base(model="clipseg", weights=None, reference=False):
-    """Return the `Base` of a model's name and some weights; arguments and errors as those of `build`."""
-    kind = network_class(model)
-    weights = weights or kind.default_weights
+    wanted = network_class(model)
+    weights = weights or wanted.default_weights
     folder, raw, config = read_config(model, weights)
     fresh = {}
     if weights_io.is_random(weights):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # the same weights for all runs, which are known by their fingerprint
-            network = kind(config, reference)
+            torch.manual_seed(0)  # the same weights in every run, so that a checkpoint's fingerprint fits
+            network = wanted(config, reference)
             network.initialise()
-        tensors = network.state_dict()
+        tensors = network.published_names(network.state_dict())
     else:
-        with torch.device("meta"):
-            network = kind(config, reference)
+        with torch.device("meta"):  # without memory; `load_strictly` puts the file's tensors in place
+            network = wanted(config, reference)
         in_file = weights_io.read_tensors(folder)
-        tensors = kind.rename(in_file)
+        tensors = wanted.rename(in_file)
         fresh = network.fresh_tensors(tensors)
-        weights_io.load_strictly(network, {**tensors, **fresh}, f"The checkpoint in '{folder}'", in_file)
-    network.on_weights_loaded()
-    return Base(network, model, str(weights), folder, raw, weights_io.fingerprint(tensors), frozenset(fresh))
+        own = {**network.own_names(tensors), **fresh}
+        weights_io.load_strictly(network, own, f"The checkpoint in '{folder}'", in_file)
+    description = dict(
+        model=model, weights=str(weights), fingerprint=weights_io.fingerprint(tensors), reference=reference,
+        folder=folder, config=raw, fresh=list(fresh),
+    )  # fmt: skip
+    return network, description
 
 
-def attach_tuner(base, method="none", options=None, about=None):
-    """Return a VLSM of a `Base`, which several may share, and a fresh tuner, in eval mode.
+def attach(network, description, method, given, share=False):
+    """Return the `VLSM` of a network and a fresh tuner, in eval mode.
 
-    options: of the method, a dictionary. about: metadata of the checkpoint that is loaded into it. Errors as
+    description: of the network's weights, as `read_network` returns it. given: options of the method. share:
+    leave the network as it is, and tune a copy that shares its frozen parameters in memory. Raises as
     `build`.
     """
-    network = base.network
     check_model(method, type(network))
-    reference, options = network.reference, complete_options(method, options or {}, network.config)
-    tuner = make_tuner(method, network.config, reference, options)
-    if not base.fresh <= set(tuner.trained_network_parameters(network)):
+    settings = complete_options(method, given, network.config)
+    tuner = make_tuner(method, network.config, network.reference, settings)
+    tuned_names = tuner.trained_network_parameters(network)
+    if not set(description["fresh"]) <= set(tuned_names):
         raise ValueError(
-            f"The weights in '{base.folder}' are {network.name}'s frozen part alone; the rest starts at "
-            f"random, so --peft {method}, which does not train it, would leave noise. Use --peft full or "
-            "decoder."
+            f"The weights in '{description['folder']}' are {network.name}'s frozen part alone; the rest "
+            f"starts at random, and --peft {method} would not train it. Use --peft full or decoder."
         )
-    for name, value in tuner.on_attach(network, base.folder).items():
-        options[name] = {**options[name], **value} if isinstance(value, dict) else value
-    info = dict(
-        model=base.model, weights=base.weights, fingerprint=base.fingerprint, method=method, options=options,
-        reference=reference, folder=base.folder, config=base.config,
-    )  # fmt: skip
-    return VLSM(network, tuner, info, about).eval()
+    if share:  # deepcopy takes what is in its memo as it is, and copies the rest: trained tensors, buffers
+        memo = {id(p): p for name, p in network.named_parameters() if name not in tuned_names}
+        network = copy.deepcopy(network, memo)
+        for name in tuned_names:  # the shared network may be held in 16 bits; trained tensors are float32
+            parameter = network.get_parameter(name)
+            parameter.data = parameter.data.float()
+    for name, value in tuner.on_attach(network, description["folder"]).items():
+        settings[name] = {**settings[name], **value} if isinstance(value, dict) else value
+    return VLSM(network, tuner, dict(description, method=method, options=settings)).eval()
 
 
 def build(model="clipseg", weights=None, method="none", reference=False, **options):
@@ -303,5 +292,5 @@ def build(model="clipseg", weights=None, method="none", reference=False, **optio
     sentence to act on.
     """
     check_model(method, network_class(model))
-    complete_options(method, options)  # mistakes in them are said before anything is read
-    return attach_tuner(load_base(model, weights, reference), method, options)
+    network, description = read_network(model, weights, reference)
+    return attach(network, description, method, options)

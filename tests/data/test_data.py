@@ -10,12 +10,11 @@ import torch
 from PIL import Image
 
 import datasets
-from tests.conftest import disk, normalise, write_pair
+from tests.conftest import disk, normalise, write_demo, write_pair
 from vlsm.data.augment import affine_matrices, augment
 from vlsm.data.cache import open_split
 from vlsm.data.images import read_image, read_mask, resize_image, resize_mask
-from vlsm.data.prompts import choose_prompt
-from vlsm.data.records import DataError
+from vlsm.data.records import DataError, choose_prompt
 from vlsm.mini import demo
 
 
@@ -140,7 +139,7 @@ def test_all_problems_come_at_once_grouped(folder, capsys):
         "5 of 24 records cannot be used",
         "1 x image without file: d0.png",
         "truncated or damaged): d1.png",
-        "no picture): d2.png",
+        "no image): d2.png",
         "different size: d3.png (61 x 44, mask 60 x 44)",
         "1 x mask without file: d4.png",
         "--skip-bad",
@@ -175,7 +174,7 @@ def test_one_empty_mask_is_data_but_only_empty_ones_are_a_mistake(folder):
     [
         ("{not json", "is not valid JSON"),
         ('{"a": 1}', "should hold a list of records"),
-        ('[{"img_name": "d0.png", "prompts": {}}]', "record 0: the key 'mask_name' is missing"),
+        ('[{"img_name": "d0.png", "prompts": {}}]', "record 0.*mask_name"),
         (
             '[{"img_name": "d0.png", "mask_name": "d0.png", "prompts": {"p1": 3}}]',
             "prompt 'p1' is neither a text",
@@ -225,6 +224,32 @@ def test_evaluation_prompts_are_reproducible_and_differ_between_records(folder):
     draw = lambda *seed: [choose_prompt(r, "random", *seed, i) for i, r in enumerate(found)]  # noqa: E731
     assert draw(1) == draw(1) != draw(2)
     assert len(set(draw(1))) > 2 and draw(1, 5) != draw(1)
+
+
+def test_a_split_as_a_run_was_trained_on_it(folder, tmp_path):
+    metadata = dict(
+        dataset=str(folder),
+        data_root="data",
+        split_seed=0,
+        prompts="random",
+        image_size=32,
+        recipe=dict(seed=5),
+    )
+    data, texts = datasets.open_run_split(metadata)
+    assert data.images.shape == (6, 3, 32, 32)
+    assert texts == [choose_prompt(r, "random", 5, i) for i, r in enumerate(data.records)]
+    assert datasets.open_run_split(metadata, "val", prompts="p2")[1] == ["red disk"] * 6
+    assert datasets.open_run_split(metadata, seed=0)[1] != texts
+    shutil.copytree(folder, tmp_path / "root" / "kvasir_polyp")
+    other, _ = datasets.open_run_split(metadata, "val", "kvasir", tmp_path / "root", "class")
+    assert other.records[0].class_word == "polyp"
+
+
+def test_groups_of_the_bootstrap():
+    pattern, words = datasets.group_pattern("camus")
+    assert pattern == r"patient\d+" and pattern in words
+    assert datasets.group_pattern("camus", "[a-z]+")[0] == "[a-z]+"
+    assert datasets.group_pattern("kvasir") == datasets.group_pattern("a/folder") == (None, "image")
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK", "I;16", "I", "F"])
@@ -332,9 +357,9 @@ def test_demo_is_the_same_for_ever_and_varied():
     assert len({r.prompts["p5"] for r in sample}) > 15
 
 
-def test_export_of_the_demo_reads_back(tmp_path, monkeypatch):
+def test_the_demo_as_files_reads_back(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "COUNTS", dict(train=4, val=2, test=2))
-    datasets.main(["--export", "demo", str(tmp_path / "out")])
+    write_demo(tmp_path / "out")
     for split in ("train", "val", "test"):
         ours, files = demo.records(split), datasets.records(str(tmp_path / "out"), split)
         assert all(
@@ -342,8 +367,6 @@ def test_export_of_the_demo_reads_back(tmp_path, monkeypatch):
             for a, b in zip(ours, files)
         )
         assert [a.prompts for a in ours] == [b.prompts for b in files]
-    with pytest.raises(FileExistsError, match="is not empty"):
-        datasets.main(["--export", "demo", str(tmp_path / "out")])
 
 
 def test_augmentation_moves_image_and_mask_alike():

@@ -2,7 +2,7 @@
 prints what the machine code says.
 
 For NVIDIA GPUs of compute capability 8.0 (A100) and 9.0 (H100): registers and spilled bytes a thread, shared
-memory, instructions, and how many of them multiply matrices. tests/test_ahead_of_time.py holds the kernels to
+memory, instructions, and how many of them multiply matrices. tests/kernels/test_ahead_of_time.py holds the kernels to
 it.
 """
 
@@ -86,13 +86,13 @@ def other_launches():
                     dict(TWICE=twice, **PASS),
                     f"{dtype}, target {y}{', ce=reference' * twice}",
                 )
-                yield Launch(
-                    "sums", label, dict(z=z, y="*" + y, sums="*fp32", P="i32", tiles="i32"), constants
-                )
+                signature = dict(z=z, y="*" + y, sums="*fp32", pixels="*i64", P="i32", tiles="i32")
+                yield Launch("sums", label, signature, constants)
                 signature = dict(g="*fp32", z=z, y="*" + y, terms="*fp32", dz=z, P="i32", bce_scale="fp64")
                 yield Launch("gradient", label, signature, constants)
     for scalar in ("fp32", "fp64"):  # torch.compile hands over float64
-        signature = dict(sums="*fp32", loss="*fp32", terms="*fp32", B="i32", P="i32", tiles="i32")
+        signature = dict(sums="*fp32", loss="*fp32", terms="*fp32", pixels="*i64")
+        signature.update(B="i32", P="i32", tiles="i32")
         scalars = dict(dice_weight=scalar, bce_weight=scalar, smooth=scalar)
         yield Launch("finish", f"scalars {scalar}", {**signature, **scalars}, FINISH)
     signature = dict(masks="*u8", edge="*u8", gap="*i16", H="i32", W="i32", FAR="i32")

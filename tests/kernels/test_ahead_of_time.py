@@ -4,7 +4,7 @@ matrix instructions.
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is to be had on Linux alone")
+pytest.importorskip("triton", reason="Triton is available on Linux only")
 
 from kernels.adapter import SHARED_MEMORY  # noqa: E402
 from tests.kernels.ahead import adapter_launches, compile_all, other_launches  # noqa: E402

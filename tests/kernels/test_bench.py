@@ -1,15 +1,15 @@
 """The benchmark's own arithmetic: what it compares with must be the same network."""
 
-import argparse
-
 import pytest
 import torch
 from transformers import CLIPSegForImageSegmentation
 
 import vlsm
-from kernels import bench
-from tests import bench_hd95
-from tests.bench_training import Reference, ReferenceLearner, prompts_of, stepper
+from tests.bench import __main__ as program
+from tests.bench.frame import Bench
+from tests.bench.hd95 import lesions
+from tests.bench.published import published_network
+from tests.bench.training import prompts_of, stepper
 from tests.conftest import GOLDEN
 
 
@@ -24,7 +24,7 @@ def test_the_papers_way_is_the_same_network(method, tmp_path):
     ours = vlsm.build(
         "clipseg", GOLDEN / "clipseg-tiny", method, **dict(dim=8) if adapters else dict(prompt_depth=5)
     )
-    theirs = (Reference if adapters else ReferenceLearner)(network, ours.tuner, method)
+    theirs = published_network(network, ours.tuner, method)
     pixels, target = torch.randn(3, 3, 64, 64), torch.rand(3, 1, 64, 64) < 0.3
     ids = torch.tensor([[198, 5, 6, 199, 199], [198, 7, 199, 199, 199], [198, 9, 8, 7, 199]])
     for model in (ours, theirs):
@@ -38,7 +38,7 @@ def test_the_papers_way_is_the_same_network(method, tmp_path):
         stepper(parameters, lambda f=f: vlsm.dice_bce_loss(f(pixels, ids), target), torch.device("cpu"))
         for f, parameters in (
             (ours, ours.tuned_parameters().values()),
-            (theirs, [p for p in theirs.parameters() if p.requires_grad]),
+            (theirs, theirs.parameters()),
         )
     ]
     before = [s().item() for s in steps]
@@ -59,8 +59,8 @@ def test_prompts_end_and_are_padded():
 
 
 def test_rows_and_floors(capsys):
-    b = bench.Bench(argparse.Namespace(device="cpu", dtype="fp32", runs=3))
-    b.about.update(bandwidth_GBs=10.0, matrix_TFLOPs=0.1)
+    b = Bench(device="cpu", dtype="fp32", runs=3)
+    b.machine.update(bandwidth_GBs=10.0, matrix_TFLOPs=0.1)
     assert b.floor(1e9) == pytest.approx(0.1) and b.floor(1e9, 1e11) == pytest.approx(1.0)
     calls = []
     times = b.time(dict(ours=lambda: calls.append("ours"), eager=lambda: calls.append("eager")), warm=1)
@@ -71,7 +71,7 @@ def test_rows_and_floors(capsys):
 
 
 def test_hd95_rows_of_lesions():
-    masks = bench_hd95.lesions(6, 64, torch.Generator().manual_seed(0))
+    masks = lesions(6, 64, torch.Generator().manual_seed(0))
     assert masks.dtype == torch.bool and all(
         0.05 < share < 0.5 for share in masks.float().mean((1, 2)).tolist()
     )
@@ -79,5 +79,5 @@ def test_hd95_rows_of_lesions():
 
 def test_an_unknown_row_is_refused(capsys):
     with pytest.raises(SystemExit):
-        bench.main(["speed"])
+        program.main(["speed"])
     assert "there is no row speed" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 The Triton kernels are proved by triton_cases.py, run below.
 """
 
+import ast
 import os
 import re
 import shutil
@@ -14,9 +15,9 @@ import torch
 
 import vlsm
 from kernels import adapter_bottleneck, dice_bce_loss, dispatch, surface_distances, use_kernels
-from kernels.adapter import reference as adapter_reference
-from kernels.boundary import _by_columns, _pairs, boundary
-from kernels.dice_bce import reference as loss_reference
+from kernels.adapter import adapter_torch
+from kernels.boundary import _by_pairs, _by_transform, boundary
+from kernels.dice_bce import dice_bce_torch
 from tests.conftest import GOLDEN, ROOT
 
 ADAPTER, LOSS, DISTANCES = (
@@ -55,7 +56,7 @@ def operands(n=12, d=10, r=6, dtype=torch.float64, seed=0):
     return [torch.randn(s, generator=g, dtype=dtype).requires_grad_() for s in shapes]
 
 
-@pytest.mark.parametrize("f", [adapter_bottleneck, adapter_reference])
+@pytest.mark.parametrize("f", [adapter_bottleneck, adapter_torch])
 def test_adapter_gradcheck(f):
     tensors = operands(5, 4, 3)
     assert torch.autograd.gradcheck(f, tensors)
@@ -68,7 +69,7 @@ def test_adapter_is_the_formula(seed):
     n, d, r = (int(torch.randint(1, 70, (), generator=g)) for _ in range(3))
     tensors = operands(n, d, r, seed=seed)
     upstream = torch.randn(n, d, dtype=torch.float64, generator=g)
-    want = adapter_reference(*tensors)
+    want = adapter_torch(*tensors)
     got = adapter_bottleneck(*tensors)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     for a, b in zip(
@@ -81,10 +82,10 @@ def test_adapter_of_batches_and_strides():
     h, residual, *weights = operands(24, 10, 6)
     h, residual = h.view(2, 12, 10).transpose(0, 1), residual.view(2, 12, 10).transpose(0, 1)
     torch.testing.assert_close(
-        adapter_bottleneck(h, residual, *weights), adapter_reference(h, residual, *weights)
+        adapter_bottleneck(h, residual, *weights), adapter_torch(h, residual, *weights)
     )
     torch.testing.assert_close(
-        adapter_bottleneck(h[0, 0], None, *weights), adapter_reference(h[0, 0], None, *weights)
+        adapter_bottleneck(h[0, 0], None, *weights), adapter_torch(h[0, 0], None, *weights)
     )
 
 
@@ -107,7 +108,7 @@ def test_adapter_under_autocast():
         out = adapter_bottleneck(h, *tensors[1:])
         alone = adapter_bottleneck(tensors[0], None, *tensors[2:])
     assert out.dtype == torch.float32 and alone.dtype == torch.bfloat16
-    torch.testing.assert_close(out, adapter_reference(*tensors), rtol=0.05, atol=0.1)
+    torch.testing.assert_close(out, adapter_torch(*tensors), rtol=0.05, atol=0.1)
     out.sum().backward()
     assert all(t.grad.dtype == torch.float32 for t in tensors)
 
@@ -116,7 +117,7 @@ def test_adapter_under_autocast():
 def test_loss_gradcheck(ce):
     torch.manual_seed(0)
     z, y = torch.randn(2, 1, 4, 3, dtype=torch.double, requires_grad=True), torch.rand(2, 1, 4, 3) < 0.5
-    for f in (dice_bce_loss, loss_reference):
+    for f in (dice_bce_loss, dice_bce_torch):
         assert torch.autograd.gradcheck(lambda z, f=f: f(z, y, ce=ce), z)
 
 
@@ -127,7 +128,7 @@ def test_loss_is_the_formula(kind, ce):
     y = (torch.rand(3, 1, 20, 30) < 0.3).to(kind)
     for scale in (1, 80):
         z = (scale * torch.randn(y.shape)).requires_grad_()
-        got, want = dice_bce_loss(z, y, 1.0, 0.2, 1e-5, ce), loss_reference(z.double(), y, 1.0, 0.2, 1e-5, ce)
+        got, want = dice_bce_loss(z, y, 1.0, 0.2, 1e-5, ce), dice_bce_torch(z.double(), y, 1.0, 0.2, 1e-5, ce)
         assert got.item() == pytest.approx(want.item(), rel=1e-5)
         (a,), (b,) = torch.autograd.grad(got, z), torch.autograd.grad(want, z)
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()
@@ -136,7 +137,7 @@ def test_loss_is_the_formula(kind, ce):
 def test_loss_of_float_targets_reads_them_as_they_are():
     y = torch.rand(2, 1, 5, 5)
     z = torch.randn(2, 1, 5, 5)
-    assert dice_bce_loss(z, y).item() == pytest.approx(loss_reference(z.double(), y).item(), rel=1e-5)
+    assert dice_bce_loss(z, y).item() == pytest.approx(dice_bce_torch(z.double(), y).item(), rel=1e-5)
     assert dice_bce_loss(z, y).item() != pytest.approx(dice_bce_loss(z, y > 0.5).item(), rel=1e-3)
 
 
@@ -198,7 +199,7 @@ class NoGPU:
         return GPUTarget("cuda", 90, 32)
 
 
-@pytest.mark.skipif(not dispatch.AVAILABLE, reason="Triton is to be had on Linux alone")
+@pytest.mark.skipif(not dispatch.AVAILABLE, reason="Triton is available on Linux only")
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_the_kernels_themselves_trace_into_one_graph(dynamic, monkeypatch):
     """`torch.compile` of the GPU's branch, without a GPU: forward and backward graphs hold the launches and
@@ -277,8 +278,8 @@ def test_both_ways_over_the_cpu_agree():
     for density in (0.02, 0.5, 0.98):
         a, b = (boundary(torch.rand(30, 41) < density) for _ in range(2))
         p, q = a.nonzero(), b.nonzero()
-        of_p, of_q = _pairs(p, q)
-        assert torch.equal(of_p, _by_columns(p, q, a.shape)) and torch.equal(of_q, _by_columns(q, p, a.shape))
+        of_p, of_q = _by_pairs(p, q)
+        assert torch.equal(of_p, _by_transform(p, b)) and torch.equal(of_q, _by_transform(q, a))
 
 
 def test_distances_are_exact_where_float32_is_not():
@@ -328,6 +329,29 @@ def test_a_gpu_where_triton_cannot_build(monkeypatch, capsys):
     monkeypatch.setattr(dispatch, "AVAILABLE", False)
     with pytest.raises(ValueError, match="pip install triton"):
         use_kernels("triton")
+
+
+def test_kernels_import_nothing_of_the_project():
+    """Only the standard library, torch, scipy, triton and the package's own files."""
+    allowed = {*sys.stdlib_module_names, "kernels", "torch", "scipy", "triton"}
+    for path in (ROOT / "kernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = []
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                modules = [node.module]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 1, f"{path} imports from outside its folder"
+            for module in modules:
+                assert module.split(".")[0] in allowed, f"{path} imports {module}"
+
+
+def test_kernels_run_from_a_folder_of_their_own(tmp_path):
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
+    code = "import torch, kernels; x = torch.ones(2, 3); print(kernels.dice_bce_loss(x, x))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_without_triton_everything_imports_and_runs():

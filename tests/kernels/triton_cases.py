@@ -1,4 +1,4 @@
-"""The Triton kernels themselves against float64 references: on a GPU where there is one, else in Triton's
+"""The Triton kernels themselves against their plain-torch twins in float64: on a GPU where there is one, else in Triton's
 interpreter.
 
 Not collected with the other tests: test_kernels.py runs this file in a process of its own, as the interpreter
@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from kernels import adapter, adapter_bottleneck, boundary, dice_bce, dice_bce_loss, dispatch
-from kernels.adapter import reference as adapter_reference
-from kernels.dice_bce import reference as loss_reference
+from kernels.adapter import adapter_torch
+from kernels.dice_bce import dice_bce_torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -58,13 +58,13 @@ def operands(n, d, r, dtype, seed=0, residual_dtype=None):
 
 
 def compare(tensors, upstream, tolerance):
-    """Output and every gradient of the kernel against the reference in float64."""
+    """Output and every gradient of the kernel against its twin in float64."""
     own = [t if t is None else t.detach().clone().requires_grad_() for t in tensors]
     out = adapter_bottleneck(*own)
     known = [t for t in own if t is not None]
     got = torch.autograd.grad(out, known, upstream)
     exact = [t if t is None else t.detach().double().requires_grad_() for t in tensors]
-    want = adapter_reference(*exact)
+    want = adapter_torch(*exact)
     wanted = torch.autograd.grad(want, [t for t in exact if t is not None], upstream.double())
     assert error(out, want) <= tolerance
     for tensor, g, w in zip(known, got, wanted):
@@ -144,7 +144,7 @@ def test_adapter_with_some_gradients_only(with_h, with_weights):
         t.requires_grad_(with_h if i < 2 else with_weights)
     adapter_bottleneck(*tensors).backward(upstream)
     exact = [t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
-    adapter_reference(*exact).backward(upstream.double())
+    adapter_torch(*exact).backward(upstream.double())
     for ours, theirs in zip(tensors, exact):
         assert (ours.grad is None) == (theirs.grad is None)
         assert ours.grad is None or error(ours.grad, theirs.grad) <= 1e-5
@@ -162,6 +162,8 @@ TARGETS = {
     "empty": lambda shape: torch.zeros(shape, dtype=torch.bool),
     "full": lambda shape: torch.ones(shape, dtype=torch.uint8),
     "soft": lambda shape: torch.rand(shape),
+    "ignored in part": lambda shape: torch.tensor([0, 1, 255], dtype=torch.uint8)[torch.randint(3, shape)],
+    "all ignored": lambda shape: torch.full(shape, 255, dtype=torch.uint8),
 }
 
 
@@ -176,9 +178,25 @@ def test_dice_bce(shape, kind, ce):
         if scale == 80:
             logits = logits.sign() * 80
         value, gradient = loss_and_gradient(dice_bce_loss, logits, target, ce=ce)
-        want, wanted = loss_and_gradient(loss_reference, logits.double(), target, ce=ce)
+        want, wanted = loss_and_gradient(dice_bce_torch, logits.double(), target, ce=ce)
         torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=1e-8)
         assert (gradient - wanted).abs().max() <= 1e-5 * wanted.abs().max() + 1e-9
+        assert not gradient[target == 255].any()
+
+
+@pytest.mark.parametrize("ce", ["logits", "reference"])
+def test_dice_bce_is_not_moved_by_what_is_ignored(ce):
+    torch.manual_seed(3)
+    logits = torch.randn(3, 1, 70, 90, device=DEVICE)
+    target = (torch.rand(3, 1, 70, 90) < 0.3).to(torch.uint8).to(DEVICE)
+    target[1] = 255
+    target[2, :, 20:] = 255
+    other = torch.where(target == 255, 60 * torch.randn_like(logits), logits)
+    for loss in (dice_bce_loss, dice_bce_torch):
+        value, gradient = loss_and_gradient(loss, logits, target, ce=ce)
+        moved, moved_gradient = loss_and_gradient(loss, other, target, ce=ce)
+        assert value == moved and torch.equal(gradient, moved_gradient)
+        assert not gradient[target == 255].any() and gradient[target != 255].all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -192,7 +210,7 @@ def test_dice_bce_of_each_type(dtype):
         dice_bce_loss, logits, target, dice_weight=1.0, bce_weight=0.2, smooth=1.0
     )
     want, wanted = loss_and_gradient(
-        loss_reference, logits.double(), target, dice_weight=1.0, bce_weight=0.2, smooth=1.0
+        dice_bce_torch, logits.double(), target, dice_weight=1.0, bce_weight=0.2, smooth=1.0
     )
     assert value.dtype == torch.float32 and gradient.dtype == dtype
     torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=0)
@@ -205,7 +223,7 @@ def test_dice_bce_of_strided_logits():
         torch.rand(2, 1, 30, 40, device=DEVICE).mT > 0.5,
     )
     value, gradient = loss_and_gradient(dice_bce_loss, logits, target)
-    want, wanted = loss_and_gradient(loss_reference, logits.double(), target)
+    want, wanted = loss_and_gradient(dice_bce_torch, logits.double(), target)
     torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=0)
     assert error(gradient, wanted) <= 1e-5
 
@@ -223,6 +241,13 @@ def random_masks(seed):
     return [m.to(DEVICE) for m in pair]
 
 
+def distances_by_definition(pred, target):
+    """(Of pred's boundary pixels, of target's): squared distances of masks `[H, W]`, from all pairs."""
+    a, b = boundary.boundary(pred).nonzero(), boundary.boundary(target).nonzero()
+    squared = (a[:, None] - b).square().sum(2)
+    return squared.amin(1), squared.amin(0)
+
+
 @pytest.mark.parametrize("seed", range(14))
 def test_surface_distances(seed):
     pred, target = random_masks(seed)
@@ -231,8 +256,12 @@ def test_surface_distances(seed):
     for i, (p, t) in enumerate(zip(pred, target)):
         assert counts[:, i].tolist() == [boundary.boundary(m).sum().item() for m in (p, t)]
         if p.any() and t.any():
-            of_pred, of_target = boundary.reference(p, t)
+            of_pred, of_target = distances_by_definition(p, t)
             assert torch.equal(parts[i].long(), of_pred) and torch.equal(parts[n + i].long(), of_target)
+            of_pred, of_target = boundary.surface_distances_torch(p[None], t[None])[0].split(
+                [len(of_pred), len(of_target)]
+            )
+            assert torch.equal(parts[i], of_pred) and torch.equal(parts[n + i], of_target)
 
 
 def test_surface_distances_far_apart():
@@ -292,5 +321,5 @@ def test_ops_are_registered_rightly():
     torch.library.opcheck(adapter._backward, (g, h, a, w1, w2, b2, True, True), test_utils=utils)
     z, y = torch.randn(2, 20, device=DEVICE, requires_grad=True), torch.rand(2, 20, device=DEVICE)
     torch.library.opcheck(dice_bce._forward, (z, y, 1.5, 1.0, 1e-5, "logits"), test_utils=utils)
-    one, terms = torch.ones((), device=DEVICE), torch.randn(2, 2, device=DEVICE)
+    one, terms = torch.ones((), device=DEVICE), torch.randn(2, 3, device=DEVICE)
     torch.library.opcheck(dice_bce._backward, (one, z.detach(), y, terms, 1.0, "reference"), test_utils=utils)

@@ -12,7 +12,8 @@ from tests.methods.test_adapters import REAL, batch, count
 from tests.networks.test_clipseg import assert_golden, golden, run
 from vlsm.methods.registry import METHODS
 from vlsm.methods.upsampler import Upsampler
-from vlsm.networks.base import patch_tokens
+from vlsm.networks.transformer import patch_tokens
+from vlsm.training.run import check_gradients
 
 TINY = GOLDEN / "clipseg-tiny"
 LEARNERS = ("coop", "cocoop", "vpt", "maple", "shared_separate", "shared_attention")
@@ -44,10 +45,10 @@ def test_golden(method, reference):
     model = vlsm.build("clipseg", GOLDEN / config["base"], method, reference=reference, **options)
     model.load_tuned({our_name(n[6:]): t for n, t in g.items() if n.startswith("param.")})
     contexts = model.tuner.contexts()
-    activations = model.base.encode_image(g["in.pixel_values"], model.tuner, contexts.vision).activations
-    for layer, activation in zip(model.base.config.extract_layers, activations):
+    activations = model.network.encode_image(g["in.pixel_values"], model.tuner, contexts.vision).activations
+    for layer, activation in zip(model.network.config.extract_layers, activations):
         torch.testing.assert_close(activation, g[f"out.vision_activation.{layer}"], atol=2e-5, rtol=1e-5)
-    cond, *_ = model.base.encode_prompts(
+    cond, *_ = model.network.encode_prompts(
         g["in.input_ids"], g["in.attention_mask"], model.tuner, contexts.text
     )
     torch.testing.assert_close(cond, g["out.conditional_embeddings"], atol=2e-5, rtol=0)
@@ -96,7 +97,8 @@ def restated(base, pixels, ids, text, vision):
                 t[:, 1 : 1 + n] = text[i][k + 1]
         cond = clip.text_projection(clip.text_model.final_layer_norm(t))[:, -1]
         grid = (pixels.shape[2] // config.vision.patch_size, pixels.shape[3] // config.vision.patch_size)
-        out.append(base.decoder([states[e] for e in config.extract_layers], cond, grid)[0])
+        reduced = [base.decoder.reduces[k](states[e]) for k, e in enumerate(config.extract_layers[::-1])]
+        out.append(base.decoder(reduced, cond, grid)[0])
     return torch.cat(out)
 
 
@@ -121,7 +123,7 @@ def sets(model, method, pixels):
     if method == "maple":
         return [V] * B, [torch.stack([pick(t.project, i)(v) for i, v in enumerate(V)])] * B
     if method == "cocoop":
-        f = features(model.base, pixels)
+        f = features(model.network, pixels)
         f = f / f.norm(dim=1, keepdim=True) if model.info["options"]["norm_image_features"] else f
         return [torch.stack([v + pick(t.project, i)(f[b]) for i, v in enumerate(V)]) for b in range(B)], None
     if method == "shared_separate":
@@ -161,7 +163,7 @@ def test_equals_the_restatement(method, options):
     with torch.no_grad():
         for p in model.tuned_parameters().values():  # away from a start at which much is equal
             p.add_(0.1 * torch.randn_like(p))
-    want = restated(model.base, pixels, ids, *sets(model, method, pixels))
+    want = restated(model.network, pixels, ids, *sets(model, method, pixels))
     got = model(pixels, ids)
     torch.testing.assert_close(got, want, atol=1e-9, rtol=0)
     weight = torch.randn_like(want)
@@ -261,7 +263,7 @@ def test_gradients_reach_the_tuner_alone_and_all_of_it(method):
     options = {} if method == "lora" else dict(dense=dict(dim=4)) if "dense" in method else {}
     model = build(method, **options)
     model(*batch()).square().mean().backward()
-    assert "0 of" in (line := model.check_gradients()) and "ZERO" not in line
+    assert "0 of" in (line := check_gradients(model)) and "ZERO" not in line
     tuned = {id(p) for p in model.tuned_parameters().values()}
     assert all((p.grad is not None) == (id(p) in tuned) for p in model.parameters())
 
@@ -327,7 +329,7 @@ def test_weight_decay_acts_on_contexts_and_matrices():
 def test_contexts_start_from_text():
     model = vlsm.build("clipseg", "mini", "coop", context_init="red circle", prompt_depth=3)
     ids = model.tokenizer().encode("red circle")[1:-1]
-    words = model.base.clip.text_model.embeddings.token_embedding.weight[ids]
+    words = model.network.clip.text_model.embeddings.token_embedding.weight[ids]
     assert torch.equal(model.tuner.context[0], words) and model.tuner.context.shape == (3, 2, 96)
     assert model.info["options"]["context"] == 2 and model.tuner.context[1].std() < 0.03
     model = vlsm.build("clipseg", "mini", "maple", context_init=["red circle", "blue square"], prompt_depth=2)
@@ -337,7 +339,7 @@ def test_contexts_start_from_text():
 
 
 def test_depth_of_the_published_code_follows_its_own_rule():
-    config = build("none").base.config
+    config = build("none").network.config
     assert config.max_prompt_depth(["vision"]) == 11 == config.max_prompt_depth(["vision"], reference=True)
     assert (
         REAL.max_prompt_depth(["vision"]),

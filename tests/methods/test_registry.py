@@ -1,5 +1,6 @@
 """LoRA, the learnable upsampler, combinations, wrong options; every method on the demo."""
 
+import argparse
 import json
 
 import pytest
@@ -11,15 +12,24 @@ import vlsm
 from tests.conftest import ROOT, normalise
 from tests.methods.test_adapters import REAL, batch, count
 from tests.methods.test_prompt_learners import LEARNERS, SMALL, TINY, build, restated
-from vlsm.methods.registry import complete_options, make_tuner
+from vlsm.methods.registry import (
+    METHODS,
+    OPTIONS,
+    add_method_options,
+    complete_options,
+    default_options,
+    make_tuner,
+)
 from vlsm.methods.upsampler import Upsampler
 from vlsm.networks.hooks import Contexts
 from vlsm.networks.weights import MINI
+from vlsm.tools.merge import merged_state_dict
+from vlsm.training.run import check_gradients
 
 
 @pytest.mark.parametrize("h, w", [(4, 4), (3, 7), (1, 2)])
 def test_upsampler_is_bilinear_then_convolution(h, w):
-    up = Upsampler(build("none").base.config).double()
+    up = Upsampler(build("none").network.config).double()
     z, logits = (
         torch.randn(3, 16, h, w, dtype=torch.double, requires_grad=True),
         torch.randn(3, 1, 16 * h, 16 * w, dtype=torch.double),
@@ -38,7 +48,7 @@ def test_upsampler_is_bilinear_then_convolution(h, w):
 
 def test_upsampler_trains_after_an_evaluation():
     """What is kept between calls must not be made in inference mode."""
-    up = Upsampler(build("none").base.config)
+    up = Upsampler(build("none").network.config)
     with torch.inference_mode():
         up.upsample(torch.randn(1, 16, 5, 6))
     up.upsample(torch.randn(1, 16, 5, 6)).sum().backward()
@@ -58,8 +68,10 @@ def test_upsampler_of_the_published_code(method, reads):
     bare = vlsm.build("clipseg", TINY, method, **{**SMALL.get(method, {}), "upsampler": False})
     bare.load_tuned({n: t for n, t in ours.tuned_state_dict().items() if not n.startswith("upsampler.")})
     frozen, z = [], []
-    decoder = bare.base.decoder
-    bare.base.decoder.forward = lambda *a: [frozen.append(out := type(decoder).forward(decoder, *a)), out][1]
+    decoder = bare.network.decoder
+    bare.network.decoder.forward = lambda *a: [frozen.append(out := type(decoder).forward(decoder, *a)), out][
+        1
+    ]
     bare(pixels, ids)
     logits, z = frozen[0]
     risen = ours.tuner.upsampler.upsample(z)
@@ -76,7 +88,7 @@ def test_upsampler_of_the_published_code(method, reads):
         "upsampler.conv.weight": reads != "nothing",
         "upsampler.conv.bias": reads != "nothing",
     }
-    assert "finite and non-zero, 0 of" in theirs.check_gradients()
+    assert "finite and non-zero, 0 of" in check_gradients(theirs)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +96,7 @@ def test_upsampler_of_the_published_code(method, reads):
     [
         ("coop", dict(prompt_depth=0), "Give 1 to 11"),
         ("vpt", dict(prompt_depth=12), "Give 1 to 11"),
-        ("coop", dict(context=19), "give 1 to 18, what the text encoder's window of 20 tokens holds"),
+        ("coop", dict(context=19), "give 1 to 18: its window of 20 tokens"),
         ("vpt", dict(context=0), "give 1 or more"),
         ("maple", dict(lora_proj=True, intermediate_dim=[4, 5]), "takes one --intermediate-dim, not 2"),
         ("maple", dict(intermediate_dim=[4, 0]), "--intermediate-dim 4 0"),
@@ -97,14 +109,14 @@ def test_upsampler_of_the_published_code(method, reads):
             "takes the options prompt_depth, context, context_init; it has no shared_dim",
         ),
         ("coop+maple", {}, "both put context vectors into the text encoder"),
-        ("dense+dense", {}, "dense stands there twice"),
+        ("dense+dense", {}, "dense is named twice"),
         ("none+vpt", {}, "none trains nothing"),
         ("full+decoder", {}, "full trains the decoder already"),
         ("dense+", {}, "Method '' is not known"),
         ("none", dict(upsampler=True), "--peft none trains nothing"),
         ("lora", dict(lora_targets=("q", "mlp")), "--lora-targets mlp: give one or more of q, k, v, out"),
         ("lora", dict(dim=0), "--dim 0"),
-        ("lora", dict(branches="vc"), "--branches 'vc' is not known to lora"),
+        ("lora", dict(branches="vc"), "--branches 'vc' is not known"),
     ],
 )
 def test_wrong_options_are_sentences(method, options, message):
@@ -132,7 +144,7 @@ def test_lora_is_a_change_of_weights(branches):
         for p in model.tuned_parameters().values():
             p.add_(0.1 * torch.randn_like(p))
     assert (model(pixels, ids) - base(pixels, ids)).abs().max() > 0.01
-    base.base.load_state_dict(model.merged_state_dict())
+    base.network.load_state_dict(merged_state_dict(model))
     torch.testing.assert_close(base(pixels, ids), model(pixels, ids), atol=1e-5, rtol=1e-5)
     sides = {"v": "vision", "l": "text"}
     assert {n.split(".")[0] for n in model.tuned_state_dict()} == {sides[b] for b in branches}
@@ -142,16 +154,16 @@ def test_lora_is_a_change_of_weights(branches):
 
 def test_lora_count_at_real_size():
     with torch.device("meta"):
-        lora = make_tuner("lora", REAL, False, complete_options("lora", {}))
+        lora = make_tuner("lora", REAL, False, complete_options("lora", {}, REAL))
         assert count(lora) == 2 * 16 * 2 * (10 * 768 + 12 * 512)
 
 
 @pytest.mark.parametrize("method", ["dense", "coop", "lora+vpt"])
 def test_what_is_no_change_of_weights_is_not_merged(method):
     with pytest.raises(ValueError, match="possible for lora, decoder and full, without --upsampler"):
-        build(method).merged_state_dict()
+        merged_state_dict(build(method))
     with pytest.raises(ValueError, match="without --upsampler"):
-        build("lora", upsampler=True).merged_state_dict()
+        merged_state_dict(build("lora", upsampler=True))
 
 
 def test_features_of_a_combination_are_those_of_the_tower_as_it_runs():
@@ -160,7 +172,7 @@ def test_features_of_a_combination_are_those_of_the_tower_as_it_runs():
     contexts = model.tuner.contexts()
     assert isinstance(contexts, Contexts) and [len(c) for c in contexts] == [3, 3]
     pixels, ids = batch()
-    want = restated(model.base, pixels, ids, [model.tuner.coop.context] * 2, [model.tuner.vpt.context] * 2)
+    want = restated(model.network, pixels, ids, [model.tuner.coop.context] * 2, [model.tuner.vpt.context] * 2)
     bare = build("coop+vpt", prompt_depth=3, upsampler=False)
     bare.load_tuned({n: t for n, t in model.tuned_state_dict().items() if "upsampler" not in n})
     torch.testing.assert_close(bare(pixels, ids), want, atol=1e-5, rtol=0)
@@ -175,7 +187,7 @@ def test_half_precision_leaves_what_is_trained_in_float32(method):
         got = model(*batch()).float()
     assert (got - want).abs().max() < 0.05 * want.abs().max()
     got.square().mean().backward()
-    assert "ZERO" not in model.check_gradients()
+    assert "ZERO" not in check_gradients(model)
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.tuned_parameters().values())
 
 
@@ -236,5 +248,23 @@ def test_the_method_that_readme_adds(monkeypatch):
         f"scale.{k}" for k in range(3)
     }
     model(torch.randn(2, 3, 48, 48), *model.tokenizer()(["a", "b"])).square().mean().backward()
-    assert "3 of 3 trained tensors finite and non-zero" in model.check_gradients()
+    assert "3 of 3 trained tensors finite and non-zero" in check_gradients(model)
     assert vlsm.build("clipseg", "mini", "dense+scale").count_parameters()[0] == 174_144 + 3 * 128
+
+
+def test_every_option_of_a_method_is_on_the_command_line():
+    parser = argparse.ArgumentParser()
+    add_method_options(parser)
+    assert set(vars(parser.parse_args([]))) == set(OPTIONS)
+    for method in METHODS:
+        options = complete_options(method, {}, REAL)
+        assert options == default_options(method)
+
+
+def test_options_of_a_combination():
+    settings = complete_options("dense+vpt", dict(dim=8, vpt=dict(context=3)), REAL)
+    assert settings["upsampler"] and settings["dense"]["dim"] == 8 and settings["vpt"]["context"] == 3
+    assert complete_options("dense+vpt", settings, REAL) == settings
+    assert not complete_options("dense+vpt", dict(upsampler=False), REAL)["upsampler"]
+    with pytest.raises(ValueError, match="has no heads"):
+        complete_options("dense+vpt", dict(vpt=dict(heads=2)), REAL)

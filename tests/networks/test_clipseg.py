@@ -58,13 +58,14 @@ def run(model, g):
 
 def assert_gradients(model, g, rename=lambda n: n):
     """Every stored gradient, to 1e-3 of the tensor's largest entry."""
-    named = dict(model.named_parameters())
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    gradients = model.network.published_names(gradients)
     names = [n[5:] for n in g if n.startswith("grad.")]
     assert names
     for name in names:
-        (ours,) = [p for n, p in named.items() if n.endswith("." + rename(name))]
+        (ours,) = [gradient for n, gradient in gradients.items() if n.endswith("." + rename(name))]
         want = g["grad." + name]
-        assert (ours.grad - want).abs().max() <= 1e-3 * want.abs().max(), name
+        assert (ours - want).abs().max() <= 1e-3 * want.abs().max(), name
 
 
 def assert_golden(model, g, rename):
@@ -235,7 +236,7 @@ def test_pickled_weights_load_like_safetensors(pair, tmp_path):
 
 def test_non_square_and_larger_images(pair):
     _, ours = pair(2)
-    config = ours.base.config
+    config = ours.network.config
     pixels = torch.randn(2, 3, 2 * config.vision.patch_size, 5 * config.vision.patch_size)
     ids = torch.tensor([[58, 5, 59]]).expand(2, 3)
     h, w = ours(pixels, ids).shape[-2:]
@@ -259,9 +260,9 @@ def test_padding_and_repetition_change_nothing():
 def test_equal_prompts_are_encoded_once(monkeypatch):
     g, config = golden("vlsm-dense-vl")
     model, seen = vlsm.build("clipseg", GOLDEN / config["base"]), []
-    encode = model.base.encode_text
+    encode = model.network.encode_text
     monkeypatch.setattr(
-        model.base, "encode_text", lambda ids, *rest: seen.append(ids.shape) or encode(ids, *rest)
+        model.network, "encode_text", lambda ids, *rest: seen.append(ids.shape) or encode(ids, *rest)
     )
     model(g["in.pixel_values"], g["in.input_ids"][[0, 1, 0]], g["in.attention_mask"][[0, 1, 0]])
     assert seen[0][0] == 2
@@ -290,8 +291,8 @@ def test_padding_on_the_left_is_masked(pair):
 
 def test_blocks_above_the_last_extracted_never_run(pair):
     theirs, ours = pair(4)
-    last = max(ours.base.config.extract_layers)
-    for block in ours.base.clip.vision_model.encoder.layers[last + 1 :]:
+    last = max(ours.network.config.extract_layers)
+    for block in ours.network.clip.vision_model.encoder.layers[last + 1 :]:
         block.forward = None  # calling it would raise
     pixels, ids, mask = random_inputs(theirs.config, 4)
     ours(pixels, ids, mask)

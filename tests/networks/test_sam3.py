@@ -11,12 +11,12 @@ from transformers.models.sam3.modeling_sam3 import Sam3Model
 
 import vlsm
 from tests.conftest import ROOT, same_tensors
-from vlsm.checkpoint import save_merged
 from vlsm.methods.adapters import ShallowAdapters
 from vlsm.methods.registry import METHODS
 from vlsm.networks import weights
 from vlsm.networks.sam3 import SAM3, SAM3Config
 from vlsm.networks.weights import MINI
+from vlsm.tools.merge import save_merged
 
 TINY = ROOT / "tests" / "tiny" / "sam3.json"
 TRAINABLE = [name for name in SAM3.methods if name != "none"]
@@ -61,7 +61,7 @@ def pair(request):
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
     ours = SAM3(SAM3Config.from_dict(config.to_dict())).eval()
-    ours.load_state_dict(SAM3.rename(theirs.state_dict()))
+    ours.load_state_dict(SAM3.own_names(SAM3.rename(theirs.state_dict())))
     ids = torch.randint(1, 190, (3, 12))
     ids[:, 0] = 198
     for row, end in ((0, 4), (1, 11), (2, 4)):
@@ -94,7 +94,8 @@ def test_every_gradient_equals_transformers(pair):
     )
     semantic(theirs, images, ids, mask).square().mean().backward()
     ours(images, ids, mask).square().mean().backward()
-    wanted = SAM3.rename({name: p.grad for name, p in theirs.named_parameters() if p.grad is not None})
+    gradients = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    wanted = SAM3.own_names(SAM3.rename(gradients))
     for name, parameter in ours.named_parameters():
         assert parameter.grad.abs().max() > 0 or "k_proj.bias" in name or name not in wanted, name
         torch.testing.assert_close(parameter.grad, wanted[name], atol=1e-9, rtol=1e-6, msg=name)
@@ -145,7 +146,7 @@ def test_counts_at_real_size():
     with torch.device("meta"):
         network = SAM3(SAM3Config.from_dict({}))
         theirs = Sam3Model(Sam3Config())
-    ours = SAM3.rename(theirs.state_dict())
+    ours = SAM3.own_names(SAM3.rename(theirs.state_dict()))
     assert {n: tuple(t.shape) for n, t in ours.items()} == {
         n: tuple(t.shape) for n, t in network.state_dict().items()
     }
@@ -264,7 +265,7 @@ def test_compiled_layers_give_the_same():
     model = vlsm.build("sam3", f"random:{TINY}", "dense")
     pixels, (ids, mask) = torch.randn(3, 3, 112, 112), model.tokenizer()(["a red disk"] * 3)
     want = model(pixels, ids, mask)
-    for block in model.base.compilable_blocks():
-        block.compile(dynamic=model.base.compile_dynamic, backend="eager")
+    for block in model.network.compilable_blocks():
+        block.compile(dynamic=model.network.compile_dynamic, backend="eager")
     for n in (3, 2):
         torch.testing.assert_close(model(pixels[:n], ids[:n], mask[:n]), want[:n])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vlsm.data.describe import components, describe
-from vlsm.data.prompts import class_word, select_prompt
+from vlsm.data.records import Record, choose_prompt, class_word
 from vlsm.networks.tokenizer import Tokenizer
 from vlsm.networks.weights import MINI
 
@@ -55,9 +55,13 @@ def test_no_tokenizer(tmp_path):
 PROMPTS = {"p0": "", "p1": "polyp", "p2": ["round polyp", "oval polyp"], "p3": "red polyp"}
 
 
+def record_of(prompts, class_word=None):
+    return Record("a.png", "a.png", None, None, prompts, class_word)
+
+
 def test_random_prompts_are_uniform_over_keys_without_the_first():
-    rng, n = np.random.default_rng(0), 6000
-    drawn = [select_prompt(PROMPTS, "random", rng) for _ in range(n)]
+    record, n = record_of(PROMPTS), 6000
+    drawn = [choose_prompt(record, "random", i) for i in range(n)]
     share = {text: drawn.count(text) / n for text in ("", "polyp", "round polyp", "oval polyp", "red polyp")}
     assert share[""] == 0
     for text, want in (("polyp", 1 / 3), ("round polyp", 1 / 6), ("oval polyp", 1 / 6), ("red polyp", 1 / 3)):
@@ -65,17 +69,17 @@ def test_random_prompts_are_uniform_over_keys_without_the_first():
 
 
 def test_other_ways_to_choose():
-    rng = np.random.default_rng(0)
-    assert select_prompt(PROMPTS, "p3", rng) == "red polyp"
-    assert select_prompt(PROMPTS, "p0", rng) == ""
-    assert select_prompt(PROMPTS, "anything else", rng) == "anything else"
-    assert select_prompt(PROMPTS, "class", rng, "polyp") == "polyp"
+    record, bare = record_of(PROMPTS, "polyp"), record_of({})
+    assert choose_prompt(record, "p3", 0) == "red polyp"
+    assert choose_prompt(record, "p0", 0) == ""
+    assert choose_prompt(record, "anything else", 0) == "anything else"
+    assert choose_prompt(record, "class", 0) == "polyp"
     with pytest.raises(ValueError, match="Known here: p0, p1, p2, p3"):
-        select_prompt(PROMPTS, "p7", rng)
+        choose_prompt(record, "p7", 0)
     with pytest.raises(ValueError, match="came without prompts"):
-        select_prompt({}, "random", rng)
+        choose_prompt(bare, "random", 0)
     with pytest.raises(ValueError, match="no class word"):
-        select_prompt({}, "class", rng)
+        choose_prompt(bare, "class", 0)
 
 
 @pytest.mark.parametrize(

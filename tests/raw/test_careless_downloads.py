@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import sys
 import zipfile
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.raw.layouts import Layout
-from vlsm.data.images import read_mask
+from tests.raw.layouts import LAYOUTS, Layout
+from vlsm.data.images import NeedsPackage, read_mask
 from vlsm.raw import download
 from vlsm.raw.prepare import prepare
 from vlsm.system.files import HOST
@@ -226,3 +227,12 @@ def test_a_killed_preparation_leaves_nothing_for_long(tmp_path):
     foreign.mkdir()
     prepare("kvasir", kvasir(4).write(tmp_path / "d"), tmp_path / "out")
     assert not left.exists() and foreign.exists()
+
+
+def test_run_lengths_ask_for_their_reader(tmp_path, monkeypatch):
+    layout = Layout()
+    LAYOUTS["chexlocalize"](layout)
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    with pytest.raises(NeedsPackage, match="pip install pycocotools"):
+        prepare("chexlocalize", layout.write(tmp_path / "raw"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,16 +1,16 @@
 """The formats that raw downloads come in: TIFFs that Pillow refuses, run lengths, NIfTI."""
 
-import builtins
 import gzip
 import io
 import struct
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vlsm.data.images import ImageError, read_tiff
-from vlsm.raw import formats
+from vlsm.data.images import ImageError, NeedsPackage, read_tiff
+from vlsm.raw import download as formats
 from vlsm.raw.download import Download
 
 SHAPE = (20, 28)
@@ -87,11 +87,14 @@ def test_run_lengths():
     for shape in ((20, 28), (1, 1), (64, 3)):
         for share in (0.0, 0.02, 0.5, 1.0):
             mask = rng.uniform(size=shape) < share
-            assert (formats.decode_mask(counts_string(mask), shape) == mask).all()
-    for wrong in ([2, 3], [10**9, 1], [7, -1]):
-        with pytest.raises(ValueError, match="do not fill 3 x 2 pixels"):
-            formats.decode_mask(wrong, (2, 3))
-    assert (formats.decode_mask([2, 3, 1], (2, 3)) == [[0, 1, 1], [0, 1, 0]]).all()
+            assert (formats.decode_run_lengths(counts_string(mask), shape, "a.json") == mask).all()
+    assert (formats.decode_run_lengths("231", (2, 3), "a.json") == [[0, 1, 1], [0, 1, 0]]).all()
+    for wrong in ("23", "", "\0\xff", "231" * 99):
+        with pytest.raises(ValueError):
+            formats.decode_run_lengths(wrong, (2, 3), "a.json")
+    for size in ((-2, -3), (10**6, 10**6)):
+        with pytest.raises(ValueError, match="no size of an image"):
+            formats.decode_run_lengths("231", size, "a.json")
 
 
 def test_nifti_asks_for_its_reader_or_reads(tmp_path, monkeypatch):
@@ -111,13 +114,6 @@ def test_nifti_asks_for_its_reader_or_reads(tmp_path, monkeypatch):
         pass
     else:
         assert (formats.read_nifti(d, "a.nii.gz") == pixels).all()
-    real = builtins.__import__
-
-    def without(name, *rest):
-        if name == "nibabel":
-            raise ImportError(name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ValueError, match="pip install nibabel"):
+    monkeypatch.setitem(sys.modules, "nibabel", None)
+    with pytest.raises(NeedsPackage, match="pip install nibabel"):
         formats.read_nifti(d, "a.nii.gz")

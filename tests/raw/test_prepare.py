@@ -11,7 +11,8 @@ import datasets
 from tests.raw.layouts import LAYOUTS, Layout
 from tests.raw.test_formats import strips
 from vlsm.data.images import read_image, read_mask
-from vlsm.raw.prepare import split
+from vlsm.raw.prepare import draw_splits
+from vlsm.results import figures
 
 RECORDS = dict(
     kvasir=(8, 1, 1),
@@ -135,10 +136,10 @@ def test_splits_keep_patients_together(prepared, tmp_path):
 )
 def test_splits_have_the_published_sizes(name, count, want):
     entries = [dict(split=None, group=str(i)) for i in range(count)]
-    found = split(name, entries)
+    found = draw_splits(name, entries)
     assert tuple(len(found[part]) for part in ("train", "val", "test")) == want
     assert {e["group"] for rows in found.values() for e in rows} == {str(i) for i in range(count)}
-    assert split(name, entries[::-1])["val"] == found["val"]
+    assert draw_splits(name, entries[::-1])["val"] == found["val"]
 
 
 def test_prompts_and_descriptions(prepared, tmp_path):
@@ -241,7 +242,7 @@ def test_names_in_a_download_cannot_leave_the_folder(cli, tmp_path):
     assert (
         code == 0
         and "leaves the data set's folder" in said
-        and "run lengths that do not fill 28 x 20 pixels: 1" in said
+        and "run lengths that do not fill 28 x 20 pixels" in said
     ), err
     assert not list(tmp_path.glob("*escaped*")) and not list((tmp_path / "data").rglob("*escaped*"))
 
@@ -265,15 +266,16 @@ def test_the_look_at_a_data_set(prepared, cli, tmp_path):
         and "prompts: p0, p1, p2" in said
     )
     assert (
-        f"WARNING: 1 pictures are in train and in test ({train[0]['img_name']} = {test[0]['img_name']})"
-        in said
+        f"WARNING: 1 images are in train and in test ({train[0]['img_name']} = {test[0]['img_name']})" in said
     )
     assert (
-        f"NOTE: 1 of 1 pictures in val look nearly like one in train ({val[0]['img_name']} ~ "
+        f"NOTE: 1 of 1 images in val look nearly like one in train ({val[0]['img_name']} ~ "
         f"{train[1]['img_name']})" in said
     )
-    assert said.count("NOTE") == 1  # a picture that is the same has its warning
+    assert said.count("NOTE") == 1  # an equal image has its warning
     assert f"UNREADABLE: 1 ({train[2]['img_name']}" in said
     empty = sum(int(line.split(":")[1]) for line in said.splitlines() if "empty masks" in line)
-    assert empty in (0, 1) and Image.open(out).width == 2 * 228 + 8
+    assert empty in (0, 1) and Image.open(out).width == round(
+        figures.DPI * (figures.GAP + 2 * (figures.CELL + figures.GAP))
+    )
     assert cli("datasets", "--check", "demo", "--out", out)[0] == 0

@@ -1,6 +1,5 @@
-"""Intervals, NSD, calibration, a threshold with a guarantee, the audit of prompts, transfer, ensembles."""
+"""Intervals, NSD, calibration, ensembles, sheets."""
 
-import csv
 import json
 import math
 
@@ -9,14 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import GOLDEN, ROOT, rows
+from tests.conftest import GOLDEN, rows, without_dim
 from vlsm import metrics
 from vlsm.data.records import Record
-from vlsm.results import audit, report, risk, transfer
-from vlsm.results.intervals import bootstrap_intervals, group_names
-from vlsm.results.predict import mirrored_prompt
-from vlsm.results.scores import calibration_counts, summarise
-from vlsm.system import plots
+from vlsm.results import figures
+from vlsm.results.predict import Ensemble, load_ensemble, load_predictor, mirrored_prompt
+from vlsm.results.scores import bootstrap_intervals, calibration_counts, group_names, score, summarise
 
 # NSD
 
@@ -79,7 +76,7 @@ def test_intervals_cover_what_they_say(n):
     """Of a mean of skewed scores in 0..1, such as DSC."""
     rng, true, hits, times = np.random.default_rng(0), 5 / 6, 0, 1500
     for k in range(times):
-        low, high = bootstrap_intervals({"x": rng.beta(5, 1, n)}, draws=600, seed=k)["x"]
+        low, high = bootstrap_intervals({"x": rng.beta(5, 1, n)}, range(n), draws=600, seed=k)["x"]
         hits += low <= true <= high
     assert 0.93 <= hits / times <= 0.97
 
@@ -88,18 +85,39 @@ def test_groups_widen_intervals_and_undefined_values_are_left_out():
     rng = np.random.default_rng(1)
     patient = np.repeat(np.arange(20), 10)
     values = rng.normal(0, 1, 20)[patient] + rng.normal(0, 0.1, 200)
-    alone, together = (bootstrap_intervals({"x": values}, groups)["x"] for groups in (None, patient))
+    alone, together = (bootstrap_intervals({"x": values}, groups)["x"] for groups in (range(200), patient))
     assert together[1] - together[0] > 2 * (alone[1] - alone[0])
     assert bootstrap_intervals({"x": values}, patient) == bootstrap_intervals({"x": values}, patient)
     holed = np.where(np.arange(200) % 2, np.nan, 3.0)
-    assert bootstrap_intervals({"x": holed, "y": np.full(200, np.nan)}) == {"x": [3.0, 3.0], "y": None}
-    assert bootstrap_intervals({"x": [1.0]}) == {"x": None} and bootstrap_intervals({"x": []}) == {"x": None}
+    values = {"x": holed, "y": np.full(200, np.nan)}
+    assert bootstrap_intervals(values, range(200)) == {"x": [3.0, 3.0], "y": None}
+    assert bootstrap_intervals({"x": [1.0]}, ["a"]) == {"x": None} == bootstrap_intervals({"x": []}, [])
 
 
 def test_groups_come_from_names():
     records = [Record(name, name, None, None) for name in ("patient1_a.png", "patient1_b.png", "x.png")]
     assert group_names(records, r"patient\d+") == ["patient1", "patient1", "x.png"]
     assert group_names(records) == [r.name for r in records]
+
+
+# Means
+
+
+def test_means_where_masks_are_empty():
+    empty = torch.zeros(4, 5, dtype=torch.bool)
+    some = empty.clone()
+    some[1, 2] = True
+    scores = [score(*pair) for pair in ((empty, empty), (empty, some), (some, empty), (some, some))]
+    assert [s["dsc"] for s in scores] == [1, 0, 0, 1] and [s["hd95"] for s in scores][::3] == [0, 0]
+    means = summarise(scores)
+    hd95 = means["hd95"]
+    assert (hd95["mean"], hd95["std"], hd95["n"], hd95["n_undefined"]) == (0, 0, 2, 2)
+    assert hd95["mean_with_diagonal"] == pytest.approx(math.hypot(4, 5) / 2)
+    assert means["dsc"]["mean"] == means["dsc"]["std"] == means["dsc_nonempty"]["mean"] == 0.5
+    assert (means["empty_correct"]["mean"], means["empty_correct"]["n"]) == (0.5, 2)
+    assert means["intervals"]["groups"] == 4
+    nothing = summarise(scores[1:2])
+    assert nothing["hd95"]["mean"] is None and nothing["hd95"]["ci95"] is None and nothing["hd95"]["n"] == 0
 
 
 # Calibration
@@ -114,169 +132,6 @@ def test_calibration_by_hand():
     assert summarise([row, row])["ece"] == pytest.approx((2 * abs(0.5 - 0.1) + 2 * abs(1 - 0.9)) / 4)
 
 
-# A threshold with a guarantee
-
-
-def test_the_risk_is_controlled():
-    """Over many draws of records for fitting, the mean risk on new ones stays below the level."""
-    rng = np.random.default_rng(0)
-
-    def missed(n):  # a record's share of missed foreground grows with the threshold, more or less steeply
-        steep = rng.uniform(0.2, 4, (n, 1))
-        return risk.THRESHOLDS[None] ** steep
-
-    new, level = missed(4000), 0.2
-    risks = [
-        new[:, np.searchsorted(risk.THRESHOLDS, risk.fit_threshold(missed(30), level))].mean()
-        for _ in range(200)
-    ]
-    assert 0.1 < np.mean(risks) <= level
-    with pytest.raises(ValueError, match="5 records with foreground allow no level below 0.1"):
-        risk.fit_threshold(np.zeros((5, 999)), 0.1)
-    with pytest.raises(ValueError, match="0 records with foreground"):
-        risk.fit_threshold(np.zeros((0, 999)), 0.1)
-
-
-# The audit of prompts
-
-
-def test_prompts_of_the_audit():
-    texts = ["", "polyp", "two small red round polyp, located in top left of the image"]
-    records = [
-        Record("a.png", "a.png", None, None, {f"p{k}": t for k, t in enumerate(texts)}, "polyp"),
-        Record("b.png", "b.png", None, None, {"p0": "", "p1": "polyp", "p2": "large green polyp"}, "polyp"),
-    ]
-    found = audit.audit_prompts(records, [texts[2], "large green polyp"])
-    assert list(found) == list(audit.KINDS)
-    assert found["right"][0] == texts[2] and found["paraphrase"] == ["polyp", "polyp"]
-    assert found["swapped"] == ["large green polyp", texts[2]]
-    changed = found["contradictory"][0]
-    assert changed.startswith("one large ") and "red" not in changed and "bottom right of" in changed
-    assert found["contradictory"][1] == "small green polyp" and found["class word"] == ["polyp"] * 2
-    assert found["absent object"] == ["a large green cross"] * 2
-    assert audit.audit_prompts(records[:1], ["polyp"])["swapped"] == [None]
-    assert audit.contradict("polyp") is None
-
-
-def test_verdicts():
-    def of(**values):
-        return {kind.replace("_", " "): dict(mean=value) for kind, value in values.items()}
-
-    deaf = audit.verdict(of(right=0.723, swapped=0.719, absent_object=0.7))
-    assert deaf == "This run answers the picture, not the text: swapped 71.9, absent object 70.0, right 72.3."
-    assert "but not its attributes" in audit.verdict(of(right=0.8, swapped=0.79, absent_object=0.1))
-    assert "reads its prompt" in audit.verdict(of(right=0.8, swapped=0.3, absent_object=0.1))
-
-
-def test_the_embedded_base_listens():
-    """On drawn scenes: a phrase that tells an object from the others, and another scene's phrase."""
-    from types import SimpleNamespace
-
-    import vlsm
-    from vlsm.data.cache import CachedSplit
-    from vlsm.data.pixel_values import normalise
-    from vlsm.mini import scenes
-
-    pairs = [pair for i in range(60) if (pair := scenes.distinct_pair(99, i))]
-    records = [
-        Record(f"{i}.png", f"{i}.png", image, mask, {"p1": text})
-        for i, (image, (text, mask), _) in enumerate(pairs)
-    ]
-    images = np.stack([r.image.transpose(2, 0, 1) for r in records])
-    data = CachedSplit(
-        records, images, np.stack([r.mask.astype(np.uint8) for r in records]), range(len(records))
-    )
-    model = vlsm.build("clipseg", "mini")
-    tokenizer = model.tokenizer()
-
-    @torch.inference_mode()
-    def logits(images, prompts):
-        return model(normalise(images, model.base.mean, model.base.std), *tokenizer(prompts))
-
-    predictor = SimpleNamespace(device=torch.device("cpu"), logits=logits)
-    options = SimpleNamespace(batch_size=32, upsample="logits")
-    found = audit.audit(predictor, data, [r.prompts["p1"] for r in records], options)
-    assert found["right"]["mean"] - found["swapped"]["mean"] > 0.55
-    assert found["right"]["mean"] - found["contradictory"]["mean"] > 0.6
-    assert audit.verdict(found).startswith("This run reads its prompt")
-
-
-# Which blocks matter
-
-
-def test_blocks_that_are_switched_off(cli, trained):
-    code, said, err = cli("evaluate", "--ckpt", trained, "--audit-blocks")
-    assert code == 0, err
-    found = json.loads((trained / "eval-test" / "blocks.json").read_text())
-    whole = json.loads((trained / "eval-test" / "metrics.json").read_text())["dsc"]["mean"]
-    assert (
-        list(found)[:2] == ["all", "vision 0"]
-        and "text 2" in found
-        and found["all"]["mean"] == (pytest.approx(whole))
-    )
-    assert all(s["mean"] + s["lost"] == pytest.approx(whole) for s in found.values())
-    assert any(abs(s["lost"]) > 1e-4 for s in found.values()) and "95 % interval" in said
-
-
-@pytest.mark.parametrize("method", ["dense", "lora", "telescopic"])
-def test_an_adapter_of_zeros_changes_nothing(method):
-    import vlsm
-    from vlsm.results.blocks import switched_off, tuned_blocks
-
-    torch.manual_seed(0)
-    model, bare = vlsm.build("clipseg", "mini", method), vlsm.build("clipseg", "mini", "none")
-    with torch.no_grad():
-        for parameter in model.tuner.parameters():
-            parameter.normal_(std=0.1)
-    images, ids = torch.randn(2, 3, 96, 96), torch.tensor([[993, 5, 994], [993, 7, 994]])
-    before, blocks = model(images, ids), tuned_blocks(model.tuner)
-    kept = {name: p.clone() for name, p in model.tuner.named_parameters()}
-    from contextlib import ExitStack
-
-    with ExitStack() as stack, torch.no_grad():
-        for at in blocks:
-            stack.enter_context(switched_off(model.tuner, *at))
-        if method == "telescopic":
-            model.tuner.cond.scale.zero_()
-        torch.testing.assert_close(model(images, ids), bare(images, ids))
-    with torch.no_grad():
-        if method == "telescopic":
-            model.tuner.cond.scale.copy_(kept["cond.scale"])
-    torch.testing.assert_close(model(images, ids), before)
-    assert all(torch.equal(p, kept[name]) for name, p in model.tuner.named_parameters())
-
-
-# Transfer
-
-
-def run(own, dataset, dsc, seed=1, share=1.0, label="dense"):
-    scores = dict(dsc=dsc, iou=dsc, hd95=1.0, nsd=None)
-    return report.Run(None, dataset, label, json.dumps(dict(limit_train=share)), seed, 10, scores, own)
-
-
-def test_transfer_table():
-    runs = [run("kvasir", "kvasir", 0.8), run("kvasir", "kvasir", 0.9, 2), run("kvasir", "etis", 0.5)]
-    runs += [run("kvasir", "cvc300", 0.7), run("busi", "busi", 0.6)]
-    lines = transfer.transfer_table(runs).splitlines()
-    assert lines[0] == "| trained on | method | in-domain | cvc300 | etis | out-of-domain | harmonic mean |"
-    assert lines[3] == "| kvasir | dense | 85.00 | 70.00 | 50.00 | 60.00 | 70.34 |"
-    assert lines[2] == "| busi | dense | 60.00 |  |  |  |  |"
-    with pytest.raises(ValueError, match="No run here was evaluated on another data set"):
-        transfer.transfer_table(runs[:2])
-
-
-def test_curve_over_shares(tmp_path):
-    runs = [run("k", "k", d, s, share) for share, d in ((0.1, 0.5), (0.5, 0.6), (1.0, 0.7)) for s in (1, 2)]
-    runs.append(run("k", "k", 0.4, label="coop"))
-    assert transfer.shares(runs)["k"] == {
-        "dense": [(10.0, [50.0, 50.0]), (50.0, [60.0, 60.0]), (100.0, [70.0, 70.0])]
-    }
-    for kind in ("png", "pdf", "svg"):
-        (file,) = transfer.draw_shares(runs, tmp_path, kind)
-        assert file.stat().st_size > 3000
-    assert transfer.draw_shares(runs[:2], tmp_path) == []
-
-
 # The command line
 
 
@@ -287,9 +142,7 @@ def test_mirrored_prompts():
 def test_an_evaluation_says_how_sure_it_is(cli, trained, tmp_path):
     out, deep = tmp_path / "out", tmp_path / "deep"
     options = ["--figure", 3, "--figure-format", "svg", "--save-probabilities", deep, "--group", r"d3\d"]
-    code, said, err = cli(
-        "evaluate", "--ckpt", trained, "--out", out, *options, "--audit-prompts", "--risk", "fn", 0.6
-    )
+    code, said, err = cli("evaluate", "--ckpt", trained, "--out", out, *options)
     assert code == 0, err
     found = json.loads((out / "metrics.json").read_text())
     for name in ("dsc", "iou", "hd95", "nsd", "brier", "dsc_nonempty"):
@@ -303,12 +156,6 @@ def test_an_evaluation_says_how_sure_it_is(cli, trained, tmp_path):
     assert (deep / "d30.png").read_bytes()[24] == 16, "bits a sample, in a PNG's header"
     assert pixels.shape == (44, 60) and 1000 < pixels.max() <= 65535 and pixels.min() >= 0
     assert (out / "figure.svg").read_text().startswith("<?xml")
-    audited = json.loads((out / "audit.json").read_text())
-    assert list(audited["prompts"])[0] == "right" and audited["verdict"] in said
-    assert audited["prompts"]["right"]["mean"] == pytest.approx(found["dsc"]["mean"])
-    fitted = json.loads((out / "risk.json").read_text())
-    assert fitted["fitted_on"] == 6 and 0 < fitted["threshold"] < 1 and "Threshold" in said
-    assert fitted["test"]["dsc_at_half"]["mean"] == pytest.approx(found["dsc"]["mean"])
 
 
 def test_mirror_and_ensemble_are_rows_of_their_own(cli, trained, tmp_path):
@@ -329,11 +176,6 @@ def test_mirror_and_ensemble_are_rows_of_their_own(cli, trained, tmp_path):
     )
     assert both["dsc"]["mean"] == pytest.approx(one["dsc"]["mean"], abs=1e-6) and len(both["ensemble"]) == 2
     assert both["trained"] == 2 * one["trained"]
-    code, said, err = cli("evaluate", "--report", runs, "--format", "csv", "--figure-format", "pdf")
-    assert code == 0, err
-    head = next(csv.reader([said.splitlines()[0]]))
-    assert [label.split(" (")[1] for label in head[2:] if label.count("(") > 1] == ["mirrored)", "mean of 2)"]
-    assert (runs / "dsc.pdf").read_bytes().startswith(b"%PDF")
     masks = tmp_path / "masks"
     code, _, err = cli(
         "evaluate", "--ckpt", runs, "--ensemble", "--mirror", "--images", tmp_path / "disks" / "images" / "d0.png",
@@ -350,34 +192,82 @@ def test_another_data_set_is_another_folder(cli, trained, folder, tmp_path):
         code, _, err = cli("evaluate", "--ckpt", trained, "--dataset", dataset)
         assert code == 0, err
     assert (trained / "eval-test-elsewhere" / "metrics.json").is_file()
-    code, said, err = cli("evaluate", "--report", tmp_path, "--transfer")
-    assert code == 0 and "| trained on | method | in-domain | elsewhere |" in said, err
-    code, said, _ = cli("evaluate", "--report", tmp_path)
-    assert code == 0 and "elsewhere" not in said and "1 evaluations" in said
+
+
+def test_members_of_an_ensemble_share_one_base(cli, quick, trained, tmp_path):
+    code, _, err = cli("train", *without_dim(quick)[:-1], tmp_path / "coop", "--peft", "coop", "--epochs", 1)
+    assert code == 0, err
+    ensemble = load_ensemble([trained, trained, tmp_path / "coop"], device="cpu")
+    bases = []
+    for member in ensemble.predictors:
+        bases.append({id(parameter) for parameter in member.model.network.parameters()})
+    assert bases[0] == bases[1] == bases[2] and len(bases[0]) > 50
+    images = torch.randint(0, 256, (2, 3, 48, 48), dtype=torch.uint8)
+    alone = load_predictor(tmp_path / "coop", device="cpu").logits(images, ["disk", "red disk"])
+    assert torch.equal(ensemble.predictors[2].logits(images, ["disk", "red disk"]), alone)
+    same = Ensemble(ensemble.predictors[:2]).logits(images, ["disk"] * 2)
+    torch.testing.assert_close(same, ensemble.predictors[0].logits(images, ["disk"] * 2))
+    ensemble.predictors[1].size = 96
+    with pytest.raises(ValueError, match="image size"):
+        Ensemble(ensemble.predictors)
+
+
+def test_all_prompts_of_an_ensemble(cli, trained, tmp_path):
+    out = tmp_path / "out"
+    code, said, err = cli("evaluate", "--ckpt", trained, trained, "--ensemble", "--all-prompts", "--out", out)
+    assert code == 0 and [line.split()[0] for line in said.splitlines()] == [
+        "prompt",
+        "p0",
+        "p1",
+        "p2",
+        "p3",
+    ], err
+    assert len(json.loads((out / "p3" / "metrics.json").read_text())["ensemble"]) == 2
 
 
 @pytest.mark.parametrize(
-    "argv, said",
+    "argv, named",
     [
-        (["--risk", "fp", "0.1"], "--risk fp 0.1: give fn and a share between 0 and 1"),
-        (["--risk", "fn", "x"], "--risk fn x: give fn"),
-        (["--risk", "fn", "0.1", "--split", "val"], "cannot be judged there"),
-        (["--group", "(", "--ckpt", "x"], "'(' is no regular expression"),
-        (["--transfer"], "--transfer is a kind of --report"),
-        (["--ensemble", "--ckpt", "x"], "--ensemble wants several"),
-        (["--ensemble", "--ckpt", "x", "--all-prompts"], "goes with none of"),
-        (["--nsd-tolerance", "-1"], "--nsd-tolerance -1.0: give 0 or more"),
-        (["--pred", "a", "--target", "b", "--nsd-tolerance", "nan"], "--nsd-tolerance nan"),
+        (["--group", "(", "--ckpt", "x"], ("--group", "regular expression")),
+        (["--ensemble", "--ckpt", "x"], ("--ensemble", "several")),
+        (["--ckpt", "x", "y"], ("--ckpt", "--ensemble")),
+        (["--ckpt", "x", "--all-prompts", "--gallery"], ("--all-prompts", "gallery")),
+        (["--ckpt", "x", "--nsd-tolerance", "-1"], ("--nsd-tolerance", "-1")),
+        (["--ckpt", "x", "--nsd-tolerance", "nan"], ("--nsd-tolerance", "nan")),
+        (["--ckpt", "x", "--figure", "0"], ("--figure", "0")),
+        (["--ckpt", "x", "--fig", "3"], ("--fig",)),
+        ([], ("--ckpt",)),
     ],
 )
-def test_mistakes_are_sentences(argv, said, cli):
+def test_mistakes_are_sentences(argv, named, cli):
     code, _, err = cli("evaluate", *argv)
-    assert code == 2 and said in err
+    assert code == 2 and all(word in err for word in named), err
 
 
-def test_bars_show_intervals(tmp_path):
-    cells = {"a": {"DSC": report.Cell(50.0, None, 1, (40.0, 55.0))}}
-    for kind in ("png", "pdf", "svg"):
-        plots.bars(cells, "DSC", tmp_path / f"x.{kind}", kind)
-        assert (tmp_path / f"x.{kind}").stat().st_size > 3000
-    assert ROOT.is_dir()
+def test_a_sheet_in_every_format(tmp_path):
+    """Sizes differ, prompts are long or hold what matplotlib would take for a formula."""
+    rng = np.random.default_rng(0)
+    page = []
+    for shape in ((40, 60), (90, 30)):
+        mask = np.zeros(shape, bool)
+        mask[10:30, 10:25] = True
+        image = rng.integers(0, 256, (*shape, 3)).astype(np.uint8)
+        page.append(
+            (image, mask, [mask, ~mask], "a $polyp_1$ that is large " * 12, "best: DSC 90.0  a_$1$.png")
+        )
+    for file_format in ("png", "pdf", "svg"):
+        figures.sheet(page, tmp_path / f"x.{file_format}", ("one", "two"), file_format)
+        assert (tmp_path / f"x.{file_format}").stat().st_size > 10_000
+    pixels = np.asarray(Image.open(tmp_path / "x.png").convert("RGB"))
+    assert (pixels == figures.GREEN).all(-1).sum() > 500 and (pixels == figures.CYAN).all(-1).sum() > 500
+    figures.sheet([(image, mask, [], "", "train: a.png")], tmp_path / "two.png", names=())
+    assert Image.open(tmp_path / "two.png").width < pixels.shape[1]
+    lines = figures.wrap("a polyp " * 60, 4)
+    assert len(lines) == figures.PROMPT_LINES and lines[-1].endswith("...")
+    assert {word.strip('"') for line in lines for word in line.split()} == {"a", "polyp", "..."}
+
+
+def test_cases_of_a_sheet():
+    scores = [dict(dsc=dsc) for dsc in (0.5, 0.9, 0.1, 0.7, 0.3)]
+    assert figures.choose_cases(scores, 3) == [(1, "best"), (0, "median"), (2, "worst")]
+    assert [i for i, _ in figures.choose_cases(scores, 99)] == [1, 3, 0, 4, 2]

@@ -17,7 +17,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 def pages(folder, count=12, runs=("one",)):
     """A gallery of noise: record 0 missed, record 1 a false alarm, the others ever better."""
-    rng, records, kept = np.random.default_rng(0), [], {name: ([], []) for name in runs}
+    rng, records, kept = np.random.default_rng(0), [], {name: [] for name in runs}
     for i in range(count):
         truth = np.zeros((20, 30), bool)
         truth[5:15, 5:25] = i != 1
@@ -26,11 +26,10 @@ def pages(folder, count=12, runs=("one",)):
         for k, name in enumerate(runs):
             predicted = np.zeros_like(truth) if i == 0 else truth if i != 1 else ~truth
             dsc = 0.0 if i < 2 else (i - k * 0.5) / count
-            kept[name][0].append(
+            kept[name].append(
                 dict(dsc=dsc, hd95=float("nan") if i < 2 else 1.0, prompt=f"a \"thing\" {i % 3} <i>",
-                     target_empty=i == 1, pred_empty=i == 0)
+                     target_empty=i == 1, pred_empty=i == 0, packed_mask=np.packbits(predicted))
             )  # fmt: skip
-            kept[name][1].append(np.packbits(predicted))
     write_gallery(folder, records, kept, "a <title> & more")
     return folder / "index.html"
 
@@ -38,7 +37,7 @@ def pages(folder, count=12, runs=("one",)):
 def test_files_and_data(tmp_path):
     page = pages(tmp_path / "g", runs=("one", "two"))
     written = {p for p in (tmp_path / "g").rglob("*") if p.is_file() and p.name != ".vlsm-written"}
-    assert written == set(page_files(tmp_path / "g", 12, 2))
+    assert written == set(page_files(tmp_path / "g")) and len(written) == 1 + 12 * (2 + 2 * 2)
     text = page.read_text()
     assert "<title>a &lt;title&gt; &amp; more</title>" in text and "http" not in text.replace(
         "http://www.w3.org", ""
@@ -97,7 +96,7 @@ def test_from_the_command_line(cli, trained, tmp_path):
     folder = trained / "eval-test" / "gallery"
     assert len(list((folder / "thumbs").glob("*.jpg"))) == 6
     out = tmp_path / "two.png"
-    code, said, err = cli("evaluate", "--compare", trained, trained, "--gallery", "--out", out)
+    code, said, err = cli("vlsm.tools.compare", trained, trained, "--gallery", "--out", out)
     assert code == 0 and (tmp_path / "two" / "gallery" / "index.html").is_file(), err
     (tmp_path / "mine" / "gallery").mkdir(parents=True)
     (tmp_path / "mine" / "gallery" / "index.html").write_text("mine")

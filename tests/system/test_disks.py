@@ -54,9 +54,9 @@ def test_a_full_disk_is_a_sentence(tmp_path):
 @pytest.mark.parametrize(
     "make, said",
     [
-        (lambda d: files.write_text(d / ("n" * 300), "x"), "name is longer"),
-        (lambda d: files.write_text(d / "file" / "x", "x"), "a file stands where a folder is wanted"),
-        (lambda d: files.write_text(d / "folder", "x"), "a folder stands where a file is wanted"),
+        (lambda d: files.write_text(d / ("n" * 300), "x"), "name is too long"),
+        (lambda d: files.write_text(d / "file" / "x", "x"), "a file has the name of a folder"),
+        (lambda d: files.write_text(d / "folder", "x"), "a folder has the name of a file"),
     ],
 )
 def test_the_systems_errors_are_sentences(make, said, tmp_path, capsys):
@@ -77,7 +77,7 @@ def test_a_file_system_that_cannot_be_written(tmp_path, capsys):
             files.write_json(tmp_path / "ro" / "x.json", {}, files.atomic_write)
     finally:
         subprocess.run(["umount", "-l", str(tmp_path / "ro")], check=True)
-    assert "cannot be written; name another folder" in (err := capsys.readouterr().err) and "ro/x.json" in err
+    assert "read-only" in (err := capsys.readouterr().err) and "ro/x.json" in err
 
 
 def test_a_pipe_that_closes_and_an_ascii_terminal(tmp_path):

@@ -2,21 +2,16 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import datasets
 from tests.conftest import ROOT, rows
-from vlsm.data import sharded_cache as shards
 from vlsm.data.augment import augment
-from vlsm.data.records import DataError
 from vlsm.system import parallel
 
 SINGLE = dict(os.environ, OMP_NUM_THREADS="1")
@@ -58,24 +53,22 @@ def options(quick, *more):
 
 
 CASES = [
-    pytest.param(["--batch-size", 23], False, marks=pytest.mark.slow),
-    pytest.param(["--augment"], False, marks=pytest.mark.slow),
-    pytest.param(["--peft", "shallow"], False, marks=pytest.mark.slow),
+    pytest.param(["--batch-size", 23], marks=pytest.mark.slow),
+    pytest.param(["--augment"], marks=pytest.mark.slow),
     # (a seed under which no gradient lies so near zero that Adam's sign depends on its rounding)
-    pytest.param(["--batch-size", 2, "--seed", 1], True, marks=pytest.mark.slow),
-    (["--peft", "shallow"], True),
+    pytest.param(["--batch-size", 2, "--seed", 1], marks=pytest.mark.slow),
+    ["--peft", "shallow"],
 ]
 
 
-@pytest.mark.parametrize("more, shard", CASES)
-def test_two_processes_train_as_one(cli, quick, tmp_path, more, shard):
+@pytest.mark.parametrize("more", CASES)
+def test_two_processes_train_as_one(cli, quick, tmp_path, more):
     argv = options(quick, "--epochs", 2, *more)
     code, said, err = torchrun(
         "train",
         *argv,
         "--out",
         tmp_path / "two",
-        *["--shard-cache"] * shard,
         "--cache-dir",
         tmp_path / "cache",
     )
@@ -86,7 +79,7 @@ def test_two_processes_train_as_one(cli, quick, tmp_path, more, shard):
     )
     assert cli("train", *argv, "--out", tmp_path / "one")[0] == 0
     files = sorted((tmp_path / "cache").glob("*-train-*.images.npy"))
-    assert [len(np.load(file, mmap_mode="r")) for file in files] == ([12, 12] if shard else [24])
+    assert [len(np.load(file, mmap_mode="r")) for file in files] == [24]
     for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert a == pytest.approx(b, abs=1e-5)
     one, two = (load_file(tmp_path / name / "last.safetensors") for name in ("one", "two"))
@@ -94,8 +87,7 @@ def test_two_processes_train_as_one(cli, quick, tmp_path, more, shard):
         torch.testing.assert_close(two[name], tensor, atol=2e-4, rtol=1e-2, msg=name)
 
 
-@pytest.mark.parametrize("shard", [["--shard-cache"], pytest.param([], marks=pytest.mark.slow)])
-def test_metrics_are_exactly_those_of_one_process(cli, quick, trained, tmp_path, shard):
+def test_metrics_are_exactly_those_of_one_process(cli, quick, trained, tmp_path):
     argv = [
         "--ckpt",
         trained,
@@ -105,7 +97,7 @@ def test_metrics_are_exactly_those_of_one_process(cli, quick, trained, tmp_path,
         3,
     ]  # 6 records: two batches for one process, one for the other
     code, said, err = torchrun(
-        "evaluate", *argv, "--out", tmp_path / "two", "--save-masks", tmp_path / "masks2", *shard
+        "evaluate", *argv, "--out", tmp_path / "two", "--save-masks", tmp_path / "masks2"
     )
     assert code == 0, err
     assert said.count("6 records") == 1
@@ -118,32 +110,6 @@ def test_metrics_are_exactly_those_of_one_process(cli, quick, trained, tmp_path,
         {p.name: p.read_bytes() for p in (tmp_path / name).glob("*.png")} for name in ("masks1", "masks2")
     ]
     assert len(masks[0]) == 6 and masks[0] == masks[1]
-
-
-def test_problems_in_one_share_are_said_by_all(demo, tmp_path, monkeypatch):
-    """Two processes take turns here: each notes what it gives the other, then hears of both."""
-    shutil.copytree(demo, tmp_path / "bad")
-    records = datasets.records(str(tmp_path / "bad"), "val")
-    for i in (3, 4, 7):
-        Path(records[i].mask).write_text("no picture")
-    monkeypatch.setattr(parallel, "world_size", lambda: 2)
-    notes, messages = [], []
-    for hear in (lambda given: notes.append(given) or [given], lambda given: notes):
-        monkeypatch.setattr(parallel, "all_gather", hear)
-        for rank in (0, 1):
-            monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
-            with pytest.raises(DataError) as caught:
-                shards.open_share(records, 32, None, "bad val")
-            messages.append((caught.value.bad, str(caught.value)))
-    assert [bad for bad, _ in messages[:2]] == [[4], [3, 7]]
-    assert (
-        messages[2] == messages[3]
-        and messages[2][0] == [3, 4, 7]
-        and "3 of 48 records cannot be used" in messages[2][1]
-    )
-    monkeypatch.setattr(parallel, "all_gather", lambda given: [given, ({}, "the disk of another is full")])
-    with pytest.raises(ValueError, match="the disk of another is full"):
-        shards.open_share(records, 32, None, "bad val")
 
 
 @pytest.mark.slow
@@ -190,16 +156,10 @@ def test_statistics_that_move_are_those_of_all(cli, tmp_path, folder):
 
 
 def test_mistakes_are_sentences(cli, quick, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    code, _, err = cli("train", *quick, "--sweep", 2)
-    assert code == 2 and "start it without torchrun" in err
-    code, _, err = cli("train", *quick, "--shard-cache", "--data-device", "cuda")
-    assert code == 2 and "leave one of them out" in err
-    monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setattr(parallel, "world_size", lambda: 16)
     monkeypatch.setattr(parallel, "rank", lambda: 0)
     code, _, err = cli("train", *quick)
-    assert code == 2 and "--batch-size 8 is the whole batch, and there are 16 processes to share it" in err
+    assert code == 2 and "--batch-size 8" in err and "16 processes" in err
     assert not (tmp_path / "run").exists()
 
 

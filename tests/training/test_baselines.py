@@ -7,12 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import evaluate
+import train
 import vlsm
 from tests.conftest import ROOT, normalise, rows, same_tensors, same_tensors_nearly
 from tests.training.test_frozen_cache import cache_of, cached_logits, split
 from vlsm.data.images import read_mask
-from vlsm.training import options as run_options
+from vlsm.networks.weights import image_side
+from vlsm.results.predict import load_predictor
+from vlsm.training.arguments import parse_arguments
 
 TINY = {name: f"random:{ROOT / 'tests' / 'tiny' / name}.json" for name in ("cris", "san")}
 CPU = torch.device("cpu")
@@ -46,8 +48,8 @@ def test_what_is_kept_is_what_would_be_computed(tmp_path, model, method, referen
     assert bool(said) == images and f.needs_pixels("train") == (not images or model == "san")
     indices, texts = [5, 7, 0, 3], ["red disk", "a polyp that is large and red", "red disk", ""]
     pixels = data.batch(indices)[0]
-    inputs = normalise(pixels, None, vlm.base.mean, vlm.base.std), *f.tokenizer(texts)
-    tuned = list(vlm.tuned_parameters().values())
+    inputs = normalise(pixels, vlm.network.mean, vlm.network.std), *f.tokenizer(texts)
+    tuned = [p for name, p in vlm.tuned_parameters().items() if not name.endswith("k_proj.bias")]  # zero
     for given in (pixels, None)[: 1 + (images and model == "cris")]:
         want, got = vlm(*inputs), cached_logits(f, "train", indices, texts, given)
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
@@ -58,11 +60,10 @@ def test_what_is_kept_is_what_would_be_computed(tmp_path, model, method, referen
 
 def test_decoder_of_a_settled_cris_keeps_its_maps(tmp_path):
     vlm = vlsm.build("cris", TINY["cris"], "decoder")
-    for name, module in vlm.base.named_modules():
-        if name in vlm.base.without_statistics:
+    for name, module in vlm.network.named_modules():
+        if name in vlm.network.updated_norms:
             module.running_mean.fill_(0.1)
-    vlm.base.on_weights_loaded()
-    vlm = type(vlm)(vlm.base, vlm.tuner, vlm.info)
+    vlm = type(vlm)(vlm.network, vlm.tuner, vlm.info)
     assert not vlm.updated_buffers and cache_of(vlm, tmp_path).images_frozen
 
 
@@ -97,28 +98,27 @@ def test_train_resume_evaluate(cli, arguments, tmp_path, model, method):
 @pytest.mark.parametrize("model", ["cris", "san"])
 def test_evaluation_normalises_as_training_did(cli, arguments, tmp_path, model):
     assert cli("train", *arguments(model, "--epochs", 1))[0] == 0
-    predictor = evaluate.Predictor(tmp_path / "run", evaluate.parse_options(["--device", "cpu"]))
+    predictor = load_predictor(tmp_path / "run", device="cpu")
     vlm, pixels = vlsm.load(tmp_path / "run"), torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     with torch.no_grad():
-        want = vlm(normalise(pixels, None, vlm.base.mean, vlm.base.std), *vlm.tokenizer()(["a disk", "x"]))
+        want = vlm(normalise(pixels, vlm.network.mean, vlm.network.std), *vlm.tokenizer()(["a disk", "x"]))
     torch.testing.assert_close(predictor.logits(pixels, ["a disk", "x"]), want)
 
 
 @pytest.mark.parametrize("model", ["cris", "san"])
 def test_defaults_are_the_papers(cli, tmp_path, model, monkeypatch):
     """Without --peft: the paper's row, its learning rate and its size of pictures."""
-    import train
-
-    monkeypatch.setattr(train, "say_memory", lambda *_: None)  # test_memory.py's subject, and slow
+    monkeypatch.setattr(train, "describe_memory", lambda *_: "")  # test_memory.py's subject, and slow
     where = ["--weights", TINY[model], "--dataset", "demo", "--out", tmp_path / "run"]
     options = ["--model", model, *where, "--dry-run"]
     code, said, err = cli("train", *options)
     counts = dict(cris="2,170,777 of 2,170,778", san="169,682 of 609,107")[model]
     assert code == 0 and f"--peft full: {counts}" in said, err
-    args = train.complete(train.parse_options([str(o) for o in options]))
+    args = parse_arguments([str(o) for o in options])
     assert args.lr == dict(cris=1e-4, san=3e-4)[model] and args.peft == "full"
-    assert run_options.image_side(vlsm.build(model, TINY[model]), None) == 96
-    assert train.complete(train.parse_options(["--model", model])).out == f"runs/demo-{model}-full-seed42"
+    network = vlsm.build(model, TINY[model])
+    assert image_side(network.network.config, network.info["folder"]) == 96
+    assert parse_arguments(["--model", model]).out == f"runs/demo-{model}-full-seed42"
 
 
 def test_reference_runs(cli, arguments, tmp_path):
@@ -160,7 +160,7 @@ def test_compiled(cli, arguments, tmp_path, graphs, model):
 @pytest.mark.parametrize("model", ["cris", "san"])
 def test_merged_weights_are_the_network(cli, arguments, tmp_path, model):
     assert cli("train", *arguments(model, "--epochs", 1))[0] == 0
-    code, _, err = cli("evaluate", "--ckpt", tmp_path / "run", "--merge", tmp_path / "merged")
+    code, _, err = cli("vlsm.tools.merge", tmp_path / "run", tmp_path / "merged")
     assert code == 0, err
     tuned, plain = vlsm.load(tmp_path / "run"), vlsm.build(model, tmp_path / "merged")
     pixels, ids = torch.randn(2, 3, 64, 64), plain.tokenizer()(["a disk", "x"])

@@ -10,19 +10,6 @@ import torch
 import vlsm
 from tests.conftest import ROOT, rows, same_tensors, same_tensors_nearly, tiny_batch, without_dim
 from vlsm.system import parallel
-from vlsm.training.job import Job
-from vlsm.training.memory import (
-    GAPS,
-    GB,
-    HEAP,
-    LiveBytes,
-    Need,
-    counted_peak,
-    estimate,
-    forget_values,
-    run_step,
-)
-from vlsm.training.options import complete, parse_options
 
 CPU = torch.device("cpu")
 
@@ -95,79 +82,13 @@ def test_resume_is_exact_with_blocks_and_recomputing(cli, quick, tmp_path):
     assert json.loads((tmp_path / "twice" / "config.json").read_text())["options"]["blocks"] == "2-3"
 
 
-def test_live_bytes():
-    weight = torch.zeros(1000)
-    with LiveBytes() as counted:
-        weight.view(10, 100).add_(1)  # there before
-        a = torch.zeros(1000)
-        a.view(10, 100).add_(1)
-        b = a + a
-        del a
-        c = b * 2
-    assert counted.now == counted.heap == counted.peak == 8_000 and len(c) == 1000
-    assert counted.with_gaps == 8_000 * (1 + GAPS)
-    with LiveBytes() as counted:
-        large = torch.empty(HEAP // 4 + 1)
-    assert counted.now == counted.with_gaps == large.untyped_storage().nbytes() and not counted.heap
-    with LiveBytes() as counted:
-        state = torch.zeros(1000)
-        counted.begin_step(gradients=0)  # what stays has no gaps behind it
-        a = torch.zeros(2000)
-        del a
-    assert len(state) == 1000 and counted.now == 4_000 and counted.peak == 12_000
-    assert counted.with_gaps == 12_000 + GAPS * 8_000
-
-
-@pytest.mark.parametrize(
-    "model, method, dtype",
-    [
-        ("clipseg", "dense", None),
-        ("clipseg", "dense", torch.bfloat16),
-        pytest.param("clipseg", "cocoop", None, marks=pytest.mark.slow),
-        pytest.param("cris", "full", None, marks=pytest.mark.slow),
-        pytest.param("san", "full", None, marks=pytest.mark.slow),
-        ("sam3", "shallow", None),
-    ],
-)
-def test_shapes_alone_take_the_memory_of_a_step(model, method, dtype, tmp_path):
-    """What is counted without values is what is counted of a step that is computed."""
-    weights = "mini" if model == "clipseg" else f"random:{ROOT}/tests/tiny/{model}.json"
-    vlsm_model = vlsm.build(model, weights, method)
-    tokenizer = vlsm_model.tokenizer()
-    arguments = ["--model", model, "--peft", method, "--cache-dir", str(tmp_path)]
-    options = complete(parse_options(arguments))
-    job = Job(options, tmp_path, vlsm_model, tokenizer, {}, CPU, dtype)
-    vlsm_model.train()
-    side = vlsm_model.base.smallest_side()
-    with LiveBytes() as computed:
-        for _ in range(2):
-            run_step(job, job.optimizer, side, 3)
-    forget_values(vlsm_model)
-    assert counted_peak(job, side, 3)[0] == pytest.approx(computed.peak, rel=0.01)
-
-
-@pytest.mark.slow
-def test_what_stays_has_no_gaps(tmp_path, monkeypatch):
-    """What a card must hold is not made smaller by the gaps of this machine's heap."""
-    fixed = []
-    for gaps in (0, 100):
-        monkeypatch.setattr("vlsm.training.memory.GAPS", gaps)
-        model = vlsm.build("clipseg", "mini", "full")
-        options = complete(
-            parse_options(["--peft", "full", "--batch-size", "2", "--cache-dir", str(tmp_path)])
-        )
-        fixed.append(estimate(Job(options, tmp_path, model, model.tokenizer(), {}, CPU, None), 48).fixed)
-    assert fixed[0] == pytest.approx(fixed[1], abs=200e6)
-
-
 def test_needs_in_words(cli, quick, tmp_path):
     code, said, err = cli("train", *quick, "--dry-run")
     assert code == 0 and "GB for each image of a step" in said and "largest --batch-size" in said, err
     assert "80 GB: " in said and not (tmp_path / "run").exists()
-    code, said, _ = cli("train", *without_dim(quick), "--peft", "shallow", "--dry-run")
-    assert code == 0 and "kept once for all epochs" in said
-    need = Need(2 * GB, 0.25 * GB, 0)
-    assert need.peak(8) == 4 * GB and need.largest_batch(8 * GB) == 21 and need.largest_batch(GB) == 0
+    for method in ("shallow", "full"):
+        code, said, err = cli("train", *without_dim(quick), "--peft", method, "--dry-run")
+        assert code == 0 and "80 GB: " in said, err
 
 
 @pytest.mark.parametrize(
@@ -180,7 +101,7 @@ def test_needs_in_words(cli, quick, tmp_path):
         (["--dims", 8, 8], "--dims gives 2 widths"),
         (["--dims", 8, 8, 0], "--dim 0 leaves an adapter"),
         (["--peft", "dense+telescopic"], "both act before the residual additions"),
-        (["--accumulate", 0], "--accumulate 0: give 1 to 4096"),
+        (["--accumulate", 0], "--accumulate"),
     ],
 )
 def test_what_cannot_be(options, said, cli, quick):
@@ -197,14 +118,3 @@ def test_widths_a_block():
     assert sorted(telescopic.text) == ["1", "2", "3"] and sorted(telescopic.vision) == ["0", "1", "2"]
     assert [telescopic.vision[str(i)]["mlp"].down.out_features for i in range(3)] == [8, 17, 32]
     assert telescopic.cond.scale.item() == pytest.approx(0.1)
-
-
-@pytest.mark.parametrize("amp, said", [("off", True), ("bf16", False)])
-def test_a_faster_type_is_named(amp, said, cli, quick, monkeypatch):
-    import train
-
-    monkeypatch.setattr(train, "LARGE", 1000)
-    monkeypatch.setattr(train, "multiplies_bf16", lambda: True)
-    monkeypatch.setattr(train, "say_memory", lambda *_: None)
-    code, out, err = cli("train", *quick, "--amp", amp, "--dry-run")
-    assert code == 0 and ("--amp bf16 makes a step" in out) == said, err

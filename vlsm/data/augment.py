@@ -20,35 +20,54 @@ def uniform(n, low, high, generator):
 
 def affine_matrices(n, generator):
     """Draw n maps `[n, 2, 3]` from output to input coordinates, as `affine_grid` takes them."""
-    angle = uniform(n, -math.radians(5), math.radians(5), generator)
-    sx, sy = uniform(n, 0.98, 1.02, generator), uniform(n, 0.98, 1.02, generator)
-    # 2 % of the side, in half sides
-    tx, ty = uniform(n, -0.04, 0.04, generator), uniform(n, -0.04, 0.04, generator)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.stack([cos / sx, -sin / sx, tx, sin / sy, cos / sy, ty], 1).view(n, 2, 3)
+    limit = math.radians(5)
+    angle = uniform(n, -limit, limit, generator)
+    scale_x = uniform(n, 0.98, 1.02, generator)
+    scale_y = uniform(n, 0.98, 1.02, generator)
+    shift_x = uniform(n, -0.04, 0.04, generator)  # 2 % of the side, in half sides
+    shift_y = uniform(n, -0.04, 0.04, generator)
+    cos = angle.cos()
+    sin = angle.sin()
+    row_x = torch.stack([cos / scale_x, -sin / scale_x, shift_x], 1)  # [n, 3]
+    row_y = torch.stack([sin / scale_y, cos / scale_y, shift_y], 1)
+    return torch.stack([row_x, row_y], 1)
 
 
-def augment(images, masks, generator, total=None, part=slice(None)):
+def augment(images, masks, generator, total=None, rows=slice(None)):
     """Augment uint8 images `[B, 3, S, S]` and masks 0/1 `[B, 1, S, S]`.
 
     Returns (float images 0..255, uint8 masks, bool `[B]` on the CPU: which images are changed). generator: a
-    CPU generator. Of a batch of `total` images these may be the slice `part`, which then gets what it would
-    get among all.
+    CPU generator. total, rows: if the images are the slice `rows` of a batch of `total`, each is changed as
+    it would be in the whole batch.
     """
-    n, device = total or len(images), images.device
-    images, masks = images.float(), masks.clone()
-    moved = (torch.rand(n, generator=generator) < PROBABILITY)[part]
-    matrices = affine_matrices(n, generator)[part]
-    lit = (torch.rand(n, generator=generator) < PROBABILITY)[part]
-    alpha, beta = uniform(n, 0.9, 1.1, generator)[part], uniform(n, -0.1, 0.1, generator)[part]
-    if moved.any():
-        rows = moved.nonzero()[:, 0].to(device)
-        size = [len(rows), 1, *images.shape[2:]]
-        grid = F.affine_grid(matrices[moved].to(device), size, align_corners=False)
-        how = dict(padding_mode="border", align_corners=False)
-        turned = F.grid_sample(images[rows], grid, mode="bicubic", **how)
-        images[rows] = turned.clamp(0, 255)  # bicubic overshoots
-        masks[rows] = F.grid_sample(masks[rows].float(), grid, mode="nearest", **how).to(masks.dtype)
-    alpha, beta = torch.where(lit, alpha, 1.0), torch.where(lit, 255 * beta, 0.0)
-    alpha, beta = (t.to(device)[:, None, None, None] for t in (alpha, beta))
+    n = total or len(images)
+    moved = torch.rand(n, generator=generator) < PROBABILITY
+    matrices = affine_matrices(n, generator)
+    lit = torch.rand(n, generator=generator) < PROBABILITY
+    contrast = uniform(n, 0.9, 1.1, generator)
+    brightness = uniform(n, -0.1, 0.1, generator)
+    # All draws are for the whole batch, so that an image's do not depend on how the batch is cut
+    moved = moved[rows]
+    lit = lit[rows]
+    images, masks = _move(images.float(), masks.clone(), moved, matrices[rows])
+    alpha = torch.where(lit, contrast[rows], 1.0)
+    beta = torch.where(lit, 255 * brightness[rows], 0.0)
+    alpha = alpha.to(images.device)[:, None, None, None]
+    beta = beta.to(images.device)[:, None, None, None]
     return (alpha * images + beta).clamp(0, 255), masks, moved | lit
+
+
+def _move(images, masks, moved, matrices):
+    """Transform the `moved` (bool `[B]`) images, bicubic, and masks, nearest, in place; returns both."""
+    if not moved.any():
+        return images, masks
+    rows = moved.nonzero()[:, 0].to(images.device)
+    size = [len(rows), 1, *images.shape[2:]]
+    grid = F.affine_grid(matrices[moved].to(images.device), size, align_corners=False)
+
+    def sample(pixels, mode):
+        return F.grid_sample(pixels, grid, mode=mode, padding_mode="border", align_corners=False)
+
+    images[rows] = sample(images[rows], "bicubic").clamp(0, 255)  # bicubic overshoots
+    masks[rows] = sample(masks[rows].float(), "nearest").to(masks.dtype)
+    return images, masks

@@ -1,84 +1,91 @@
-"""The decode-once cache: every image read, checked and resized one single time, into memory-mapped uint8
-arrays.
+"""The decode-once cache: every image is read, checked and resized once, into memory-mapped uint8 arrays.
+
+Also: batches on the device, and the normalisation of images.
 """
 
 import glob
-import hashlib
 import json
 import math
 import os
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from vlsm.data.images import ImageError, read_image, read_mask, resize_image, resize_mask
-from vlsm.data.records import DataError, index_images
+from vlsm.data.images import (
+    ImageError,
+    LabelMask,
+    class_target,
+    read_image,
+    read_labels,
+    read_mask,
+    resize_image,
+    resize_mask,
+)
+from vlsm.data.records import DataError, index_images, source_key
 from vlsm.system.console import ADVICE, progress
-from vlsm.system.files import atomic_write, reserve, sweep_temporary
+from vlsm.system.files import atomic_write, digest, reserve, sweep_temporary
 
-FORMAT = 2  # of what the readers make of a file
-THREADS = min(16, os.cpu_count() or 1)  # that decode: Pillow and numpy let others run meanwhile
+FORMAT = 2  # increased whenever a reader or a resizer gives other pixels: old cache files are then ignored
+THREADS = min(16, os.cpu_count() or 1)  # Pillow and numpy release the interpreter lock while they decode
 
 
 def default_cache():
     """Return the folder of the decode-once cache, unless --cache-dir names one."""
-    return str(Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "vlsm")
+    base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    return str(Path(base).expanduser() / "vlsm")
 
 
 class CachedSplit:
-    """A split ready for training: `records`, and their pixels at the model's size.
+    """The records of a split, and their pixels at the model's size.
 
-    images: uint8 `[M, 3, S, S]`; masks: uint8 0/1 `[N, S, S]`; image_of: `[N]`, the image of each record
-    (several may share one).
+    images: uint8 `[M, 3, S, S]`; masks: uint8 `[N, S, S]`, 0, 1, and 255 where pixels are ignored. Both are
+    numpy arrays, or tensors after `move_to`.
+    image_of: `[N]`, the image of each record (several may share one).
     """
 
     def __init__(self, records, images, masks, image_of):
-        self.records, self.images, self.masks, self.image_of = records, images, masks, np.asarray(image_of)
-        self.image_count, self.side, self.nbytes = len(images), masks.shape[-1], images.nbytes + masks.nbytes
-        self.on_device = None  # copies of images and masks
+        self.records = records
+        self.images = images
+        self.masks = masks
+        self.image_of = np.asarray(image_of)
+        self.side = masks.shape[-1]
 
     def __len__(self):
         return len(self.records)
 
     def batch(self, indices, with_images=True):
-        """Return (images uint8 `[B, 3, S, S]`, or None; masks uint8 `[B, 1, S, S]`) of records, where they
-        lie.
-        """
-        rows = self.image_of[indices]
-        if self.on_device:
-            images, masks = self.on_device
-            rows, indices = (torch.as_tensor(i).to(images.device, non_blocking=True) for i in (rows, indices))
-            return images[rows] if with_images else None, masks[indices][:, None]
-        images = torch.from_numpy(self.images[rows]) if with_images else None
-        return images, torch.from_numpy(self.masks[indices][:, None])
+        """Return (images uint8 `[B, 3, S, S]` or None, masks uint8 `[B, 1, S, S]`) of some records."""
+        images = _rows(self.images, self.image_of[indices]) if with_images else None
+        masks = _rows(self.masks, indices)
+        return images, masks[:, None]
 
     def image_range(self, rows):
         """Return uint8 `[n, 3, S, S]` of a range of images (not records)."""
-        return torch.from_numpy(np.array(self.images[rows.start : rows.stop]))
+        return _rows(self.images, list(rows))
 
     def move_to(self, device):
-        """Copy all pixels to a device, from where `batch` then takes them."""
-        self.on_device = [torch.from_numpy(np.array(a)).to(device) for a in (self.images, self.masks)]
+        """Copy all pixels to a GPU, if they take at most an eighth of its free memory."""
+        nbytes = self.images.nbytes + self.masks.nbytes
+        if device.type != "cuda" or nbytes > torch.cuda.mem_get_info(device)[0] / 8:
+            return
+        self.images = torch.from_numpy(np.array(self.images)).to(device)
+        self.masks = torch.from_numpy(np.array(self.masks)).to(device)
 
-    def has_foreground(self):
-        """Tell whether any mask has foreground; as a rule the first one does."""
-        return any(mask.any() for mask in self.masks)
 
-    def min_over_ranks(self, n):
-        """Return the least of a number over the processes that call `batch` together: here this one alone."""
-        return n
-
-    def equalise_batches(self, batches):
-        """Return the batches for which `batch` is to be called in turn, where this process wants these."""
-        return batches
+def _rows(pixels, indices):
+    """Return rows of a numpy array, or of a tensor, as a tensor on the same device."""
+    if isinstance(pixels, np.ndarray):
+        return torch.from_numpy(pixels[indices])
+    return pixels[torch.as_tensor(indices).to(pixels.device, non_blocking=True)]
 
 
 def chunks(order, size):
-    """Split a list or range into parts of `size`, the last one maybe shorter."""
-    return [order[i : i + size] for i in range(0, len(order), size)]
+    """Split a list or range into parts of `size`; the last one may be shorter."""
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def prefetch(read, batches):
@@ -86,179 +93,239 @@ def prefetch(read, batches):
     if not batches:
         return
     with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(read, batches[0])
-        for batch, after in zip(batches, [*batches[1:], None]):
-            present = coming.result()
-            if after is not None:
-                coming = reader.submit(read, after)
-            yield batch, present
+        reading = reader.submit(read, batches[0])
+        for k, batch in enumerate(batches):
+            content = reading.result()
+            if k + 1 < len(batches):
+                reading = reader.submit(read, batches[k + 1])
+            yield batch, content
 
 
 def device_batches(data, batches, device, with_images=True):
-    """Yield (indices, images, masks) of each batch of a split, as `CachedSplit.batch`, on the device.
+    """Yield (indices, images, masks) of each batch of a split on the device, shaped as `CachedSplit.batch`.
 
     The next batch is read while one is in use.
     """
 
     def read(indices):
         tensors = data.batch(indices, with_images)
-        if device.type == "cuda" and not data.on_device:  # pinned memory travels while the GPU computes
-            tensors = [t if t is None else t.pin_memory() for t in tensors]
-        return tensors
+        if device.type != "cuda":
+            return tensors
+        # pinned memory is copied while the GPU computes; pixels that are on the GPU need no copy
+        return [t.pin_memory() if t is not None and t.device.type == "cpu" else t for t in tensors]
 
-    for indices, tensors in prefetch(read, data.equalise_batches(batches)):
-        if indices:
-            yield indices, *(t if t is None else t.to(device, non_blocking=True) for t in tensors)
+    for indices, (images, masks) in prefetch(read, batches):
+        if images is not None:
+            images = images.to(device, non_blocking=True)
+        yield indices, images, masks.to(device, non_blocking=True)
 
 
 # Decoding
 
 
-def _decode(job):
-    """Decode one record.
+class _BadRecord(Exception):
+    """A record that cannot be used. args: (problem, name to print)."""
 
-    Returns its index, and (image `[3, S, S]` or None, mask `[S, S]`), or (kind of problem, name).
+
+def _read_pair(record):
+    """Return (image uint8 `[H, W, 3]`, mask bool `[H, W]`, or the numbers of its label map) of a record.
+
+    Raises _BadRecord.
     """
-    i, record, size, with_image = job
     if record.problem:
-        return i, (record.problem, record.name)
-    pixels = []
-    for what, read in (("image", read_image), ("mask", read_mask)):
-        name = record.name if what == "image" else record.mask_name
-        try:
-            pixels.append(read(getattr(record, what)))
-        except FileNotFoundError:
-            return i, (f"{what} without file", name)
-        except Exception as error:  # what no reader foresaw costs its own record alone, too
-            reason = error.reason if isinstance(error, ImageError) else type(error).__name__
-            return i, (f"{what} that cannot be used ({reason})", name)
-    image, mask = pixels
+        raise _BadRecord(record.problem, record.name)
+    image = _read(read_image, record.image, "image", record.name)
+    reader = read_labels
+    if not isinstance(record.mask, LabelMask):
+        # the prompts of an annotation file tell what a mask of several colours holds
+        reader = partial(read_mask, one_colour=not record.prompts)
+    mask = _read(reader, record.files[1], "mask", record.mask_name)
     if image.shape[:2] != mask.shape:
-        (h, w), (mh, mw) = image.shape[:2], mask.shape
-        return i, ("image and mask of different size", f"{record.name} ({w} x {h}, mask {mw} x {mh})")
-    small = resize_image(image, size).transpose(2, 0, 1) if with_image else None
-    return i, (small, resize_mask(mask, size))
+        height, width, _ = image.shape
+        mask_height, mask_width = mask.shape
+        sizes = f"{width} x {height}, mask {mask_width} x {mask_height}"
+        raise _BadRecord("image and mask of different size", f"{record.name} ({sizes})")
+    return image, mask
+
+
+def _read(reader, source, content, name):
+    """Return what `reader` reads of a file with this content ("image" or "mask"). Raises _BadRecord."""
+    try:
+        return reader(source)
+    except FileNotFoundError:
+        raise _BadRecord(f"{content} without file", name) from None
+    except Exception as error:  # an unexpected error drops only this record, too
+        reason = error.reason if isinstance(error, ImageError) else type(error).__name__
+        raise _BadRecord(f"{content} that cannot be used ({reason})", name) from error
 
 
 def decode(records, images, masks, label):
     """Read, check and resize all records into the arrays, in several threads.
 
-    Raises DataError, all problems at once.
+    images: uint8 `[M, 3, S, S]`; masks: uint8 `[N, S, S]`. Raises DataError, which lists all problems.
     """
-    first, image_of = index_images(records)
+    first_rows, image_of = index_images(records)
+    owners = set(first_rows)
+    groups = _same_files(records)
     size = masks.shape[-1]
-    owners, problems = set(first), defaultdict(list)
-    jobs = [(i, r, size, i in owners) for i, r in enumerate(records)]
-    with ThreadPoolExecutor(THREADS) as pool, progress(len(jobs), f"reading {label}") as bar:
-        for i, result in pool.map(_decode, jobs):
-            bar.update()
-            if isinstance(result[0], str):
-                problems[result[0]].append((i, result[1]))
-                continue
-            image, masks[i] = result
-            if image is not None:
-                images[image_of[i]] = image
+
+    def decode_group(indices):
+        """Read an image and its mask once for all records of both; return what is wrong, or None."""
+        first = indices[0]
+        try:
+            image, mask = _read_pair(records[first])
+        except _BadRecord as error:
+            return error.args
+        for i in indices:
+            source = records[i].mask
+            target = class_target(mask, source) if isinstance(source, LabelMask) else mask
+            masks[i] = resize_mask(target, size)
+        if first in owners:
+            images[image_of[first]] = resize_image(image, size).transpose(2, 0, 1)
+        return None
+
+    problems = defaultdict(list)
+    with ThreadPoolExecutor(THREADS) as pool, progress(len(records), f"reading {label}") as bar:
+        for indices, problem in zip(groups, pool.map(decode_group, groups)):
+            bar.update(len(indices))
+            if problem:
+                description, name = problem
+                problems[description] += [(i, name) for i in indices]
     if problems:
         raise DataError(problems, len(records))
 
 
-def refuse_empty(has_foreground, count, label):
-    """Raise ValueError where none of so many masks has foreground."""
-    if not has_foreground:
-        raise ValueError(
-            f"Every mask of {label} is empty ({count} masks): there is nothing to learn. Foreground is white "
-            "(255), or 1 in a file of 0 and 1."
-        )
+def _same_files(records):
+    """Return lists of indices: the classes of one label map together, other records alone."""
+    groups = {}
+    for i, record in enumerate(records):
+        key = i
+        if isinstance(record.mask, LabelMask) and not record.problem:
+            key = tuple(source_key(file) for file in record.files)
+        groups.setdefault(key, []).append(i)
+    return list(groups.values())
 
 
 # The files
 
 
-def open_split(records, size, folder, label):
-    """Return the `CachedSplit`, from the cache in `folder` where it is there and fits, else decoded and
-    cached.
+def open_split(records, size, folder, label, need_foreground=True):
+    """Return the `CachedSplit` of records: from the cache in `folder` if it fits, else decoded and cached.
 
-    folder: None for no cache. Raises DataError for records that cannot be used, ValueError where no mask has
-    foreground at this size, or the folder cannot be written.
+    folder: None for no cache. need_foreground: refuse a split without any. Raises DataError for records that
+    cannot be used, ValueError if no mask has foreground at this size or the folder cannot be written.
     """
-    data = open_cached(records, size, folder, label)
-    refuse_empty(data.has_foreground(), len(data), label)
-    return data
+    first, image_of = index_images(records)
+    shapes = [(len(first), 3, size, size), (len(records), size, size)]
+    in_memory = any(isinstance(record.image, np.ndarray) for record in records)
+    if folder is None or in_memory:
+        images, masks = (np.empty(shape, np.uint8) for shape in shapes)
+        decode(records, images, masks, label)
+    else:
+        images, masks = _cached_arrays(records, shapes, Path(folder), label)
+    # one by one: usually the first has foreground, and it ends
+    if need_foreground and not any((mask == 1).any() for mask in masks):
+        raise ValueError(
+            f"Every mask of {label} is empty ({len(records)} masks), so nothing can be learnt. Foreground is "
+            "white (255), or 1 in a file of 0 and 1."
+        )
+    return CachedSplit(records, images, masks, image_of)
 
 
-def open_cached(records, size, folder, label):
-    """Do as `open_split`, but for its look at the masks; there may be no records.
-
-    The key covers every file's name, size and modification time and the size asked for. A broken file is made
-    anew.
-    """
-    _, image_of = index_images(records)
-    shapes = [(max(image_of, default=-1) + 1, 3, size, size), (len(records), size, size)]
-    in_memory = any(isinstance(r.image, np.ndarray) for r in records)
-    if folder is None or not records or in_memory:
-        arrays = [np.empty(shape, np.uint8) for shape in shapes]
-        decode(records, *arrays, label)
-        return CachedSplit(records, *arrays, image_of)
-    stem, key = _cache_name(records, size, label)
-    files = [Path(folder) / f"{stem}-{key}.{kind}.npy" for kind in ("images", "masks")]
-    if _open_arrays(files, shapes) is None:
+def _cached_arrays(records, shapes, folder, label):
+    """Return (images, masks) mapped from cache files of `shapes`; write missing or broken files anew."""
+    size = shapes[0][-1]
+    first_folder = Path(records[0].image).parent
+    source = digest(str(first_folder).encode(), 4)  # data sets of one name in two folders stay apart
+    stem = f"{label.replace('/', '-').replace(' ', '-')}-{source}-{size}"
+    key = _cache_key(records, size)
+    files = [folder / f"{stem}-{key}.{content}.npy" for content in ("images", "masks")]
+    arrays = _open_arrays(files, shapes)
+    if arrays is None:
         _write_arrays(files, shapes, records, label)
-        for old in Path(folder).glob(f"{glob.escape(stem)}-*.npy"):  # of earlier states of the same files
+        for old in folder.glob(f"{glob.escape(stem)}-*.npy"):  # of earlier states of the same files
             if old not in files:
                 old.unlink(missing_ok=True)
-    return CachedSplit(records, *_open_arrays(files, shapes), image_of)
+        arrays = _open_arrays(files, shapes)
+    return arrays
 
 
-def _cache_name(records, size, label):
-    """Return what the cache files of some records are called, and the key of the present state of their
-    files.
-    """
-    stamps = [[_stamp(r.image), _stamp(r.mask)] for r in records]
-    key = hashlib.blake2b(json.dumps([FORMAT, size, stamps]).encode(), digest_size=8).hexdigest()
-    where = hashlib.blake2b(str(Path(records[0].image).parent).encode(), digest_size=4).hexdigest()
-    return f"{label.replace('/', '-').replace(' ', '-')}-{where}-{size}", key
+def _cache_key(records, size):
+    """Return a hash of the size and of every file's path, length and modification time."""
+    stamps = []
+    for record in records:
+        image, mask = map(_stamp, record.files)
+        if isinstance(record.mask, LabelMask):
+            mask += [record.mask.value, record.mask.ignore]
+        stamps.append([image, mask])
+    text = json.dumps([FORMAT, size, stamps])
+    return digest(text.encode())
 
 
 def _stamp(path):
-    """Return what changes when a file does; a missing file has none (it is reported when it is read)."""
+    """Return values that change when a file does; a missing file is reported later, when it is read."""
     try:
         stat = os.stat(path)
-        return [str(path), stat.st_size, stat.st_mtime_ns]
     except OSError:
         return [str(path), -1, -1]
+    return [str(path), stat.st_size, stat.st_mtime_ns]
 
 
 def _write_arrays(files, shapes, records, label):
+    """Decode the records into cache files, all or none. Raises ValueError, which names the folder."""
+    folder = files[0].parent
     try:
-        Path(files[0]).parent.mkdir(parents=True, exist_ok=True)
-        sweep_temporary(files[0].parent)
-        with atomic_write(files[0]) as images, atomic_write(files[1]) as masks:
-            arrays = [_array_on_disk(f, shape) for f, shape in zip((images, masks), shapes)]
-            decode(records, *arrays, label)
-            for array in arrays:
-                array.flush()
+        folder.mkdir(parents=True, exist_ok=True)
+        sweep_temporary(folder)
+        with atomic_write(files[0]) as image_file, atomic_write(files[1]) as mask_file:
+            images = _array_on_disk(image_file, shapes[0])
+            masks = _array_on_disk(mask_file, shapes[1])
+            decode(records, images, masks, label)
+            images.flush()
+            masks.flush()
     except OSError as error:
         reason = ADVICE.get(error.errno) or error.strerror
+        nbytes = sum(math.prod(shape) for shape in shapes)
         raise ValueError(
-            f"The cache folder '{files[0].parent}' cannot be written ({reason}). It is to hold "
-            f"{sum(map(math.prod, shapes)):,} bytes more. Name another with --cache-dir."
+            f"The cache folder '{folder}' cannot be written ({reason}). It needs {nbytes:,} bytes more. Name "
+            "another with --cache-dir."
         ) from error
 
 
 def _array_on_disk(file, shape):
-    """Return a uint8 array mapped to a .npy file, all of whose blocks are the disk's before it is written."""
-    with open(file, "wb") as header:
-        about = dict(descr="|u1", fortran_order=False, shape=tuple(shape))
-        np.lib.format.write_array_header_1_0(header, about)
-        offset = header.tell()
-    reserve(file, math.prod(shape), offset)
-    return np.memmap(file, np.uint8, "r+", offset, tuple(shape))
+    """Return a uint8 array mapped to a new .npy file whose blocks are all reserved on the disk."""
+    array = np.lib.format.open_memmap(file, "w+", np.uint8, shape)
+    reserve(file, array.nbytes, array.offset)
+    return array
 
 
 def _open_arrays(files, shapes):
-    try:
-        arrays = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]
-    except (OSError, ValueError, EOFError):
-        return None
-    fits = all(a.shape == shape and a.dtype == np.uint8 for a, shape in zip(arrays, shapes))
-    return arrays if fits else None
+    """Return the arrays mapped from files, or None if one is missing, broken or of another shape."""
+    arrays = []
+    for file, shape in zip(files, shapes):
+        try:
+            array = np.load(file, mmap_mode="r")
+        except (OSError, ValueError, EOFError):
+            return None
+        if array.shape != shape or array.dtype != np.uint8:
+            return None
+        arrays.append(array)
+    return arrays
+
+
+def normalise(images, mean, std):
+    """Turn uint8 (or float 0..255) images `[B, 3, H, W]` into float32 `pixel_values`.
+
+    mean, std: of the three channels, for values from 0 to 1.
+    """
+    scale, shift = _channel_factors(tuple(mean), tuple(std), images.device)
+    return images.float().mul(scale).add_(shift)
+
+
+@lru_cache
+def _channel_factors(mean, std, device):
+    """Return scale and shift of the channels `[3, 1, 1]`; kept, as copying them makes the host wait."""
+    mean = torch.tensor(mean, device=device)[:, None, None]
+    std = torch.tensor(std, device=device)[:, None, None]
+    scale = 1 / (255 * std)
+    return scale, -mean / std

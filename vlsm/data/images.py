@@ -1,27 +1,34 @@
-"""Pixels and masks: the one reader of each, for whatever formats users have; resizing.
+"""Read and resize images and masks: one reader for each, for all formats that users have.
 
-Every image is read upright (EXIF orientation applied), so that a mask lies on it as viewers show it.
+Images and masks are turned upright by their EXIF orientation, as viewers show them, so that both match.
 """
 
 import io
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from vlsm.system.console import say_once
+from vlsm.system.console import first_few, say_once
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
-GREY_FROM, GREY_TO = 32, 223  # of 255: between these ends a value is neither background nor foreground
-# A grey value, and all of them, count as noise below these shares of the image and of the foreground.
-ONE_VALUE, ALL_VALUES = (5e-4, 0.02), (5e-3, 0.2)
+HIDDEN = re.compile(r"(^|/)\.")  # in paths: files and folders such as macOS adds to archives
+GREY_FROM = 32  # of 255: from here to GREY_TO a value is neither background nor foreground
+GREY_TO = 223
+# Grey pixels of a mask are noise if they are few: as a share of the image, or of the foreground.
+ONE_VALUE = (5e-4, 0.02)  # the pixels of one grey value
+ALL_VALUES = (5e-3, 0.2)  # the pixels of all grey values together
+FEW_NUMBERS = 8  # up to so many dark values of many pixels are class numbers beside white, not noise
+IGNORED = 255  # in a target: the pixel counts in neither loss nor metrics
+LABELS_FORM = '{"labels": {"background": 0, "liver": 1, "tumour": 2}}'  # of dataset.json
 NOT_FINITE = "it holds NaN or infinite values"
 LFS_POINTER = b"version https://git-lfs"
 
 
 class ImageError(ValueError):
-    """A file that holds no image, or no mask, that can be used. `reason`: why, without the file's name."""
+    """A file that cannot be used as an image or a mask. reason: why, without the file's name."""
 
     def __init__(self, name, reason):
         super().__init__(f"'{name}' cannot be used: {reason}.")
@@ -29,66 +36,78 @@ class ImageError(ValueError):
 
 
 class NeedsPackage(ImageError):
-    """A file that only an optional package reads."""
+    """A file that needs an optional package."""
+
+
+@dataclass(frozen=True)
+class LabelMask:
+    """The mask of one class in a label map.
+
+    file: the map's path, or its numbers, uint8 or uint16 `[H, W]`. Foreground: pixels of number `value`.
+    ignore: the number of pixels that do not count.
+    """
+
+    file: object
+    value: int
+    ignore: int | None = None
 
 
 def image_files(root):
     """Return the image files below a folder, sorted by path; hidden files and folders are left out."""
-    found = (path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS)
-    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(root).parts))
+    files = []
+    for path in root.rglob("*"):
+        hidden = HIDDEN.search(path.relative_to(root).as_posix())
+        if path.suffix.lower() in EXTENSIONS and not hidden:
+            files.append(path)
+    return sorted(files)
 
 
 def open_image(source, name=None):
-    """Return the first frame of an image as Pillow has it, upright.
+    """Return the first frame of an image, upright, as a Pillow image.
 
-    source: a path, or a file's bytes, which `name` then names in messages. Raises FileNotFoundError, or
-    ImageError where the file is damaged, too large or no image.
+    source: a path, or a file's bytes, for which messages print `name`. Raises FileNotFoundError, or
+    ImageError if the file is damaged, too large or no image.
     """
-    name, data = name or source, source if isinstance(source, bytes) else None
+    name = name or source
     try:
-        with Image.open(source if data is None else io.BytesIO(data)) as image:
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    except (IsADirectoryError, PermissionError) as error:
+        raise ImageError(name, error.strerror.lower()) from error
+    try:
+        with Image.open(io.BytesIO(data)) as image:
             frames = getattr(image, "n_frames", 1)
             if frames > 1:
-                say_once(
-                    "frames", f"'{name}' holds {frames} frames; the first one is read, here and elsewhere."
-                )
+                say_once("frames", f"'{name}' holds {frames} frames; only the first one of a file is read.")
             return ImageOps.exif_transpose(image)
-    except FileNotFoundError:
-        raise
     except Exception as error:  # Pillow's decoders raise many types
-        if Path(str(name)).suffix.lower() in (".tif", ".tiff") and not isinstance(
-            error, (MemoryError, IsADirectoryError, PermissionError)
-        ):
-            data = data or Path(source).read_bytes()
-            if data[:2] in (b"II", b"MM"):
-                return Image.fromarray(read_tiff(data, name))
-        raise ImageError(name, _reason(error, data, source)) from error
+        tiff = Path(str(name)).suffix.lower() in (".tif", ".tiff") and data[:2] in (b"II", b"MM")
+        if tiff and not isinstance(error, MemoryError):
+            return Image.fromarray(read_tiff(data, name))
+        raise ImageError(name, _reason(error, data)) from error
 
 
-def _reason(error, data, source):
-    """Return in words why Pillow could not read a file."""
-    if isinstance(error, (IsADirectoryError, PermissionError)):
-        return error.strerror.lower()
-    text, head = str(error), data
-    if head is None:
-        with open(source, "rb") as file:
-            head = file.read(64)
-    if head.startswith(LFS_POINTER):
+def _reason(error, data):
+    """Return in words why Pillow could not read a file's bytes."""
+    text = str(error)
+    if data.startswith(LFS_POINTER):
         return "it is a pointer of git LFS, not the file itself (git lfs pull fetches it)"
     if isinstance(error, Image.DecompressionBombError):
         return f"it has more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels"
     if isinstance(error, MemoryError):
         return "it claims more pixels than memory holds"
+    if not data:
+        return "an empty file"
     if "cannot identify" in text:
-        return "no picture" if head else "an empty file"
-    known = re.search("truncated|broken|corrupt|incomplete|not enough|marker|decod", text)
-    return "truncated or damaged" if known else f"truncated or damaged ({type(error).__name__}: {text[:80]})"
+        return "no image"
+    if re.search("truncated|broken|corrupt|incomplete|not enough|marker|decod", text):
+        return "truncated or damaged"
+    return f"truncated or damaged ({type(error).__name__}: {text[:80]})"
 
 
 def read_tiff(data, name):
-    """Return the 8-bit pixels of a TIFF's bytes, `[H, W]` or `[H, W, C]`: for those that Pillow refuses.
+    """Return the 8-bit pixels of a TIFF's bytes, `[H, W]` or `[H, W, C]`, for those that Pillow refuses.
 
-    Raises NeedsPackage where tifffile is not installed, ImageError for a file that is damaged or deeper.
+    Raises NeedsPackage without tifffile, ImageError for a file that is damaged or deeper than 8 bits.
     """
     try:
         import tifffile
@@ -97,11 +116,12 @@ def read_tiff(data, name):
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             page = file.pages[0]
-            if max(sum(page.databytecounts), page.size / 1000) > len(data):
+            claimed = max(sum(page.databytecounts), page.size / 1000)
+            if claimed > len(data):
                 raise ValueError("its strips claim more bytes than it has")
             values = np.asarray(page.asarray())
             channels_first = values.ndim == 3 and page.planarconfig == 2
-    except Exception as error:  # tifffile's and the decoders' own
+    except Exception as error:  # tifffile's and its decoders' own types
         raise ImageError(name, f"truncated or damaged TIFF ({str(error)[:80]})") from error
     if values.dtype != np.uint8:
         raise ImageError(name, f"TIFF of {values.dtype}, other than 8 bits, that Pillow does not read")
@@ -112,73 +132,138 @@ def read_image(source, name=None):
     """Read an image as uint8 RGB `[H, W, 3]`; a `source` that is such an array is returned as it is.
 
     Palette, grey, RGBA and CMYK images are converted. Deeper ones: values from 0 to 1 are stretched to 255,
-    signed ones (CT) from their least to their largest, others so that the largest is 255; what stays within
-    0..255 is kept. source, name, errors: as `open_image`; ImageError for NaN or infinity.
+    signed ones (CT) from their least to their largest, others so that the largest is 255; values within
+    0..255 are kept. source, name, errors: as `open_image`; ImageError for NaN or infinity.
     """
     if isinstance(source, np.ndarray):
         return source
     image = open_image(source, name)
-    if image.mode.startswith(("I", "F")):
-        return np.repeat(_eight_bits(np.asarray(image), name or source)[..., None], 3, 2)
-    return np.array(image.convert("RGB"))
+    if not image.mode.startswith(("I", "F")):
+        return np.array(image.convert("RGB"))
+    grey = to_eight_bits(np.asarray(image), name or source)
+    return np.repeat(grey[..., None], 3, 2)
 
 
-def _eight_bits(values, name):
+def to_eight_bits(values, name):
+    """Scale numbers `[H, W]` to uint8, as `read_image` says. Raises ImageError for NaN or infinity."""
     if not np.isfinite(values).all():
         raise ImageError(name, NOT_FINITE)
-    low, high = float(values.min()), float(values.max())
+    low = float(values.min())
+    high = float(values.max())
     if low < 0:
-        return ((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
-    top = 1.0 if values.dtype.kind == "f" and high <= 1 else max(high, 255.0)
+        scale = 255 / max(high - low, 1e-12)
+        return ((values - low) * scale).astype(np.uint8)
+    unit_range = values.dtype.kind == "f" and high <= 1
+    top = 1.0 if unit_range else max(high, 255.0)
     return (values * (255 / top)).astype(np.uint8)
 
 
-def read_mask(source, name=None):
-    """Read a mask as bool `[H, W]`; of an array: bool, or foreground above 127.
+def read_labels(source):
+    """Read a label map as its class numbers, uint8 or uint16 `[H, W]`; an array is returned as it is.
 
-    Foreground is white (255, 65535), any bright colour, or 1; of a picture in one colour, what is opaque. A
-    palette counts by its colours, or by its numbers where the colours are not those of a mask. Raises
-    FileNotFoundError, or ImageError, which names the values, where there are others than two and a little
-    noise of compression or smoothing.
+    Raises FileNotFoundError, or ImageError for colours without a palette.
     """
+    if isinstance(source, np.ndarray):
+        return source
+    image = open_image(source)
+    numbers = np.asarray(image)
+    whole = image.mode in ("1", "L", "P") or image.mode.startswith("I")
+    if not whole or numbers.min() < 0 or numbers.max() > 65535:
+        raise ImageError(source, "a label map holds class numbers of 8 or 16 bits, grey or with a palette")
+    return numbers.astype(np.uint16 if numbers.max() > 255 else np.uint8)
+
+
+def read_target(source):
+    """Read any mask source as uint8 `[H, W]`: 0, 1, and 255 where ignored. Raises as `read_mask`."""
+    if isinstance(source, LabelMask):
+        return class_target(read_labels(source.file), source)
+    return read_mask(source).astype(np.uint8)
+
+
+def class_target(labels, mask):
+    """Return the target, as `read_target`, of one class (a `LabelMask`) in a map's numbers `[H, W]`."""
+    target = (labels == mask.value).astype(np.uint8)
+    if mask.ignore is not None:
+        target[labels == mask.ignore] = IGNORED
+    return target
+
+
+def read_mask(source, name=None, one_colour=False):
+    """Read a mask as bool `[H, W]`; of an array: bool, or foreground above 127; of a `LabelMask`: its class.
+
+    Foreground is white (255, 65535), any bright colour, or 1; in an image of one colour, the opaque pixels. A
+    palette counts by its colours, or by its numbers if the colours are not those of a mask. one_colour:
+    refuse several bright colours. Raises FileNotFoundError, or ImageError, which names the values, if there
+    are others than two and a little noise of compression or smoothing.
+    """
+    if isinstance(source, LabelMask):
+        return read_target(source) == 1
     if isinstance(source, np.ndarray):
         return source > 127 if source.dtype == np.uint8 else source
     image = open_image(source, name)
-    if image.mode == "P":
-        colours, numbers = np.asarray(image.convert("RGB")).max(2), np.asarray(image)
-        return _foreground(
-            numbers if len(_grey_values(colours)) and numbers.max() <= 1 else colours, name or source
+    mask = _foreground(_mask_values(image), name or source)
+    if one_colour and mask.any():
+        _refuse_colours(image, mask, name or source)
+    return mask
+
+
+def _refuse_colours(image, mask, name):
+    """Raise ImageError if the foreground has several bright colours: they may be classes."""
+    colours = np.asarray(image.convert("RGB"))[mask]  # [n, 3]
+    strong = colours > 0.5 * colours.max(1, keepdims=True)  # which of red, green and blue
+    counts = np.bincount(strong @ (1, 2, 4), minlength=8)
+    if np.sort(counts)[-2] > max(ONE_VALUE[0] * mask.size, ONE_VALUE[1] * len(colours)):
+        raise ImageError(
+            name,
+            "its foreground has several colours; if they are classes, save a map of class numbers and name "
+            f"these in dataset.json beside masks/, {LABELS_FORM}, or make a folder of masks for each class",
         )
+
+
+def _mask_values(image):
+    """Return the numbers `[H, W]` of a Pillow image in which foreground is high and background low."""
     if image.mode.startswith(("I", "F")):
-        return _foreground(np.asarray(image), name or source)
+        return np.asarray(image)
+    if image.mode in ("1", "L"):
+        return np.asarray(image.convert("L"))
+    if image.mode == "P":
+        colours = np.asarray(image.convert("RGB")).max(2)
+        numbers = np.asarray(image)
+        by_number = len(_grey_values(colours)) > 0 and numbers.max() <= 1
+        return numbers if by_number else colours
     if not image.mode.upper().endswith("A"):
-        values = np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
-        return _foreground(values if values.ndim == 2 else values.max(2), name or source)
+        return np.asarray(image.convert("RGB")).max(2)
     rgba = np.asarray(image.convert("RGBA"))
-    values, alpha = rgba[..., :3].max(2), rgba[..., 3]
-    seen = values[alpha > 0]
-    if alpha.min() < 255 and (not seen.size or seen.min() == seen.max()):  # a stencil
-        return _foreground(alpha, name or source)
-    return _foreground(np.where(alpha > 127, values, 0), name or source)
+    values = rgba[..., :3].max(2)
+    alpha = rgba[..., 3]
+    visible = values[alpha > 0]
+    one_colour = not visible.size or visible.min() == visible.max()
+    if one_colour and alpha.min() < 255:  # a stencil
+        return alpha
+    return np.where(alpha > 127, values, 0)
 
 
 def _foreground(values, name):
     """Return the bool mask of numbers `[H, W]`. Raises ImageError unless they are those of a mask."""
     if not np.isfinite(values).all():
         raise ImageError(name, NOT_FINITE)
-    if values.min() >= 0 and values.max() <= 1 and not (values % 1).any():
+    low = values.min()
+    high = values.max()
+    if low >= 0 and high <= 1 and not (values % 1).any():
         return values > 0
-    full = 1 if values.max() <= 1 else 255 if values.max() <= 255 else 65535
+    full = 65535  # the number that stands for white
+    if high <= 255:
+        full = 1 if high <= 1 else 255
     scaled = values if full == 255 else values * (255 / full)
-    grey = _grey_values(scaled) if values.min() >= 0 else np.unique(scaled)
-    if scaled.max() < GREY_FROM and (scaled > 0).mean() > ONE_VALUE[0]:  # class numbers
-        grey = np.unique(scaled[scaled > 0])[::-1]
-    if len(grey):
-        some = ", ".join(f"{float(v) * full / 255:.4g}" for v in grey[:6])
+    wrong = np.unique(scaled) if low < 0 else _grey_values(scaled)
+    if not len(wrong):
+        wrong = _class_numbers(scaled)
+    if len(wrong):
+        wrong = first_few([f"{float(value) * full / 255:.4g}" for value in wrong], 6)
         raise ImageError(
             name,
-            f"a mask holds 0 and 255, or 0 and 1, and this one also {some}{', ...' if len(grey) > 6 else ''}"
-            "; make a mask of each class",
+            f"a mask holds 0 and 255, or 0 and 1, and this one also {wrong}; if these are class numbers, "
+            f"name them in dataset.json beside masks/: {LABELS_FORM}",
         )
     return values > full / 2
 
@@ -186,17 +271,36 @@ def _foreground(values, name):
 def _grey_values(values):
     """Return the values (of 0..255) that are neither background, foreground nor noise, the commonest first.
 
-    JPEG leaves values between the two ends, and so does smoothing: few, and each of them rare.
+    JPEG and smoothing leave values between the two ends: few, and each of them rare.
     """
     grey = values[(values >= GREY_FROM) & (values <= GREY_TO)]
     if not grey.size:
         return grey
-    found, counts = np.unique(grey, return_counts=True)
+    levels, counts = np.unique(grey, return_counts=True)
     bright = (values > GREY_TO).sum()
-    for (of_image, of_bright), count in ((ONE_VALUE, counts.max()), (ALL_VALUES, len(grey))):
-        if count > max(of_image * values.size, of_bright * bright):
-            return found[np.argsort(-counts)]
+    most_of_one = max(ONE_VALUE[0] * values.size, ONE_VALUE[1] * bright)
+    most_of_all = max(ALL_VALUES[0] * values.size, ALL_VALUES[1] * bright)
+    if counts.max() > most_of_one or len(grey) > most_of_all:
+        return levels[np.argsort(-counts)]
     return grey[:0]
+
+
+def _class_numbers(values):
+    """Return the dark values (of 0..255) that must be class numbers, the largest first.
+
+    They are if there is nothing bright, or if few values have many pixels beside one value of white:
+    compression leaves many values, at both ends.
+    """
+    dark = values[(values > 0) & (values < GREY_FROM)]
+    numbers = np.unique(dark)[::-1]
+    bright = values[values > GREY_TO]
+    if not bright.size and len(dark) > ONE_VALUE[0] * values.size:
+        return numbers
+    many = len(dark) > max(ALL_VALUES[0] * values.size, ALL_VALUES[1] * len(bright))
+    one_white = bright.size and bright.min() == bright.max()
+    if many and one_white and len(numbers) <= FEW_NUMBERS and values.min() == 0:
+        return numbers
+    return numbers[:0]
 
 
 def mask_image(mask):
@@ -205,12 +309,10 @@ def mask_image(mask):
 
 
 def resize_image(image, size):
-    """Resize uint8 `[H, W, 3]` to `[size, size, 3]`, bilinear with antialiasing; the aspect ratio is not
-    kept.
-    """
+    """Resize uint8 `[H, W, 3]` to `[size, size, 3]`, bilinear with antialiasing, whatever its aspect."""
     return np.array(Image.fromarray(image).resize((size, size), Image.BILINEAR))
 
 
 def resize_mask(mask, size):
-    """Resize bool `[H, W]` to uint8 0/1 `[size, size]`, nearest at pixel centres."""
+    """Resize bool, or uint8 0/1/255, `[H, W]` to uint8 `[size, size]`, nearest at pixel centres."""
     return np.array(Image.fromarray(mask.astype(np.uint8)).resize((size, size), Image.NEAREST))

@@ -1,53 +1,64 @@
-"""What a data set is made of, and what can be wrong with it."""
+"""The record of a data set, annotation files, prompts, and the error that lists unusable records."""
 
+import dataclasses
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from vlsm.system.files import leaves_folder, read_json
+import numpy as np
+
+from vlsm.data.images import LabelMask
+from vlsm.system.console import first_few
+from vlsm.system.files import field, leaves_folder, read_json
 
 PROMPT_KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
-@dataclass
+@dataclasses.dataclass
 class Record:
     """One (image, mask, prompts) triple.
 
-    image, mask: a path, or the pixels (uint8 `[H, W, 3]`, bool `[H, W]`).
+    image, mask: a path, or the pixels (uint8 `[H, W, 3]`, bool `[H, W]`); a mask may be a `LabelMask`.
     """
 
-    name: str  # of the image, for people
+    name: str  # of the image's file, for messages and results
     mask_name: str
     image: object
     mask: object
-    prompts: dict = field(default_factory=dict)
+    prompts: dict = dataclasses.field(default_factory=dict)  # key (p0..p9) -> text, or list of texts
     class_word: str | None = None
-    problem: str | None = None  # why it cannot be used, where that is known before its files are read
+    problem: str | None = None  # why it cannot be used, if that is known before its files are read
+    absent: tuple = ()  # the data set's other class words, as far as known, that are not in the image
+
+    @property
+    def files(self):
+        """The image's and the mask's paths, or pixels."""
+        mask = self.mask.file if isinstance(self.mask, LabelMask) else self.mask
+        return [self.image, mask]
 
 
 class DataError(ValueError):
-    """All that is wrong with a data set, grouped, in one message.
-
-    `bad`: indices of the records it concerns.
-    """
+    """Records that cannot be used, grouped in one message. bad: their indices, sorted."""
 
     def __init__(self, problems, total):
-        self.problems = problems  # kind of problem -> [(index of the record, name)]
-        self.bad = sorted({i for hits in problems.values() for i, _ in hits})
-        lines = [f"{len(self.bad)} of {total} records cannot be used:"]
-        for kind, hits in problems.items():
-            names = list(dict.fromkeys(name for _, name in hits))
-            lines.append(
-                f"  {len(names)} x {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-            )
-        super().__init__("\n".join(lines))
+        """problems: {kind of problem: [(index of the record, name), ...]}. total: number of all records."""
+        indices = set()
+        lines = []
+        for problem, hits in problems.items():
+            indices.update(i for i, _ in hits)
+            names = dict.fromkeys(name for _, name in hits)
+            lines.append(f"  {len(names)} x {problem}: {first_few(names)}")
+        self.bad = sorted(indices)
+        heading = f"{len(self.bad)} of {total} records cannot be used:"
+        super().__init__("\n".join([heading, *lines]))
 
 
 def index_images(records):
-    """Find records that share an image: (the first record of each image, the image of each record)."""
-    rows, image_of, first = {}, [], []
-    for i, r in enumerate(records):
-        key = str(r.image) if isinstance(r.image, (str, Path)) else id(r.image)
+    """Return (index of each image's first record, each record's image number); records may share an image."""
+    rows = {}  # an image's key -> its row
+    first = []
+    image_of = []
+    for i, record in enumerate(records):
+        key = source_key(record.image)
         if key not in rows:
             rows[key] = len(first)
             first.append(i)
@@ -55,31 +66,109 @@ def index_images(records):
     return first, image_of
 
 
+def source_key(source):
+    """Return a key of a file, or of pixels in memory: equal keys are the same source."""
+    return str(source) if isinstance(source, (str, Path)) else id(source)
+
+
 def read_annotations(path):
     """Return the entries of an annotation file: dictionaries of img_name, mask_name and prompts.
 
-    Raises ValueError, which names the file and the record, for what is no entry.
+    Raises ValueError, which names the file and the record, for an entry that lacks one of these.
     """
     entries = read_json(path, list, "a list of records")
     for i, entry in enumerate(entries):
-        _check_entry(entry, f"'{path}', record {i}")
+        _check_entry(entry, f"{path}, record {i}")
     return entries
 
 
-def _check_entry(entry, where):
-    """Raise ValueError unless an annotation file's entry is a record."""
-    for key, kind in (("img_name", str), ("mask_name", str), ("prompts", dict)):
-        if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
-            expected = "text" if kind is str else "object"
-            raise ValueError(f"{where}: the key '{key}' is missing or is no {expected}.")
-    for name in (entry["img_name"], entry["mask_name"]):
+def _check_entry(entry, source):
+    """Raise ValueError, which names `source`, unless an annotation file's entry is a record."""
+    for key in ("img_name", "mask_name"):
+        name = field(source, entry, key, kind=str, words="a text")
         if leaves_folder(name):
-            raise ValueError(
-                f"{where}: the file name '{name}' leaves the data set's folder; that is refused."
-            )
-    for key, value in entry["prompts"].items():
+            raise ValueError(f"'{source}': the file name '{name}' leaves the data set's folder.")
+    prompts = field(source, entry, "prompts", kind=dict, words="an object")
+    for key, value in prompts.items():
         if not PROMPT_KEY.fullmatch(key):  # --all-prompts makes a folder of it
-            raise ValueError(f"{where}: the prompt's key '{key}' should be letters, digits, - and _ alone.")
-        texts = [value] if isinstance(value, str) else value
-        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
-            raise ValueError(f"{where}: prompt '{key}' is neither a text nor a list of texts.")
+            raise ValueError(
+                f"'{source}': the prompt's key '{key}' should be letters, digits, - and _ alone."
+            )
+        check_texts(source, key, value)
+
+
+def check_texts(source, key, value):
+    """Raise ValueError, which names source and key, unless a prompt is a text or a list of texts."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"'{source}': prompt '{key}' is neither a text nor a list of texts.")
+
+
+# Prompts
+
+
+# The anatomical place after the class in MedVLSM's p1: "Myocardium of the heart."
+PLACE = re.compile(
+    r"\s+(in|of)\s+(the|a)\s+(heart|cardiac ultrasound|chest x-?ray|breast ultrasound image).*$", re.I
+)
+
+
+def choose_prompt(record, mode, *seed):
+    """Return a prompt of a record; equal numbers `seed` draw equal prompts.
+
+    mode: "random", a key drawn uniformly from all but the first (p0, the empty prompt), then one of its
+    texts; "class", the class word; a key (p0..p9); any other text is itself the prompt. Raises ValueError if
+    the record has no such prompt.
+    """
+    prompts = record.prompts
+    rng = np.random.default_rng(seed)
+    if mode == "class":
+        if not record.class_word:
+            raise ValueError(
+                "--prompts class: these records have no class word (no prompt p1). Give the word itself: "
+                '--prompts "polyp".'
+            )
+        return record.class_word
+    if mode == "random":
+        keys = list(prompts)[1:] or list(prompts)
+        if not keys:
+            raise ValueError(
+                '--prompts random: these images came without prompts. Give one for all: --prompts "a polyp".'
+            )
+        key = keys[rng.integers(len(keys))]
+    elif re.fullmatch(r"p\d+", mode):
+        key = mode
+        if key not in prompts:
+            known = ", ".join(prompts) or "none"
+            raise ValueError(
+                f'--prompts {mode}: there is no such key. Known here: {known}; or "random", "class", or a '
+                "text of your own."
+            )
+    else:
+        return mode
+    value = prompts[key]
+    if isinstance(value, str):
+        return value
+    return value[rng.integers(len(value))]
+
+
+def prompt_texts(record):
+    """Return all texts of a record's prompts."""
+    texts = []
+    for value in record.prompts.values():
+        if isinstance(value, str):
+            texts.append(value)
+        else:
+            texts += value
+    return texts
+
+
+def class_word(prompts):
+    """Return the class that p1 names, without its place ("Myocardium of the heart." -> "Myocardium"), or None
+    without p1.
+    """
+    value = prompts.get("p1")
+    if not value:
+        return None
+    text = value if isinstance(value, str) else value[0]
+    return PLACE.sub("", text).strip(" .") or None

@@ -6,6 +6,7 @@ CoCoOp: Zhou et al. (CVPR 2022); VPT: Jia et al. (ECCV 2022); MaPLe: Khattak et 
 """
 
 import copy
+from itertools import cycle
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ def projection(d_in, d_out, hidden, low_rank, norm, bias=True):
     """Return a module from width `d_in` to `d_out`.
 
     hidden: 0 for a linear layer; a width, or a list of widths, for an MLP. low_rank: the product of two
-    matrices (of one, where hidden > d_out) instead. norm: a LayerNorm behind an MLP or such a product. bias:
+    matrices (of one, if hidden > d_out) instead. norm: a LayerNorm after an MLP or such a product. bias:
     whether that norm, or the last layer, has one. Raises ValueError for widths below 1, and for a list with
     `low_rank`.
     """
@@ -33,28 +34,31 @@ def projection(d_in, d_out, hidden, low_rank, norm, bias=True):
     if min(widths) < 1:
         given = " ".join(map(str, widths))
         raise ValueError(f"--intermediate-dim {given}: give 1 or more, or 0 alone for a single layer.")
-    last_bias = bias and not norm
+    layers = []
     if low_rank and widths[0] > d_out:
-        layers = [nn.Linear(d_in, d_out, bias=False)]
-    elif low_rank:
-        layers = [nn.Linear(d_in, widths[0], bias=False), nn.Linear(widths[0], d_out, bias=last_bias)]
+        layers.append(nn.Linear(d_in, d_out, bias=False))
     else:
-        layers = []
-        for a, b in zip([d_in, *widths], widths):
-            layers += [nn.Linear(a, b), nn.ReLU()]
-            nn.init.kaiming_normal_(layers[-2].weight, nonlinearity="relu")
-        layers.append(nn.Linear(widths[-1], d_out, bias=last_bias))
+        width = d_in
+        for next_width in widths:
+            layer = nn.Linear(width, next_width, bias=not low_rank)
+            layers.append(layer)
+            if not low_rank:
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                layers.append(nn.ReLU())
+            width = next_width
+        layers.append(nn.Linear(width, d_out, bias=bias and not norm))
     if norm:
         layers.append(nn.LayerNorm(d_out, bias=bias))
     return nn.Sequential(*layers)
 
 
 class PromptLearner(Tuner):
-    """What the six share: `context` `[depth, n, width]`, its depth and its start.
+    """Base of the six: holds `context` `[depth, n, width]`, the context vectors of each layer.
 
-    prompt_depth: layers with vectors of their own (default `default_depth`, or as many as act on the logits).
-    context: n. context_init: a text, or one for each of the first layers, whose tokens' embeddings the
-    vectors start from (they then set n). Raises ValueError where these do not fit the network.
+    prompt_depth: number of layers with vectors of their own (default: `default_depth`, at most as many as act
+    on the logits). context: n. context_init: a text, or one for each of the first layers; the vectors start
+    from its tokens' embeddings, and n is the number of its tokens. Raises ValueError for values that do not
+    fit the network.
     """
 
     default_upsampler = True
@@ -76,68 +80,68 @@ class PromptLearner(Tuner):
     def random_context(self, config, depth, n, width):
         """Return random vectors `[depth, n, width]`.
 
-        Raises ValueError where the text encoder has no room for n.
+        Raises ValueError if the text encoder has no room for n.
         """
         window = config.text.max_position_embeddings
-        room = window - 2  # start and end token
-        if n < 1 or ("text" in self.encoders and n > room):
-            most = " or more"
-            if "text" in self.encoders:
-                held = f"the text encoder's window of {window} tokens holds besides start and end"
-                most = f" to {room}, what {held}"
+        room = window - 2 if "text" in self.encoders else n  # start and end token
+        if not 1 <= n <= room:
             raise ValueError(
-                f"{n} context vectors (--context, or the tokens of --context-init): give 1{most}."
+                f"{n} context vectors (--context, or the tokens of --context-init): give 1 or more; for "
+                f"the text encoder, give 1 to {window - 2}: its window of {window} tokens also holds two."
             )
         return torch.empty(depth, n, width).normal_(0, INIT_STD)
 
     def on_attach(self, network, folder):
         if self.init_texts:
-            texts = self.init_texts[: len(self.context)]
-            ids = self.encode_init_texts(texts, Tokenizer(folder, limit=1 << 20))
-            depth, _, width = self.context.shape
-            vectors = self.random_context(network.config, depth, ids.shape[1], width)
+            ids = self.encode_init_texts(Tokenizer(folder, limit=1 << 20))
+            vectors = self.random_context(
+                network.config, len(self.context), ids.shape[1], self.context.shape[2]
+            )
             vectors[: len(ids)] = network.text_transformer().tokens(ids).detach()
             self.context = nn.Parameter(vectors)
         depth, n, _ = self.context.shape
         return dict(prompt_depth=depth, context=n)
 
-    @staticmethod
-    def encode_init_texts(texts, tokenizer):
-        """Return the token ids `[texts, n]`.
+    def encode_init_texts(self, tokenizer):
+        """Return the token ids `[texts, n]` of the first layers' texts.
 
         Raises ValueError unless all texts have n tokens, at least one.
         """
-        ids = [tokenizer.encode(text)[1:-1] for text in texts]
-        counts = [len(i) for i in ids]
-        if not all(counts):
+        texts = self.init_texts[: len(self.context)]
+        ids = [tokenizer.encode(text)[1:-1] for text in texts]  # without start and end token
+        counts = [len(row) for row in ids]
+        if 0 in counts:
             empty = texts[counts.index(0)]
-            raise ValueError(
-                f"--context-init '{empty}' holds nothing that the tokenizer knows. Give a few words."
-            )
+            raise ValueError(f"--context-init '{empty}' holds nothing that the tokenizer knows.")
         if len(set(counts)) > 1:
-            found = ", ".join(map(str, counts))
             raise ValueError(
-                f"--context-init: texts of equally many tokens are needed, and these have {found}."
+                "--context-init: texts of equally many tokens are needed, and these have "
+                f"{', '.join(map(str, counts))}."
             )
         return torch.tensor(ids)
 
     def uses_weight_decay(self, name, tensor):
-        """Tell whether a tensor decays: matrices and contexts do, biases and norms do not.
+        """Tell whether weight decay acts on a tensor: on matrices and contexts, not on biases and norms.
 
-        The published code leaves out the contexts, without saying so.
+        With `reference` it does not act on contexts, as in the published code; the paper does not say so.
         """
         published = self.reference and name.endswith("context")
         return super().uses_weight_decay(name, tensor) and tensor.dim() > 1 and not published
 
-    def module_per_layer(self, make, unified, copies=False):
-        """Return a module for each layer (`make()`, or copies of the first), or one for all if `unified`."""
-        first, rest = make(), 0 if unified else len(self.context) - 1
-        return nn.ModuleList([first, *(copy.deepcopy(first) if copies else make() for _ in range(rest))])
+    def module_per_layer(self, make, unified):
+        """Return `make()` for each layer, each at a random start of its own; one for all if `unified`."""
+        count = 1 if unified else len(self.context)
+        return nn.ModuleList(make() for _ in range(count))
+
+    def copy_per_layer(self, module, unified):
+        """Return a copy of a module for each layer, so that all start alike; one for all if `unified`."""
+        count = 1 if unified else len(self.context)
+        return nn.ModuleList(copy.deepcopy(module) for _ in range(count))
 
     def apply_per_layer(self, modules, vectors=None):
-        """Return each layer's vectors (`context`, or others in its place) put through that layer's module."""
+        """Return each layer's vectors (default: `context`) put through that layer's module."""
         vectors = self.context if vectors is None else vectors
-        return [modules[min(i, len(modules) - 1)](v) for i, v in enumerate(vectors)]
+        return [module(v) for module, v in zip(cycle(modules), vectors)]  # one module may serve all
 
 
 class CoOp(PromptLearner):
@@ -151,7 +155,7 @@ class CoOp(PromptLearner):
         return Contexts(text=self.context.unbind())
 
     def adapt_logits(self, logits, features):
-        """Return the logits; on CLIPSeg the published code builds the upsampler and does not call it."""
+        """Return the logits; with `reference` on CLIPSeg the upsampler is built, as published, but unused."""
         return logits if self.ignores_upsampler else super().adapt_logits(logits, features)
 
     def uses_weight_decay(self, name, tensor):
@@ -163,7 +167,7 @@ class CoCoOp(CoOp):
     """Vectors in the text encoder, to which a projection of the image embedding is added: each image has its
     own.
 
-    The embedding is that of the vision tower as it runs: beside a method that acts in it, the changed one.
+    The embedding is that of the vision tower as it runs, changed by a method that acts in it.
     """
 
     needs_image_embedding = True
@@ -180,8 +184,8 @@ class CoCoOp(CoOp):
     def image_conditioned_contexts(self, contexts, image_embedding):
         if self.normalise:
             image_embedding = image_embedding / image_embedding.norm(dim=-1, keepdim=True)
-        shifts = [project(image_embedding)[:, None] for project in self.project]  # [B, 1, D]
-        return [v + shifts[min(i, len(shifts) - 1)] for i, v in enumerate(contexts)]
+        shifts = [project(image_embedding)[:, None] for project in self.project]  # [B, 1, D] each
+        return [v + shift for v, shift in zip(contexts, cycle(shifts))]  # [B, n, D] each
 
 
 class VPT(PromptLearner):
@@ -196,7 +200,7 @@ class VPT(PromptLearner):
         return Contexts(vision=self.context.unbind())
 
     def adapt_logits(self, logits, features):
-        """Return the logits; the published code adds both terms, without the ratio."""
+        """Return the logits; with `reference` both terms are added without the ratio, as published."""
         if self.reference and self.upsampler is not None:
             return logits + self.upsampler.upsample(features)
         return super().adapt_logits(logits, features)
@@ -232,16 +236,16 @@ class SharedSeparate(PromptLearner):
             raise ValueError(f"--shared-dim {shared_dim}: give 1 or more (default 64).")
         super().__init__(config, shared_dim, prompt_depth, context, None, reference)
 
-        def projections(width):
-            make = lambda: projection(shared_dim, width, intermediate_dim, lora_proj, proj_norm)  # noqa: E731
-            return self.module_per_layer(make, unified_proj, copies=True)
-
-        self.text_project = projections(config.text.hidden_size)
-        self.vision_project = projections(config.vision.hidden_size)
+        sizes = intermediate_dim, lora_proj, proj_norm
+        to_text = projection(shared_dim, config.text.hidden_size, *sizes)
+        self.text_project = self.copy_per_layer(to_text, unified_proj)
+        to_vision = projection(shared_dim, config.vision.hidden_size, *sizes)
+        self.vision_project = self.copy_per_layer(to_vision, unified_proj)
 
     def contexts(self):
-        vision, text = self.apply_per_layer(self.vision_project), self.apply_per_layer(self.text_project)
-        return Contexts(vision, text)
+        return Contexts(
+            vision=self.apply_per_layer(self.vision_project), text=self.apply_per_layer(self.text_project)
+        )
 
 
 class SharedAttention(PromptLearner):
@@ -261,24 +265,23 @@ class SharedAttention(PromptLearner):
         width = config.text.hidden_size + config.vision.hidden_size
         super().__init__(config, width, prompt_depth, context, None, reference)
         if heads < 1 or width % heads:
-            some = ", ".join(str(h) for h in range(1, 65) if width % h == 0)
+            fitting = ", ".join(str(h) for h in range(1, 65) if width % h == 0)
             raise ValueError(
-                f"--heads {heads} does not divide the vectors' width {width}; give one of {some}."
+                f"--heads {heads} does not divide the vectors' width {width}; give one of {fitting}."
             )
         if not 0 <= dropout < 1:
             raise ValueError(f"--dropout {dropout}: give 0 or more, below 1.")
-        # the published layer takes the n vectors for a batch of sequences of length one, so none attends to
-        # another
-        how = dict(norm_first=norm_first, batch_first=not reference)
-        make = lambda: nn.TransformerEncoderLayer(width, heads, feed_forward, dropout, **how)  # noqa: E731
-        self.mixer = self.module_per_layer(make, unified_proj, copies=True)
+        # with batch_first False the n vectors are a batch of sequences of length one: as in the published
+        # code, none attends to another
+        mixer = nn.TransformerEncoderLayer(
+            width, heads, feed_forward, dropout, norm_first=norm_first, batch_first=not reference
+        )
+        self.mixer = self.copy_per_layer(mixer, unified_proj)
 
     def contexts(self):
-        # [1, n, width] each: one dropout draw
-        mixed = self.apply_per_layer(self.mixer, self.context[:, None])
-        vision, text = ([m[0, :, part] for m in mixed] for part in self.encoder_slices())
-        return Contexts(vision, text)
-
-    def encoder_slices(self):
-        """Return the vision encoder's part of a vector, and the text encoder's."""
-        return slice(self.text_width, None), slice(None, self.text_width)
+        # both encoders' parts from one pass: one dropout draw
+        mixed = self.apply_per_layer(self.mixer, self.context[:, None])  # [1, n, width] each
+        return Contexts(
+            vision=[m[0, :, self.text_width :] for m in mixed],
+            text=[m[0, :, : self.text_width] for m in mixed],
+        )

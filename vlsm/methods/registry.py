@@ -5,10 +5,8 @@ from argparse import BooleanOptionalAction
 from itertools import combinations
 
 from vlsm.methods.adapters import DenseAdapters, ShallowAdapters
-from vlsm.methods.lora import LoRA
-from vlsm.methods.own_weights import DecoderTuner, FullTuner
+from vlsm.methods.baselines import DecoderTuner, FullTuner, LoRA, TelescopicAdapters
 from vlsm.methods.prompt_learners import (
-    DEFAULT_DEPTH,
     VPT,
     CoCoOp,
     CoOp,
@@ -16,10 +14,9 @@ from vlsm.methods.prompt_learners import (
     PromptLearner,
     SharedAttention,
     SharedSeparate,
-)  # fmt: skip
-from vlsm.methods.telescopic import TelescopicAdapters
+)
 from vlsm.methods.upsampler import Upsampler
-from vlsm.networks.hooks import PLAIN_ADDITIONS, PROJECTIONS, Contexts, Tuner
+from vlsm.networks.hooks import PLAIN_ADDITIONS, Contexts, Tuner
 
 METHODS = {
     "none": Tuner,
@@ -36,41 +33,49 @@ METHODS = {
     "shared_separate": SharedSeparate,
     "shared_attention": SharedAttention,
 }
-
-
-LARGEST = 1 << 16  # of any width, rank or count
+LARGEST = 1 << 16  # limit of any width, rank or count
 
 
 def default_options(method):
     """Return the options of one method and their defaults."""
-    parameters = inspect.signature(METHODS[method]).parameters
-    own = {n: p.default for n, p in parameters.items() if n not in ("config", "reference")}
-    return {**own, "upsampler": METHODS[method].default_upsampler}
+    tuner_class = METHODS[method]
+    defaults = {}
+    for name, parameter in inspect.signature(tuner_class).parameters.items():
+        if name not in ("config", "reference"):
+            defaults[name] = parameter.default
+    defaults["upsampler"] = tuner_class.default_upsampler
+    return defaults
 
 
-OPTIONS = tuple(dict.fromkeys(option for method in METHODS for option in default_options(method)))
+def known_options(methods):
+    """Return the names of all options of some methods, each once, in their order."""
+    names = {}
+    for method in methods:
+        names.update(default_options(method))
+    return tuple(names)
+
+
+OPTIONS = known_options(METHODS)
 
 
 def add_method_options(parser):
     """Add the options of all methods to an argparse parser."""
     add_adapter_options(parser.add_argument_group("adapters and LoRA").add_argument)
-    learners = [name for name, kind in METHODS.items() if issubclass(kind, PromptLearner)]
-    add_learner_options(parser.add_argument_group(f"prompt learners ({', '.join(learners)})").add_argument)
+    learners = "coop, cocoop, vpt, maple, shared_separate, shared_attention"
+    add_learner_options(parser.add_argument_group(f"prompt learners ({learners})").add_argument)
 
 
 def add_adapter_options(add):
-    """Declare the options of adapters and LoRA; add: a parser's `add_argument`."""
-    dense, shallow, lora, telescopic = map(default_options, ("dense", "shallow", "lora", "telescopic"))
-    branches = "any of v (vision), l (language), c (conditional embedding)"
+    """Declare the options of adapters and LoRA; add: a group's `add_argument`."""
     add(
         "--branches",
-        help=f"adapters in: {branches}; default {dense['branches']}, telescopic {telescopic['branches']}",
+        help="adapters in: any of v (vision), l (language), c (conditional embedding); default vl, "
+        "telescopic vlc",
     )
-    widths = f"{dense['dim']} dense, {shallow['dim']} shallow, {telescopic['dim']} telescopic"
     add(
         "--dim",
         type=int,
-        help=f"width of an adapter (default: {widths}), rank of LoRA (default {lora['dim']})",
+        help="width of an adapter (default: 64 dense, 512 shallow, 16 telescopic), rank of LoRA (default 16)",
     )
     add(
         "--dims",
@@ -82,44 +87,83 @@ def add_adapter_options(add):
     add(
         "--blocks",
         metavar="RANGE",
-        help="dense, telescopic, lora: the blocks that they act on, such as 5-8 or v:5-8,l:9-11; what lies "
-        "below the first is computed once",
+        help="dense, telescopic, lora: the blocks that they act on, such as 5-8 or v:5-8,l:9-11; frozen "
+        "blocks below the first are computed once for all epochs",
     )
-    alpha, targets = f"{lora['lora_alpha']:g}", " ".join(lora["lora_targets"])
-    add("--lora-alpha", type=float, help=f"LoRA's update is alpha / rank times its product (default {alpha})")
-    names = f"any of {', '.join(PROJECTIONS)} (default: {targets})"
-    add("--lora-targets", nargs="+", metavar="NAME", help=f"attention projections: {names}")
+    add(
+        "--lora-alpha",
+        type=float,
+        help="LoRA's update is alpha / rank times its product (default 32)",
+    )
+    add(
+        "--lora-targets",
+        nargs="+",
+        metavar="NAME",
+        help="attention projections: any of q, k, v, out (default: q v)",
+    )
 
 
 def add_learner_options(add):
-    """Declare the options of the prompt learners and the upsampler; add: a parser's `add_argument`."""
-    coop, maple, separate, attention = (
-        default_options(name) for name in ("coop", "maple", "shared_separate", "shared_attention")
+    """Declare the options of the prompt learners and the upsampler; add: a group's `add_argument`."""
+    add(
+        "--prompt-depth",
+        type=int,
+        metavar="J",
+        help="layers with context vectors of their own (default 9 or all; shared_attention 1)",
     )
-    depth = f"default {DEFAULT_DEPTH} or all; shared_attention {SharedAttention.default_depth}"
-    add("--prompt-depth", type=int, metavar="J", help=f"layers that get vectors of their own ({depth})")
-    add("--context", type=int, metavar="N", help=f"context vectors a layer (default {coop['context']})")
-    start = "text whose tokens the vectors start from, and which sets N; several: a layer each"
-    default = 'coop, cocoop: "a photo of a" unless --context is given; else random'
-    add("--context-init", nargs="+", metavar="TEXT", help=f"{start} ({default})")
-    width = f"cocoop, maple (default {maple['intermediate_dim']}), shared_separate (default 0: one layer)"
-    width = f"width inside the projections of {width}; several: more layers"
-    add("--intermediate-dim", type=int, nargs="+", metavar="H", help=width)
-    for name, meaning in (
-        ("lora-proj", "a product of two matrices as projection instead of an MLP (default: no)"),
-        ("proj-norm", "LayerNorm behind a projection (default: yes)"),
-        ("unified-proj", "one projection for all layers instead of one each (default: no)"),
-        ("norm-image-features", "cocoop: image features of length one (default: no)"),
-        ("norm-first", "shared_attention: norms before attention and MLP (default: yes)"),
-        ("upsampler", "learnable upsampler beside the decoder's last layer (default: with prompt learners)"),
-    ):
-        add(f"--{name}", action=BooleanOptionalAction, help=meaning)
-    shared = f"shared_separate: width of the vectors (default {separate['shared_dim']})"
-    add("--shared-dim", type=int, help=shared)
-    add("--heads", type=int, help=f"shared_attention: attention heads (default {attention['heads']})")
-    hidden = f"shared_attention: hidden width (default {attention['feed_forward']})"
-    add("--feed-forward", type=int, help=hidden)
-    add("--dropout", type=float, help=f"shared_attention: dropout (default {attention['dropout']})")
+    add("--context", type=int, metavar="N", help="context vectors a layer (default 4)")
+    add(
+        "--context-init",
+        nargs="+",
+        metavar="TEXT",
+        help="text whose tokens the vectors start from, and which sets N; several: a layer each (default: "
+        'coop, cocoop: "a photo of a" unless --context is given; else random)',
+    )
+    add(
+        "--intermediate-dim",
+        type=int,
+        nargs="+",
+        metavar="H",
+        help="width inside the projections of cocoop, maple (default 64), shared_separate (default 0: one "
+        "layer); several: more layers",
+    )
+    add(
+        "--lora-proj",
+        action=BooleanOptionalAction,
+        help="a product of two matrices as projection instead of an MLP (default: no)",
+    )
+    add(
+        "--proj-norm",
+        action=BooleanOptionalAction,
+        help="LayerNorm after a projection (default: yes)",
+    )
+    add(
+        "--unified-proj",
+        action=BooleanOptionalAction,
+        help="one projection for all layers instead of one each (default: no)",
+    )
+    add(
+        "--norm-image-features",
+        action=BooleanOptionalAction,
+        help="cocoop: image features of length one (default: no)",
+    )
+    add(
+        "--norm-first",
+        action=BooleanOptionalAction,
+        help="shared_attention: norms before attention and MLP (default: yes)",
+    )
+    add(
+        "--upsampler",
+        action=BooleanOptionalAction,
+        help="learnable upsampler next to the decoder's last layer (default: with prompt learners)",
+    )
+    add("--shared-dim", type=int, help="shared_separate: width of the vectors (default 64)")
+    add("--heads", type=int, help="shared_attention: attention heads (default 16)")
+    add("--feed-forward", type=int, help="shared_attention: hidden width (default 1536)")
+    add("--dropout", type=float, help="shared_attention: dropout (default 0.25)")
+
+
+# Checks
 
 
 def split_methods(method):
@@ -130,106 +174,130 @@ def split_methods(method):
     names = method.split("+")
     for name in names:
         if name not in METHODS:
-            known = ", ".join(METHODS)
             raise ValueError(
-                f"Method '{name}' is not known. Choose one of: {known}; or several, as in dense+vpt."
+                f"Method '{name}' is not known. Choose one of: {', '.join(METHODS)}; or several, as in "
+                "dense+vpt."
             )
     for a, b in combinations(names, 2):
         reason = _conflict(a, b)
         if reason:
             raise ValueError(
-                f"--peft {method} cannot be: {reason}. Combine methods that act in different places, as in "
-                "dense+vpt."
+                f"--peft {method} is not possible: {reason}. Combine methods that act in different places, "
+                "as in dense+vpt."
             )
     return names
 
 
 def _conflict(a, b):
     """Return why two methods cannot work together, or None."""
-    kinds = METHODS[a], METHODS[b]
     if a == b:
-        return f"{a} stands there twice"
-    if Tuner in kinds:
+        return f"{a} is named twice"
+    if "none" in (a, b):
         return "none trains nothing, and so adds nothing to another method"
-    if all(issubclass(k, DecoderTuner) for k in kinds):
+    if _both(a, b, DecoderTuner):
         return "full trains the decoder already"
-    if all(issubclass(k, DenseAdapters) for k in kinds):
+    if _both(a, b, DenseAdapters):
         return f"{a} and {b} both act before the residual additions"
-    if all(issubclass(k, PromptLearner) for k in kinds):
-        shared = [e for e in kinds[0].encoders if e in kinds[1].encoders]
-        if shared:
-            return (
-                f"{a} and {b} both put context vectors into the {shared[0]} encoder, where they would take "
-                "each other's places"
-            )
+    if _both(a, b, PromptLearner):
+        for encoder in METHODS[a].encoders:
+            if encoder in METHODS[b].encoders:
+                return f"{a} and {b} both put context vectors into the {encoder} encoder, in the same places"
     return None
+
+
+def _both(a, b, tuner_class):
+    return issubclass(METHODS[a], tuner_class) and issubclass(METHODS[b], tuner_class)
 
 
 def check_model(method, network):
     """Raise ValueError for a method that cannot act on a network (a subclass of `Network`)."""
-    wrong = [
-        name for name in split_methods(method) if network.methods is not None and name not in network.methods
-    ]
-    if wrong:
+    names = split_methods(method)
+    if network.methods is None:
+        return
+    refused = [name for name in names if name not in network.methods]
+    if refused:
         raise ValueError(
-            f"--peft {' and '.join(wrong)} cannot be used on {network.name}, which takes "
+            f"--peft {' and '.join(refused)} cannot be used on {network.name}, which takes "
             f"{', '.join(network.methods)}. {network.unsupported_reason}"
         )
 
 
-def complete_options(method, given, config=None):
-    """Return all options of a method, defaults filled in.
+def complete_options(method, given, config):
+    """Return all options of a method: those `given`, checked, and the defaults of the others.
 
-    Of a combination: a dictionary for each part, and "upsampler"; an option is for all parts that take it,
-    and `vpt=dict(...)` for one. config: the network's; without it, for a network that can have an upsampler.
-    Raises ValueError for what is not known.
+    For a combination: {method: its options, ..., "upsampler": bool}; a given option goes to every method that
+    accepts it, and `vpt=dict(...)` to one. config: the network's. Raises ValueError for unknown options and
+    for values of another type than the default's.
     """
     names = split_methods(method)
-    if config is not None and config.upsampler_sizes is None:
+    if config.upsampler_sizes is None:
         given = {"upsampler": False, **given}
-    known = {name: default_options(name) for name in names}
-    for own in known.values():
-        check_values({o: v for o, v in given.items() if o in own and v is not None}, own)
-    every = list(dict.fromkeys(option for options in known.values() for option in options))
-    unknown = sorted(set(given) - set(every) - (set(names) if len(names) > 1 else set()))
-    if unknown:
-        own = ", ".join(option for option in every if option != "upsampler")
-        takes = f"the options {own}" if own else "no options"
-        raise ValueError(f"Method '{method}' takes {takes}; it has no {', '.join(unknown)}.")
     if len(names) == 1:
-        return {**known[method], **given}
-    options = dict(upsampler=given.get("upsampler", any(o["upsampler"] for o in known.values())))
+        _check_names(method, given, default_options(method))
+        return _fill(method, given)
+    _check_names(method, given, [*known_options(names), *names])
+    settings = {"upsampler": False}
     for name in names:
-        own = {o: v for o, v in given.items() if o in known[name]} | given.get(name, {})
-        options[name] = {o: v for o, v in complete_options(name, own).items() if o != "upsampler"}
+        for_one = given.get(name, {})
+        _check_names(name, for_one, default_options(name))
+        options = _fill(name, {**given, **for_one})
+        settings["upsampler"] |= options.pop("upsampler")
+        settings[name] = options
+    return settings
+
+
+def _check_names(method, given, accepted):
+    """Raise ValueError for options that a method does not have."""
+    unknown = sorted(set(given) - set(accepted))
+    if unknown:
+        listed = ", ".join(option for option in accepted if option != "upsampler")
+        takes = f"the options {listed}" if listed else "no options"
+        raise ValueError(f"Method '{method}' takes {takes}; it has no {', '.join(unknown)}.")
+
+
+def _fill(method, given):
+    """Return all options of one method: values from `given` (which may hold others, too), else defaults."""
+    options = default_options(method)
+    for name, default in options.items():
+        if name in given:
+            _check_type(name, given[name], default)
+            options[name] = given[name]
     return options
 
 
-def check_values(given, defaults):
-    """Raise ValueError for options of another type than their defaults, or for numbers that cannot be."""
-    for name, value in given.items():
-        flag, default = f"--{name.replace('_', '-')}", defaults[name]
-        scalar = isinstance(default, (int, float)) and name != "intermediate_dim"
-        if isinstance(default, bool) != isinstance(value, bool) and default is not None:
-            raise ValueError(
-                f"{flag} {value!r}: give {'yes or no' if isinstance(default, bool) else 'a number'}."
-            )
-        numbers = value if isinstance(value, (list, tuple)) and not scalar else [value]
-        for number in numbers:
-            wrong = scalar and not isinstance(number, (int, float))
-            if wrong or (isinstance(number, (int, float)) and not abs(number) <= LARGEST):
-                raise ValueError(f"{flag} {number!r}: give a number of at most {LARGEST}.")
+def _check_type(name, value, default):
+    """Raise ValueError for a value of another type than the default's, and for a number above `LARGEST`."""
+    if value is None:
+        return
+    flag = f"--{name.replace('_', '-')}"
+    if default is not None and isinstance(default, bool) != isinstance(value, bool):
+        wanted = "yes or no" if isinstance(default, bool) else "a number"
+        raise ValueError(f"{flag} {value!r}: give {wanted}.")
+    one_number = isinstance(default, (int, float)) and name != "intermediate_dim"
+    several = isinstance(value, (list, tuple)) and not one_number
+    for number in value if several else [value]:
+        wrong = one_number
+        if isinstance(number, (int, float)):
+            wrong = not abs(number) <= LARGEST  # NaN is refused, too
+        if wrong:
+            raise ValueError(f"{flag} {number!r}: give a number of at most {LARGEST}.")
 
 
-def make_tuner(method, config, reference, options):
-    """Return the tuner of a method with all its `options`, as `complete_options` returns them."""
-    names, own = split_methods(method), {o: v for o, v in options.items() if o != "upsampler"}
+# Building
+
+
+def make_tuner(method, config, reference, settings):
+    """Return the tuner of a method with all its options, as `complete_options` returns them.
+
+    Raises ValueError for values out of range, and for an upsampler that the method or network cannot take.
+    """
+    names = split_methods(method)
     if len(names) == 1:
-        tuner = METHODS[method](config, reference=reference, **own)
+        tuner = _make_one(method, config, reference, settings)
     else:
-        parts = {name: METHODS[name](config, reference=reference, **own[name]) for name in names}
-        tuner = Combination(parts, config, reference)
-    if options["upsampler"]:
+        tuners = {name: _make_one(name, config, reference, settings[name]) for name in names}
+        tuner = Combination(tuners, config, reference)
+    if settings["upsampler"]:
         if method == "none":
             raise ValueError("--upsampler is trained, and --peft none trains nothing. Choose another method.")
         if config.upsampler_sizes is None:
@@ -241,59 +309,76 @@ def make_tuner(method, config, reference, options):
     return tuner
 
 
-class Combination(Tuner):
-    """Several tuners, each under its name; `split_methods` has made sure that they do not act in the same
-    place.
-    """
+def _make_one(method, config, reference, settings):
+    settings = dict(settings)
+    settings.pop("upsampler", None)
+    return METHODS[method](config, reference=reference, **settings)
 
-    def __init__(self, parts, config, reference=False):
+
+class Combination(Tuner):
+    """Several tuners, each under its name; `split_methods` makes sure that they act in different places."""
+
+    def __init__(self, tuners, config, reference=False):
         super().__init__(config, reference)
-        self.parts = parts  # plain: the modules are registered below, so that names read "vpt.context"
-        for name, part in parts.items():
-            setattr(self, name, part)
-        self.needs_image_embedding = any(part.needs_image_embedding for part in parts.values())
+        self.tuners = tuners  # a plain dict; `setattr` registers them, so that names read "vpt.context"
+        for name, tuner in tuners.items():
+            setattr(self, name, tuner)
+        self.needs_image_embedding = any(tuner.needs_image_embedding for tuner in tuners.values())
 
     def on_attach(self, network, folder):
-        return {name: part.on_attach(network, folder) for name, part in self.parts.items()}
+        return {name: tuner.on_attach(network, folder) for name, tuner in self.tuners.items()}
 
     def trained_network_parameters(self, network):
-        return [name for part in self.parts.values() for name in part.trained_network_parameters(network)]
+        names = []
+        for tuner in self.tuners.values():
+            names += tuner.trained_network_parameters(network)
+        return names
 
     def contexts(self):
-        each = [part.contexts() for part in self.parts.values()]
-        return Contexts(*(next((c[k] for c in each if c[k]), ()) for k in range(2)))
+        vision = text = ()
+        for tuner in self.tuners.values():
+            contexts = tuner.contexts()
+            vision = vision or contexts.vision
+            text = text or contexts.text
+        return Contexts(vision, text)
 
     def image_conditioned_contexts(self, contexts, image_embedding):
-        for part in self.parts.values():
-            contexts = part.image_conditioned_contexts(contexts, image_embedding)
+        for tuner in self.tuners.values():
+            contexts = tuner.image_conditioned_contexts(contexts, image_embedding)
         return contexts
 
     def residual_ops(self, encoder, layer):
-        each = (part.residual_ops(encoder, layer) for part in self.parts.values())
-        return next((ops for ops in each if ops != PLAIN_ADDITIONS), PLAIN_ADDITIONS)
+        for tuner in self.tuners.values():
+            ops = tuner.residual_ops(encoder, layer)
+            if ops != PLAIN_ADDITIONS:
+                return ops
+        return PLAIN_ADDITIONS
 
     def lora_deltas(self, encoder, layer):
-        each = (part.lora_deltas(encoder, layer) for part in self.parts.values())
-        return next((deltas for deltas in each if deltas is not None), None)
+        for tuner in self.tuners.values():
+            deltas = tuner.lora_deltas(encoder, layer)
+            if deltas is not None:
+                return deltas
+        return None
 
     def adapt_activation(self, k, x):
-        for part in self.parts.values():
-            x = part.adapt_activation(k, x)
+        for tuner in self.tuners.values():
+            x = tuner.adapt_activation(k, x)
         return x
 
     def adapt_conditional(self, cond, states):
-        for part in self.parts.values():
-            cond = part.adapt_conditional(cond, states)
+        for tuner in self.tuners.values():
+            cond = tuner.adapt_conditional(cond, states)
         return cond
 
     def uses_weight_decay(self, name, tensor):
-        part, _, rest = name.partition(".")
-        if part in self.parts:
-            return self.parts[part].uses_weight_decay(rest, tensor)
+        first, _, rest = name.partition(".")
+        if first in self.tuners:
+            return self.tuners[first].uses_weight_decay(rest, tensor)
         return super().uses_weight_decay(name, tensor)
 
     def merge_into(self, network):
         if self.upsampler is not None:
             super().merge_into(network)
-        for part in self.parts.values():
-            part.merge_into(network)
+        for tuner in self.tuners.values():
+            tuner.merge_into(network)

@@ -1,4 +1,4 @@
-"""The learnable upsampler beside a frozen decoder's own last layer.
+"""The learnable upsampler, mixed with a frozen decoder's own last layer.
 
 Source: Adhikari et al., "TuneVLSeg" (ACCV 2024), Section 3:
 logits = (1 - ratio) * frozen layer(features) + ratio * conv(bilinear(features)).
@@ -19,14 +19,12 @@ def shifted_interpolation(n, factor, device):
 
     The border is replicated.
     """
-    with torch.inference_mode(False):  # kept for training too
+    with torch.inference_mode(False):  # the cached matrix also serves training
         eye = torch.eye(n, device=device)[None]
-        up = F.interpolate(eye, scale_factor=factor, mode="linear", align_corners=False)[0].T
-        at = (
-            torch.arange(n * factor, device=device)
-            + torch.arange(KERNEL, device=device)[:, None]
-            - KERNEL // 2
-        )
+        up = F.interpolate(eye, scale_factor=factor, mode="linear", align_corners=False)
+        up = up[0].T  # [n * factor, n]
+        offsets = torch.arange(KERNEL, device=device) - KERNEL // 2
+        at = torch.arange(n * factor, device=device) + offsets[:, None]  # [KERNEL, n * factor]
         return up[at.clamp(0, n * factor - 1)]
 
 
@@ -46,17 +44,19 @@ class Upsampler(nn.Module):
     def upsample(self, features):
         """Compute conv(bilinear(reduce(features))): `[B, C, h, w]` -> `[B, 1, H, W]`.
 
-        Both are linear, so that the products over channels can be had before the enlargement: a twelfth of
-        the arithmetic, and nothing of size C x H x W is ever held.
+        Both are linear, so the products over channels come before the enlargement: a twelfth of the
+        arithmetic, and no tensor of size C x H x W.
         """
-        sides = features.shape[-2:]
-        rows, columns = (
-            shifted_interpolation(n, self.factor, features.device).to(features.dtype) for n in sides
-        )
+        h, w = features.shape[-2:]
+        rows = shifted_interpolation(h, self.factor, features.device).to(features.dtype)  # [5, H, h]
+        columns = shifted_interpolation(w, self.factor, features.device).to(features.dtype)  # [5, W, w]
         features = self.reduce(features)
-        taps = torch.einsum("brhw,rij->bihjw", features, self.conv.weight[0].to(features.dtype))
-        out = torch.einsum("iyh,bihx->byx", rows, torch.einsum("bihjw,jxw->bihx", taps, columns))
+        weight = self.conv.weight[0].to(features.dtype)
+        taps = torch.einsum("brhw,rij->bihjw", features, weight)
+        wide = torch.einsum("bihjw,jxw->bihx", taps, columns)
+        out = torch.einsum("iyh,bihx->byx", rows, wide)  # [B, H, W]
         return out[:, None] + self.conv.bias
 
     def forward(self, logits, features):
+        """Mix logits `[B, 1, H, W]` with upsampled features `[B, C, h, w]` -> `[B, 1, H, W]`."""
         return (1 - self.ratio) * logits + self.ratio * self.upsample(features)

@@ -1,1 +1,1 @@
-"""The embedded CLIPSeg, the demo data set, and what made them."""
+"""The embedded CLIPSeg and the demo data set."""

@@ -1,110 +1,221 @@
-"""The demo data set: colonoscopy-like pictures generated from a seed, with masks and prompts in MedVLSM's
-form.
+"""The demo data set: colonoscopy-like images generated from a seed, with masks and prompts in MedVLSM's form.
+
+Images are float32 `[H, W, 3]` in 0..1 while they are painted. A signed field `[H, W]` is positive inside a
+shape. The order of random draws is fixed: another order would be another data set.
 """
 
 import numpy as np
+from PIL import Image
 
 from vlsm.data.describe import describe
 from vlsm.data.records import Record
-from vlsm.mini import paint
 
 SHAPE = (112, 128)  # height, width
+ASPECT = SHAPE[1] / SHAPE[0]
+_ROWS, _COLUMNS = np.mgrid[: SHAPE[0], : SHAPE[1]].astype(np.float32)
+Y = (_ROWS + 0.5) / SHAPE[0]  # pixel centres [H, W], in units of the height
+X = (_COLUMNS + 0.5) / SHAPE[0]
 COUNTS = {"train": 240, "val": 48, "test": 60}
 DESCRIPTIONS = (
     "a growth of tissue that projects from the wall",
     "a small lump in the lining of the colon",
     "an abnormal bumpy mass on the mucosa",
 )
-# Mean colours of polyps, as a patient's varies: pink, red, pale, brown, yellowish.
+# Mean colours of polyps, which vary between patients: pink, red, pale, brown, yellowish.
 TINTS = ((0.86, 0.52, 0.5), (0.74, 0.25, 0.22), (0.9, 0.8, 0.74), (0.5, 0.3, 0.2), (0.85, 0.68, 0.4))
 MUCOSA = ((0.78, 0.45, 0.35), (0.7, 0.36, 0.3), (0.82, 0.56, 0.42))
+VESSEL = (0.6, 0.18, 0.16)
+LUMEN = (0.1, 0.05, 0.04)
+SHADOW = (0.3, 0.12, 0.1)
+HIGHLIGHT = (1, 1, 0.97)
+SURROUND = (0.03, 0.03, 0.035)
 
 
-def records(split, seed=0):
-    """Return the records of a split, pixels in memory; the same for ever for a seed."""
-    offset = sum(list(COUNTS.values())[: list(COUNTS).index(split)])
-    return [record(seed, offset + i) for i in range(COUNTS[split])]
+def records(split):
+    """Return the records of a split, pixels in memory; always the same ones."""
+    first = 0
+    for name, count in COUNTS.items():
+        if name == split:
+            break
+        first += count
+    return [record(0, index) for index in range(first, first + COUNTS[split])]
 
 
 def record(seed, index):
-    """Return the record of one picture.
+    """Return the record of one image.
 
-    About one in twelve shows no polyp: its mask is empty, and its prompts describe one that is not there.
+    About one in twelve shows no polyp: its mask is empty, and its prompts describe one that is absent.
     """
     rng = np.random.default_rng([seed, index, 11])
-    y, x = paint.grid(SHAPE)
-    picture, polyps = mucosa(rng, y, x), []
-    bare = picture.copy()
-    for _ in range(rng.choice([1, 2, 3], p=[0.7, 0.2, 0.1])):
-        inside = place(rng, polyps, y, x)
-        if inside is not None:
-            polyps.append(inside)
-            paint_polyp(rng, picture, inside, y, x)
-    mask = np.any([p > 0 for p in polyps], 0)
-    missing = rng.random() < 1 / 12
-    finished = finish(rng, bare if missing else picture, y, x)
-    prompts = describe(paint.to_uint8(picture), mask, "polyp", DESCRIPTIONS)
+    bare = mucosa(rng)
+    image = bare.copy()
+    polyps = []
+    count = rng.choice([1, 2, 3], p=[0.7, 0.2, 0.1])
+    for _ in range(count):
+        field = place(rng, polyps)
+        if field is not None:
+            polyps.append(field)
+            paint_polyp(rng, image, field)
+    mask = np.any([field > 0 for field in polyps], 0)
+    prompts = describe(to_uint8(image), mask, "polyp", DESCRIPTIONS)
+    if rng.random() < 1 / 12:
+        image = bare
+        mask = np.zeros_like(mask)
+    image = finish(rng, image)
     name = f"demo_{index:04d}.png"
-    return Record(name, name, finished, np.zeros_like(mask) if missing else mask, prompts, "polyp")
+    return Record(name, name, image, mask, prompts, "polyp")
 
 
-def mucosa(rng, y, x):
-    """Paint the gut's wall: colour, folds as dark curved bands, fine vessels."""
-    picture = np.empty((*SHAPE, 3), np.float32)
-    picture[:] = np.array(MUCOSA[rng.integers(len(MUCOSA))]) + rng.normal(0, 0.04, 3)
-    picture *= (1 + 0.08 * paint.noise(rng, SHAPE, 4))[..., None]
+def mucosa(rng):
+    """Paint the wall of the gut: colour, folds as dark curved bands, fine vessels, perhaps the lumen."""
+    image = np.empty((*SHAPE, 3), np.float32)
+    colour = np.array(MUCOSA[rng.integers(len(MUCOSA))])
+    image[:] = colour + rng.normal(0, 0.04, 3)
+    image *= channels(1 + 0.08 * noise(rng, 4))
     cy, cx = rng.uniform(-0.2, 1.2, 2)
-    r = np.hypot(y - cy, x - cx) + 0.05 * paint.noise(rng, SHAPE, 3, 1)
-    folds = np.sin(2 * np.pi * r / rng.uniform(0.22, 0.4)) ** 8
-    picture *= (1 - rng.uniform(0.15, 0.4) * folds)[..., None]
-    vessels = np.exp(-((paint.noise(rng, SHAPE, 5, 2) / 0.06) ** 2))
-    paint.blend(picture, (0.6, 0.18, 0.16), 0.2 * vessels)
-    if rng.random() < 0.6:  # the lumen, a dark hole
-        paint.blend(picture, (0.1, 0.05, 0.04), 0.85 * np.exp(-((np.hypot(y - cy, x - cx) / 0.22) ** 4)))
-    return picture
+    r = np.hypot(Y - cy, X - cx)
+    bent_r = r + 0.05 * noise(rng, 3, octaves=1)
+    period = rng.uniform(0.22, 0.4)
+    folds = np.sin(2 * np.pi * bent_r / period) ** 8
+    darkness = rng.uniform(0.15, 0.4)
+    image *= channels(1 - darkness * folds)
+    vessels = bell(noise(rng, 5, octaves=2) / 0.06)
+    blend(image, VESSEL, 0.2 * vessels)
+    if rng.random() < 0.6:
+        hole = np.exp(-((r / 0.22) ** 4))
+        blend(image, LUMEN, 0.85 * hole)
+    return image
 
 
-def place(rng, others, y, x):
-    """Return the signed field of a blob that keeps clear of the others, or None where no room was found."""
+def place(rng, others):
+    """Return the signed field of a blob apart from the others, or None if ten trials find no room."""
     for _ in range(10):
-        radius = np.exp(rng.uniform(np.log(0.08), np.log(0.28)))
-        cy, cx = rng.uniform(0.18, 0.82), rng.uniform(0.2, SHAPE[1] / SHAPE[0] - 0.2)
-        turn, flat = rng.uniform(0, np.pi), rng.uniform(1, 1.5)
-        u, v = (
-            (x - cx) * np.cos(turn) + (y - cy) * np.sin(turn),
-            (y - cy) * np.cos(turn) - (x - cx) * np.sin(turn),
-        )
-        inside = paint.blob(rng, v * flat, u, radius, rng.choice([0.05, 0.15, 0.4]))
-        if (inside > 0).mean() > 0.008 and not any(((inside > -0.03) & (o > 0)).any() for o in others):
-            return inside
+        field = random_blob(rng)
+        inside = field > 0
+        surroundings = field > -0.03
+        overlaps = any((surroundings & (other > 0)).any() for other in others)
+        if inside.mean() > 0.008 and not overlaps:
+            return field
     return None
 
 
-def paint_polyp(rng, picture, inside, y, x):
+def random_blob(rng):
+    """Return the signed field of a blob of random place, size, direction and outline."""
+    log_radius = rng.uniform(np.log(0.08), np.log(0.28))
+    cy = rng.uniform(0.18, 0.82)
+    cx = rng.uniform(0.2, ASPECT - 0.2)
+    angle = rng.uniform(0, np.pi)
+    flattening = rng.uniform(1, 1.5)
+    wobble = rng.choice([0.05, 0.15, 0.4])
+    dy = Y - cy
+    dx = X - cx
+    cos = np.cos(angle)
+    sin = np.sin(angle)
+    along = dx * cos + dy * sin
+    across = dy * cos - dx * sin
+    return blob(rng, across * flattening, along, np.exp(log_radius), wobble)
+
+
+def blob(rng, dy, dx, radius, wobble):
+    """Return the signed field of a star-shaped blob around dy = dx = 0; wobble: how far its outline varies,
+    as a share of the radius.
+    """
+    angle = np.arctan2(dy, dx)
+    r = np.hypot(dy, dx)
+    outline = np.ones_like(r)
+    for k in range(2, 6):
+        amplitude = wobble / k * rng.normal()
+        phase = rng.uniform(0, 2 * np.pi)
+        outline += amplitude * np.cos(k * angle + phase)
+    outline = np.maximum(outline, 0.3)
+    return radius * outline - r
+
+
+def paint_polyp(rng, image, field):
     """Paint a dome: lit from the lens, darker towards its rim, with a thin shadow and its own speckle."""
-    depth = (inside / inside.max()).clip(0, 1)
-    tint = np.array(TINTS[rng.integers(len(TINTS))]) + rng.normal(0, 0.03, 3)
-    paint.blend(picture, (0.3, 0.12, 0.1), 0.45 * np.exp(-((inside.clip(max=0) / 0.03) ** 2)))
-    light = 0.72 + 0.38 * np.sqrt(depth) + 0.06 * paint.noise(rng, SHAPE, 16, 2)
-    paint.blend(
-        picture, tint * light[..., None], (inside / 0.012 / 2 + 0.5).clip(0, 1) * rng.uniform(0.85, 1)
-    )
+    tint = np.array(TINTS[rng.integers(len(TINTS))])
+    tint = tint + rng.normal(0, 0.03, 3)
+    beyond_rim = field.clip(max=0)
+    shadow = bell(beyond_rim / 0.03)
+    blend(image, SHADOW, 0.45 * shadow)
+    height = (field / field.max()).clip(0, 1)
+    speckle = noise(rng, 16, octaves=2)
+    light = 0.72 + 0.38 * np.sqrt(height) + 0.06 * speckle
+    surface = (field / 0.012 / 2 + 0.5).clip(0, 1)
+    opacity = rng.uniform(0.85, 1)
+    blend(image, tint * channels(light), surface * opacity)
 
 
-def finish(rng, picture, y, x):
-    """Add the light of the lens, wet highlights, the black surround of the tube, sensor noise."""
-    H, W = SHAPE
-    ly, lx = rng.uniform(0.3, 0.7), rng.uniform(0.3, 0.7) * W / H
-    picture = picture * (1.12 - 0.5 * np.hypot(y - ly, x - lx) ** 2)[..., None]
-    for _ in range(rng.integers(3, 9)):
-        cy, cx, s = rng.uniform(0.1, 0.9), rng.uniform(0.1, 0.9) * W / H, rng.uniform(0.008, 0.022)
-        paint.blend(
-            picture,
-            (1, 1, 0.97),
-            np.exp(-(((y - cy) / s) ** 2 + ((x - cx) / (s * rng.uniform(0.6, 2.5))) ** 2)),
-        )
-    corner = np.maximum(abs(y - 0.5) / 0.5, abs(x - W / H / 2) / (W / H / 2)) + 0.35 * (
-        abs(y - 0.5) + abs(x - W / H / 2)
-    )
-    paint.blend(picture, (0.03, 0.03, 0.035), ((corner - 1.16) / 0.02).clip(0, 1))
-    return paint.to_uint8(picture + rng.normal(0, 0.012, picture.shape).astype(np.float32))
+def finish(rng, image):
+    """Add the light of the lens, wet highlights, the black surround and sensor noise; return uint8."""
+    image = image * channels(lens_light(rng))
+    highlights = rng.integers(3, 9)
+    for _ in range(highlights):
+        blend(image, HIGHLIGHT, highlight(rng))
+    blend(image, SURROUND, surround())
+    sensor_noise = rng.normal(0, 0.012, image.shape)
+    return to_uint8(image + sensor_noise.astype(np.float32))
+
+
+def lens_light(rng):
+    """Return the brightness `[H, W]` around a random bright point."""
+    cy = rng.uniform(0.3, 0.7)
+    cx = rng.uniform(0.3, 0.7) * ASPECT
+    r = np.hypot(Y - cy, X - cx)
+    return 1.12 - 0.5 * r**2
+
+
+def highlight(rng):
+    """Return the weight `[H, W]` of a small bright spot."""
+    cy = rng.uniform(0.1, 0.9)
+    cx = rng.uniform(0.1, 0.9) * ASPECT
+    height = rng.uniform(0.008, 0.022)
+    width = height * rng.uniform(0.6, 2.5)
+    dy = (Y - cy) / height
+    dx = (X - cx) / width
+    return np.exp(-(dy**2 + dx**2))
+
+
+def surround():
+    """Return the weight `[H, W]` of the tube's black surround: the image's corners, cut off."""
+    dy = abs(Y - 0.5)
+    dx = abs(X - ASPECT / 2)
+    side = np.maximum(dy / 0.5, dx / (ASPECT / 2))
+    corner = side + 0.35 * (dy + dx)
+    return ((corner - 1.16) / 0.02).clip(0, 1)
+
+
+def noise(rng, cells, octaves=3):
+    """Return a smooth random field `[H, W]` of mean about 0 and amplitude about 1: `cells` bumps across, each
+    finer octave at half the strength.
+    """
+    height, width = SHAPE
+    field = np.zeros(SHAPE, np.float32)
+    for octave in range(octaves):
+        n = cells * 2**octave
+        coarse = Image.fromarray(rng.standard_normal((n, n), dtype=np.float32))
+        smooth = coarse.resize((width, height), Image.BICUBIC)
+        field += np.asarray(smooth) / 2**octave
+    return field
+
+
+def bell(x):
+    """Return exp(-x^2): 1 at 0, near 0 beyond 2."""
+    return np.exp(-(x**2))
+
+
+def channels(values):
+    """Return values `[H, W]` as `[H, W, 1]`, to be multiplied with an image."""
+    return values[..., None]
+
+
+def blend(image, colour, alpha):
+    """Paint `colour` (`[3]` or `[H, W, 3]`) over the image, in place, by the weight `alpha` `[H, W]`."""
+    colour = np.asarray(colour, np.float32)
+    image += channels(alpha) * (colour - image)
+
+
+def to_uint8(image):
+    """Round an image in 0..1 to uint8."""
+    levels = image.clip(0, 1) * 255 + 0.5
+    return levels.astype(np.uint8)

@@ -14,12 +14,25 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlsm.networks.base import FrozenBlocks, ImageFeatures, Network, TextEncoder, insert_context, patch_tokens
-from vlsm.networks.encoder_config import VISION_DEFAULTS, EncoderConfig
-from vlsm.networks.transformer import MLP, Attention, encoder_blocks, initialise_embeddings, text_model, tree
-from vlsm.system.options import select_fields
+from vlsm.networks.base import FrozenBlocks, ImageFeatures, Network
+from vlsm.networks.transformer import (
+    MLP,
+    VISION_DEFAULTS,
+    Attention,
+    EncoderConfig,
+    TextEncoder,
+    encoder_blocks,
+    initialise_embeddings,
+    insert_context,
+    patch_tokens,
+    select_fields,
+    text_model,
+    to_map,
+    tokens_at,
+    tree,
+)
 
-# Buffers that older transformers releases wrote; they hold 0, 1, 2, ... and are not needed.
+# buffers in files of older transformers releases; they hold 0, 1, 2, ...
 UNUSED_KEYS = ("clip.text_model.embeddings.position_ids", "clip.vision_model.embeddings.position_ids")
 
 
@@ -45,72 +58,67 @@ class CLIPSegConfig:
 
         Raises ValueError for sizes that cannot work.
         """
-
-        def encoder(name, defaults):  # old files repeat the values, and win, under `<name>_dict`
-            values = {**defaults, **(raw.get(name) or {}), **(raw.get(f"{name}_dict") or {})}
-            return EncoderConfig.from_dict(values, name)
-
-        top = select_fields(cls, {k: v for k, v in raw.items() if k not in ("text", "vision")})
-        top["extract_layers"] = tuple(top.get("extract_layers", cls.extract_layers))
-        config = cls(text=encoder("text_config", {}), vision=encoder("vision_config", VISION_DEFAULTS), **top)
-        layers, count = config.extract_layers, config.vision.num_hidden_layers
+        text = EncoderConfig.from_dict(_encoder_sizes(raw, "text_config"), "text_config")
+        vision_sizes = {**VISION_DEFAULTS, **_encoder_sizes(raw, "vision_config")}
+        vision = EncoderConfig.from_dict(vision_sizes, "vision_config")
+        sizes = select_fields(cls, raw)
+        layers = tuple(sizes.get("extract_layers", cls.extract_layers))
+        sizes.update(text=text, vision=vision, extract_layers=layers)
+        count = vision.num_hidden_layers
         if not layers or min(layers) < 0 or max(layers) >= count:
             raise ValueError(f"extract_layers {list(layers)} must be indices of the {count} vision layers.")
-        return config
+        return cls(**sizes)
 
     @property
     def stride(self):
-        """Return what sides of images are multiples of."""
+        """Return the number that image sides must be multiples of."""
         return self.vision.patch_size
 
     @property
     def activation_widths(self):
-        """Return the widths of the activations that the decoder reads."""
+        """Return the width of each activation that the decoder reads."""
         return [self.vision.hidden_size] * len(self.extract_layers)
 
     @property
     def pooled_states(self):
-        """Return how many states of the end-of-text token stand beside the conditional embedding."""
+        """Return how many states of the end-of-text token come with the conditional embedding."""
         return len(self.extract_layers)
 
     @property
     def upsampler_sizes(self):
-        """Return an upsampler's sizes: channels of the features, to how many they are reduced, its factor."""
+        """Return an upsampler's sizes: channels of the features, channels after reduction, factor."""
         return self.reduce_dim, None, self.vision.patch_size
 
     def max_prompt_depth(self, encoders, reference=False):
-        """Return how many sets of context vectors can act on the logits; the published code has one a layer.
+        """Return how many layers' context vectors can act on the logits.
 
-        In the vision encoder a set may stand over the last extracted output: the decoder sees it.
+        In the vision encoder one more set may replace outputs of the deepest extract layer, which the decoder
+        reads. With `reference` one set for each layer, as in the published code.
         """
-        vision, text = self.vision.num_hidden_layers, self.text.num_hidden_layers
         if reference:
-            return min(vision, text)
-        limits = dict(vision=max(self.extract_layers) + 2, text=text)
+            return min(self.vision.num_hidden_layers, self.text.num_hidden_layers)
+        limits = dict(vision=max(self.extract_layers) + 2, text=self.text.num_hidden_layers)
         return min(limits[encoder] for encoder in encoders)
 
 
-def clip_encoders(c):
-    """Return CLIP's two encoders and their projections, in the checkpoint's tree of names."""
-    text, vision, wide = c.text, c.vision, c.vision.hidden_size
-    patches = (vision.image_size // vision.patch_size) ** 2
+def _encoder_sizes(raw, name):
+    """Return an encoder's part of a `config.json`; in old files `<name>_dict` has precedence."""
+    return {**(raw.get(name) or {}), **(raw.get(f"{name}_dict") or {})}
+
+
+def vision_model(c):
+    """Build CLIP's vision transformer of an `EncoderConfig`, in Hugging Face's tree of names."""
+    width = c.hidden_size
+    patches = (c.image_size // c.patch_size) ** 2
     return tree(
-        text_model=text_model(text),
-        vision_model=tree(
-            embeddings=tree(
-                class_embedding=nn.Parameter(torch.zeros(wide)),
-                patch_embedding=nn.Conv2d(
-                    vision.num_channels, wide, vision.patch_size, vision.patch_size, bias=False
-                ),
-                position_embedding=nn.Embedding(patches + 1, wide),
-            ),
-            pre_layrnorm=nn.LayerNorm(wide, eps=vision.layer_norm_eps),  # spelt so in the checkpoint
-            encoder=tree(layers=encoder_blocks(vision)),
-            post_layernorm=nn.LayerNorm(wide, eps=vision.layer_norm_eps),
+        embeddings=tree(
+            class_embedding=nn.Parameter(torch.zeros(width)),
+            patch_embedding=nn.Conv2d(c.num_channels, width, c.patch_size, c.patch_size, bias=False),
+            position_embedding=nn.Embedding(patches + 1, width),
         ),
-        visual_projection=nn.Linear(wide, c.projection_dim, bias=False),
-        text_projection=nn.Linear(text.hidden_size, c.projection_dim, bias=False),
-        logit_scale=nn.Parameter(torch.tensor(2.6592)),  # not used; in the checkpoint
+        pre_layrnorm=nn.LayerNorm(width, eps=c.layer_norm_eps),  # spelt so in the checkpoint
+        encoder=tree(layers=encoder_blocks(c)),
+        post_layernorm=nn.LayerNorm(width, eps=c.layer_norm_eps),
     )
 
 
@@ -125,8 +133,8 @@ class DecoderLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(c.reduce_dim, eps=c.vision.layer_norm_eps)
 
     def forward(self, x):
-        x = self.layer_norm1(x + self.self_attn(x))
-        return self.layer_norm2(x + self.mlp(x))
+        x = self.layer_norm1(x + self.self_attn(x))  # [B, S, r]
+        return self.layer_norm2(x + self.mlp(x))  # [B, S, r]
 
 
 class Decoder(nn.Module):
@@ -134,37 +142,40 @@ class Decoder(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        r, patch, depth = c.reduce_dim, c.vision.patch_size, len(c.extract_layers)
+        r = c.reduce_dim
         self.conditional_layer = c.conditional_layer
         self.film_mul = nn.Linear(c.projection_dim, r)
         self.film_add = nn.Linear(c.projection_dim, r)
+        patch = c.vision.patch_size
         if c.use_complex_transposed_convolution:
-            k = patch // 4
+            quarter = patch // 4
             self.transposed_convolution = nn.Sequential(
                 nn.Conv2d(r, r, 3, padding=1),
                 nn.ReLU(),
-                nn.ConvTranspose2d(r, r // 2, k, k),
+                nn.ConvTranspose2d(r, r // 2, quarter, quarter),
                 nn.ReLU(),
-                nn.ConvTranspose2d(r // 2, 1, k, k),
+                nn.ConvTranspose2d(r // 2, 1, quarter, quarter),
             )
         else:
             self.transposed_convolution = nn.ConvTranspose2d(r, 1, patch, patch)
+        depth = len(c.extract_layers)
         self.reduces = nn.ModuleList(nn.Linear(c.vision.hidden_size, r) for _ in range(depth))
         self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(depth))
 
-    def forward(self, activations, cond, grid):
-        """Return (logits `[B, 1, H, W]`, the features `[B, r, h, w]` that they are made of); grid: (h, w)."""
+    def forward(self, reduced, cond, grid):
+        """Decode reduced activations `[B, 1+N(+n), r]`, deepest first, by the prompt's embedding `[B, P]`.
+
+        Returns (logits `[B, 1, H, W]`, the features `[B, r, h, w]` that they are made of); grid: (h, w).
+        """
         x = 0
-        for k, (activation, reduce, layer) in enumerate(
-            zip(reversed(activations), self.reduces, self.layers)
-        ):
-            x = x + reduce(activation)  # [B, 1+N(+n), r]
+        for k, layer in enumerate(self.layers):
+            x = x + reduced[k]  # [B, 1+N(+n), r]
             if k == self.conditional_layer:
                 x = self.film_mul(cond)[:, None] * x + self.film_add(cond)[:, None]
             x = layer(x)
         h, w = grid
         x = x[:, 1 : 1 + h * w]  # class token and contexts dropped
-        features = x.transpose(1, 2).unflatten(2, grid)  # [B, r, h, w]
+        features = to_map(x, grid)  # [B, r, h, w]
         return self.transposed_convolution(features), features
 
 
@@ -178,70 +189,97 @@ class CLIPSeg(Network):
 
     def __init__(self, config, reference=False):
         super().__init__(config, reference)
-        self.clip = clip_encoders(config)
+        width = config.projection_dim
+        self.clip = tree(  # in the checkpoint's tree of names
+            text_model=text_model(config.text),
+            vision_model=vision_model(config.vision),
+            visual_projection=nn.Linear(config.vision.hidden_size, width, bias=False),
+            text_projection=nn.Linear(config.text.hidden_size, width, bias=False),
+            logit_scale=nn.Parameter(torch.tensor(2.6592)),  # not used; in the checkpoint
+        )
         self.decoder = Decoder(config)
 
     def encode_image(self, pixel_values, tuner, contexts=()):
-        """Return the activations `[B, 1+N+n, D]` at the extract layers, and the embedding if it is needed.
+        """Encode images `[B, 3, H, W]` to the activations `[B, 1+N+n, D]` at the extract layers.
 
-        Stops after the deepest extract layer, as nothing above it reaches the logits, unless the tuner needs
-        the embedding. The n contexts stand behind the patches; those of layer i replace their outputs of
-        layer i - 1, and so the decoder sees them too.
+        Stops after the deepest one, as nothing above it reaches the logits, unless the tuner needs the
+        embedding. Returns `ImageFeatures`.
         """
-        return self.encode_rest(self.encode_blocks(pixel_values, tuner, contexts, 0), tuner, contexts)
+        return self.encode_rest(self.embed(pixel_values, contexts), tuner, contexts)
 
     def encode_blocks(self, pixel_values, tuner, contexts=(), depth=None):
-        vision = self.clip.vision_model
-        embeddings = vision.embeddings
+        blocks = self.embed(pixel_values, contexts)
+        if depth is not None:
+            return self.run_vision(blocks, depth, tuner, contexts)
+        # one block at a time, until a trained parameter acts
+        for stop in range(1, max(self.config.extract_layers) + 1):
+            more = self.run_vision(blocks, stop, tuner, contexts)
+            if more.tokens.requires_grad:
+                break
+            blocks = more
+        return blocks
+
+    def encode_rest(self, blocks, tuner, contexts=()):
+        layers = self.config.extract_layers
+        stop = len(self.vision_blocks()) if tuner.needs_image_embedding else max(layers) + 1
+        blocks = self.run_vision(blocks, stop, tuner, contexts)
+        embedding = None
+        if tuner.needs_image_embedding:
+            class_token = self.clip.vision_model.post_layernorm(blocks.tokens[:, 0])
+            embedding = self.clip.visual_projection(class_token)  # [B, P]
+        by_layer = dict(zip(sorted(set(layers)), blocks.activations))
+        return ImageFeatures([by_layer[i] for i in layers], embedding, blocks.size)
+
+    def embed(self, pixel_values, contexts=()):
+        """Embed images `[B, 3, H, W]`: class token, patches, contexts. Returns `FrozenBlocks` of no block."""
+        embeddings = self.clip.vision_model.embeddings
         patches = embeddings.patch_embedding(pixel_values)  # [B, D, h, w]
         x = patch_tokens(patches, embeddings.class_embedding, embeddings.position_embedding.weight)
         if contexts:
             x = insert_context(x, x.shape[1], contexts[0])
-        begun = FrozenBlocks(0, vision.pre_layrnorm(x), [], tuple(pixel_values.shape[-2:]))
-        last = max(self.config.extract_layers) if depth is None else depth
-        return self._run_vision_blocks(begun, last, tuner, contexts, frozen_only=depth is None)
+        x = self.clip.vision_model.pre_layrnorm(x)  # [B, 1+N+n, D]
+        return FrozenBlocks(0, x, [], pixel_values.shape[-2:])
 
-    def encode_rest(self, blocks, tuner, contexts=()):
-        vision, wanted = self.clip.vision_model, self.config.extract_layers
-        last = len(self.vision_blocks()) if tuner.needs_image_embedding else max(wanted) + 1
-        done, embedding = self._run_vision_blocks(blocks, last, tuner, contexts), None
-        if tuner.needs_image_embedding:
-            embedding = self.clip.visual_projection(vision.post_layernorm(done.tokens[:, 0]))
-        by_layer = dict(zip(sorted(set(wanted)), done.activations))
-        return ImageFeatures([by_layer[i] for i in wanted], embedding, done.size)
+    def run_vision(self, blocks, stop, tuner, contexts=()):
+        """Run the vision encoder's blocks `blocks.depth` to `stop` - 1: `FrozenBlocks` -> `FrozenBlocks`.
 
-    def _run_vision_blocks(self, begun, last, tuner, contexts, frozen_only=False):
-        """Return the `FrozenBlocks` after block `last` - 1, or after the last one that needs no gradient."""
-        x, activations = begun.tokens, list(begun.activations)
-        n = contexts[0].shape[-2] if contexts else 0
-        for i in range(begun.depth, last):
+        The n contexts follow the patches. Before layer i the previous outputs at their places are replaced by
+        the contexts of layer i; the decoder sees these tokens, too.
+        """
+        x = blocks.tokens  # [B, 1+N+n, D]
+        activations = list(blocks.activations)
+        for i in range(blocks.depth, stop):
             block = self.vision_blocks()[i]
-            after = block(x, tuner.residual_ops("vision", i), deltas=tuner.lora_deltas("vision", i))
+            x = block(x, tuner.residual_ops("vision", i), deltas=tuner.lora_deltas("vision", i))
             if i + 1 < len(contexts):
-                after = insert_context(after, after.shape[1] - n, contexts[i + 1], replace=n)
-            if frozen_only and after.requires_grad:
-                return FrozenBlocks(i, x, activations, begun.size)
-            x = after
+                n = contexts[0].shape[-2]
+                x = insert_context(x, x.shape[1] - n, contexts[i + 1], replace=n)
             if i in self.config.extract_layers:
                 activations.append(x)
-        return FrozenBlocks(last, x, activations, begun.size)
+        return FrozenBlocks(stop, x, activations, blocks.size)
 
     def encode_text(self, input_ids, attention_mask, tuner, contexts=()):
         """Return (conditional embedding `[B, P]`, the pooled state `[B, D]` at each extract layer...)."""
         states, end, _ = self.run_text_blocks(input_ids, attention_mask, tuner, contexts)
-        rows = torch.arange(end.shape[0], device=end.device)
-        pooled = [x[rows, end] for x in states]
+        pooled = [tokens_at(x, end) for x in states]  # [B, D] each
         cond = self.clip.text_projection(self.clip.text_model.final_layer_norm(pooled[-1]))
-        return cond, *(pooled[i] for i in self.config.extract_layers if i < len(pooled))
+        at_extract_layers = [pooled[i] for i in self.config.extract_layers if i < len(pooled)]
+        return cond, *at_extract_layers
 
-    def decode(self, image_features, text_features, tuner, pixel_values=None):
-        cond, *states = text_features
-        grid = tuple(side // self.config.vision.patch_size for side in image_features.size)
+    def adapt_activations(self, image_features, tuner, pixel_values=None):
+        """Return the adapted and reduced activations `[B, 1+N+n, r]`, deepest first."""
         activations = [tuner.adapt_activation(k, x) for k, x in enumerate(image_features.activations)]
-        logits, features = self.decoder(activations, tuner.adapt_conditional(cond, states), grid)
-        if logits.shape[-2:] != image_features.size:  # of a three-layer head, unless patches are of 16
-            logits = F.interpolate(logits, image_features.size, mode="bilinear", align_corners=False)
-        return tuner.adapt_logits(logits, features)
+        return [reduce(x) for reduce, x in zip(self.decoder.reduces, reversed(activations))]
+
+    def decode(self, image_features, text_features, tuner):
+        cond, *states = text_features
+        cond = tuner.adapt_conditional(cond, states)  # [B, P]
+        H, W = image_features.size
+        patch = self.config.vision.patch_size
+        logits, features = self.decoder(image_features.activations, cond, (H // patch, W // patch))
+        if logits.shape[-2:] != (H, W):  # the three-layer head enlarges by (patch // 4)^2, not by patch
+            logits = F.interpolate(logits, (H, W), mode="bilinear", align_corners=False)
+        return tuner.adapt_logits(logits, features)  # [B, 1, H, W]
 
     @classmethod
     def rename(cls, tensors):
@@ -258,7 +296,7 @@ class CLIPSeg(Network):
         return self.clip.vision_model.encoder.layers
 
     def decoder_names(self):
-        return [name for name, _ in self.named_parameters() if name.startswith("decoder.")]
+        return self.parameter_names("decoder.")
 
     def full_tuning_names(self):
         """Return the names of all parameters that the logits depend on.
@@ -269,9 +307,10 @@ class CLIPSeg(Network):
         if self.reference:
             return self.decoder_names()
         unused = ["clip.logit_scale", "clip.visual_projection.", "clip.vision_model.post_layernorm."]
-        layers = range(max(self.config.extract_layers) + 1, self.config.vision.num_hidden_layers)
-        unused += [f"clip.vision_model.encoder.layers.{i}." for i in layers]
-        return [name for name, _ in self.named_parameters() if not name.startswith(tuple(unused))]
+        for i in range(max(self.config.extract_layers) + 1, self.config.vision.num_hidden_layers):
+            unused.append(f"clip.vision_model.encoder.layers.{i}.")
+        unused = self.parameter_names(*unused)
+        return [name for name in self.parameter_names() if name not in unused]
 
     def compilable_blocks(self):
         return [*self.vision_blocks(), *self.text_transformer().blocks, *self.decoder.layers]

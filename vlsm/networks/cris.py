@@ -1,8 +1,9 @@
 """CRIS in plain PyTorch: CLIP's modified ResNet and text transformer, a text-gated pyramid, a cross-modal
-decoder, a kernel made of text.
+decoder, a convolution kernel made from the text.
 
 Parameters carry the names of the published checkpoint (`backbone.visual...`, `neck...`, `decoder...`,
-`proj...`), without the prefix of DistributedDataParallel. Section numbers below are this file's own.
+`proj...`) except in attention and MLPs (`CRIS.renames`). Shapes: B images, D the decoder's width, P that of
+the embeddings, S words.
 
 Source: Wang et al., "CRIS: CLIP-Driven Referring Image Segmentation" (CVPR 2022).
 """
@@ -14,11 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlsm.networks.base import EOS_IS_MAX_ID, ImageFeatures, Network, resize_positions
+from vlsm.networks.base import EOS_IS_MAX_ID, ImageFeatures, Network
 from vlsm.networks.clip import CLIP, CLIP_MEAN, CLIP_STD
-from vlsm.networks.encoder_config import EncoderConfig
-from vlsm.networks.transformer import HUGGING_FACE, OPENAI, Attention, noise
-from vlsm.system.options import select_fields
+from vlsm.networks.transformer import (
+    Attention,
+    EncoderConfig,
+    noise,
+    resize_positions,
+    select_fields,
+    to_map,
+    to_tokens,
+    tokens_at,
+)
+from vlsm.networks.weights import OPENAI_BLOCK
 
 
 @dataclass(frozen=True)
@@ -44,42 +53,45 @@ class CRISConfig:
     dim_ffn: int = 2048
     dropout: float = 0.2
 
-    stride = 32  # sides of images are multiples of this
+    stride = 32  # image sides must be multiples of it
     published_coop_ignores_upsampler = False
 
     @classmethod
     def from_dict(cls, raw):
         """Read the dictionary of a `config.json`. Raises ValueError for sizes that cannot work."""
-        config = cls(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in select_fields(cls, raw).items()}
-        )
+        config = cls(**select_fields(cls, raw))
         if len(config.vision_layers) != 4 or len(config.fpn_out) != 3:
             raise ValueError(
-                f"vision_layers {list(config.vision_layers)} should be four numbers and fpn_out "
-                f"{list(config.fpn_out)} three."
+                f"vision_layers {config.vision_layers} should be four numbers and fpn_out {config.fpn_out} "
+                "three."
             )
         if config.fpn_out[1] != config.text_width:
             raise ValueError(
-                f"fpn_out {list(config.fpn_out)}: its second width must be the text encoder's, "
-                f"{config.text_width}."
+                f"fpn_out {config.fpn_out}: its second width must be the text encoder's, {config.text_width}."
             )
-        for name, width, heads in (
-            ("vision_heads", 32 * config.vision_width, config.vision_heads),
-            ("text_heads", config.text_width, config.text_heads),
-            ("num_head", config.text_width, config.num_head),
-        ):  # fmt: skip
-            if width % heads:
-                raise ValueError(f"{name} is {heads}, which does not divide a width of {width}.")
+        config.check_heads("vision_heads", 32 * config.vision_width)
+        config.check_heads("text_heads", config.text_width)
+        config.check_heads("num_head", config.text_width)
         return config
+
+    def check_heads(self, name, width):
+        """Raise ValueError unless the number of heads in the field `name` divides a width."""
+        heads = getattr(self, name)
+        if width % heads:
+            raise ValueError(f"{name} is {heads}, which does not divide a width of {width}.")
 
     @cached_property
     def text(self):
+        """Return the text encoder's `EncoderConfig`."""
         return EncoderConfig(
-            hidden_size=self.text_width, intermediate_size=4 * self.text_width,
-            num_hidden_layers=self.text_layers, num_attention_heads=self.text_heads,
-            vocab_size=self.vocab_size, max_position_embeddings=self.context_length,
+            hidden_size=self.text_width,
+            intermediate_size=4 * self.text_width,
+            num_hidden_layers=self.text_layers,
+            num_attention_heads=self.text_heads,
+            vocab_size=self.vocab_size,
+            max_position_embeddings=self.context_length,
             eos_token_id=EOS_IS_MAX_ID,
-        )  # fmt: skip
+        )
 
     @property
     def projection_dim(self):
@@ -88,18 +100,23 @@ class CRISConfig:
 
     @property
     def upsampler_sizes(self):
-        """Return an upsampler's sizes: channels of the features, to how many they are reduced, its factor."""
+        """Return an upsampler's sizes: channels of the features, channels after reduction, factor."""
         return self.text_width, min(64, self.text_width), 16
 
     def max_prompt_depth(self, encoders, reference=False):
         """Return how many sets of context vectors can act on the logits.
 
-        One may stand over the last layer's output, which the decoder sees.
+        One more than layers: the last set may replace outputs of the last layer, which the decoder sees.
         """
         return self.text_layers + (not reference)
 
 
-# 1. Vision: three maps, of strides 8, 16 and 32
+# Vision: three maps, of strides 8, 16 and 32
+
+
+def plain_conv(a, b, kernel, stride=1):
+    """Return a convolution from `a` to `b` channels, without bias, that keeps the size at stride 1."""
+    return nn.Conv2d(a, b, kernel, stride, kernel // 2, bias=False)
 
 
 class Bottleneck(nn.Module):
@@ -107,115 +124,147 @@ class Bottleneck(nn.Module):
 
     def __init__(self, width, planes, stride):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(width, planes, 1, bias=False), nn.BatchNorm2d(planes)
-        self.conv2, self.bn2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False), nn.BatchNorm2d(planes)
-        self.conv3, self.bn3 = nn.Conv2d(planes, 4 * planes, 1, bias=False), nn.BatchNorm2d(4 * planes)
+        out = 4 * planes
+        self.conv1 = plain_conv(width, planes, 1)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = plain_conv(planes, planes, 3)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = plain_conv(planes, out, 1)
+        self.bn3 = nn.BatchNorm2d(out)
         self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
-        if stride > 1 or width != 4 * planes:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(width, 4 * planes, 1, bias=False), nn.BatchNorm2d(4 * planes)
-            )
-        else:
-            self.downsample = nn.Identity()
+        self.downsample = nn.Identity()
+        if stride > 1 or width != out:
+            self.downsample = nn.Sequential(plain_conv(width, out, 1), nn.BatchNorm2d(out))
 
     def forward(self, x):
+        """Transform a map `[B, C, h, w]` -> `[B, 4 planes, h/stride, w/stride]`."""
         y = self.bn1(self.conv1(x)).relu()
-        y = self.pool(self.bn2(self.conv2(y)).relu())
-        return (self.bn3(self.conv3(y)) + self.downsample(self.pool(x))).relu()
+        y = self.bn2(self.conv2(y)).relu()
+        y = self.bn3(self.conv3(self.pool(y)))
+        return (y + self.downsample(self.pool(x))).relu()
 
 
 class AttentionPool(Attention):
-    """Self-attention of the last map's pixels, plus a linear path; the map is kept."""
+    """CLIP's attention pool without pooling: self-attention of the last map's pixels, plus a linear path."""
 
     def __init__(self, c):
-        width, side = 32 * c.vision_width, c.image_resolution // 32
-        position = noise(side**2 + 1, width, std=width**-0.5)  # row 0 belonged to CLIP's mean token
-        super().__init__(width, c.vision_heads, HUGGING_FACE._replace(out="c_proj"), out_dim=c.embed_dim)
+        width = 32 * c.vision_width
+        side = c.image_resolution // 32
+        position = noise(side**2 + 1, width, std=width**-0.5)  # row 0 is that of CLIP's mean token, not used
+        super().__init__(width, c.vision_heads, out_dim=c.embed_dim)
         self.positional_embedding = position
-        self.connect = nn.Sequential(
-            nn.Conv2d(width, c.embed_dim, 1, bias=False), nn.BatchNorm2d(c.embed_dim)
-        )
+        self.connect = nn.Sequential(plain_conv(width, c.embed_dim, 1), nn.BatchNorm2d(c.embed_dim))
 
     def forward(self, x):
+        """Transform a map `[B, 32w, h, w]` -> `[B, P, h, w]`."""
         h, w = x.shape[-2:]
         position = resize_positions(self.positional_embedding[1:], h, w)
-        pixels = x.flatten(2).transpose(1, 2) + position  # [B, h*w, D]
+        pixels = to_tokens(x) + position  # [B, h*w, 32w]
         out = super().forward(pixels, pixels)  # [B, h*w, P]
-        return (out.transpose(1, 2).unflatten(2, (h, w)) + self.connect(x)).relu()
+        return (to_map(out, (h, w)) + self.connect(x)).relu()
 
 
 class ResNet(nn.Module):
+    """CLIP's modified ResNet, which keeps the maps of its last three stages."""
+
     def __init__(self, c):
         super().__init__()
-        half, width = c.vision_width // 2, c.vision_width
-        self.conv1, self.bn1 = nn.Conv2d(3, half, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(half)
-        self.conv2, self.bn2 = nn.Conv2d(half, half, 3, padding=1, bias=False), nn.BatchNorm2d(half)
-        self.conv3, self.bn3 = nn.Conv2d(half, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
-        before = width
-        for k, count in enumerate(c.vision_layers):
-            planes, blocks = width * 2**k, []
-            for j in range(count):
-                blocks.append(Bottleneck(before, planes, stride=2 if k and not j else 1))
-                before = 4 * planes
-            setattr(self, f"layer{k + 1}", nn.Sequential(*blocks))
+        width = c.vision_width
+        half = width // 2
+        self.conv1 = plain_conv(3, half, 3, stride=2)
+        self.bn1 = nn.BatchNorm2d(half)
+        self.conv2 = plain_conv(half, half, 3)
+        self.bn2 = nn.BatchNorm2d(half)
+        self.conv3 = plain_conv(half, width, 3)
+        self.bn3 = nn.BatchNorm2d(width)
+        self.layer1 = stage(width, width, c.vision_layers[0], stride=1)
+        self.layer2 = stage(4 * width, 2 * width, c.vision_layers[1], stride=2)
+        self.layer3 = stage(8 * width, 4 * width, c.vision_layers[2], stride=2)
+        self.layer4 = stage(16 * width, 8 * width, c.vision_layers[3], stride=2)
         self.attnpool = AttentionPool(c)
 
     def forward(self, x):
-        for conv, bn in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
-            x = bn(conv(x)).relu()
-        c3 = self.layer2(self.layer1(F.avg_pool2d(x, 2)))
+        """Encode images `[B, 3, H, W]` to maps `[B, 8w, H/8, W/8]`, `[B, 16w, H/16, W/16]`, `[B, P, H/32,
+        W/32]`.
+        """
+        x = self.bn1(self.conv1(x)).relu()  # [B, w/2, H/2, W/2]
+        x = self.bn2(self.conv2(x)).relu()
+        x = self.bn3(self.conv3(x)).relu()
+        x = F.avg_pool2d(x, 2)  # [B, w, H/4, W/4]
+        c3 = self.layer2(self.layer1(x))
         c4 = self.layer3(c3)
         return c3, c4, self.attnpool(self.layer4(c4))
 
 
-# 2. Neck: the maps joined at stride 16, gated by the text
+def stage(width, planes, count, stride):
+    """Return `count` bottlenecks, the first with the given input width and stride."""
+    blocks = [Bottleneck(width, planes, stride)]
+    for _ in range(count - 1):
+        blocks.append(Bottleneck(4 * planes, planes, 1))
+    return nn.Sequential(*blocks)
+
+
+# Neck: the maps joined at stride 16, gated by the text
 
 
 def conv(a, b, kernel):
-    return nn.Sequential(
-        nn.Conv2d(a, b, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(b), nn.ReLU()
-    )
+    """Return a convolution from `a` to `b` channels that keeps the size, with BatchNorm and ReLU."""
+    return nn.Sequential(plain_conv(a, b, kernel), nn.BatchNorm2d(b), nn.ReLU())
 
 
 def double(x):
+    """Enlarge a map bilinearly: `[B, C, h, w]` -> `[B, C, 2h, 2w]`."""
     return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
 class CoordConv(nn.Module):
-    """A 3 x 3 convolution that sees where it is: two more channels, from -1 to 1 across and down."""
+    """A 3 x 3 convolution that sees its position: two more channels, from -1 to 1 across and down."""
 
     def __init__(self, d):
         super().__init__()
         self.conv1 = conv(d + 2, d, 3)
 
     def forward(self, x):
+        """Transform a map `[B, D, h, w]` -> `[B, D, h, w]`."""
         B, _, h, w = x.shape
-        across, down = (torch.linspace(-1, 1, n, device=x.device, dtype=x.dtype) for n in (w, h))
-        return self.conv1(torch.cat([x, across.expand(B, 1, h, w), down[:, None].expand(B, 1, h, w)], 1))
+        across = torch.linspace(-1, 1, w, device=x.device, dtype=x.dtype)
+        down = torch.linspace(-1, 1, h, device=x.device, dtype=x.dtype)
+        across = across.expand(B, 1, h, w)
+        down = down[:, None].expand(B, 1, h, w)
+        return self.conv1(torch.cat([x, across, down], 1))
 
 
 class Neck(nn.Module):
+    """Joins the three maps and gates them by the prompt."""
+
     def __init__(self, c):
         super().__init__()
-        (a, b, d), (i3, i4, i5) = c.fpn_out, (8 * c.vision_width, 16 * c.vision_width, c.embed_dim)
+        a, b, d = c.fpn_out
         self.txt_proj = nn.Sequential(nn.Linear(c.embed_dim, d, bias=False), nn.BatchNorm1d(d), nn.ReLU())
-        self.f1_v_proj = conv(i5, d, 1)
+        self.f1_v_proj = conv(c.embed_dim, d, 1)
         self.norm_layer = nn.Sequential(nn.BatchNorm2d(d), nn.ReLU())
-        self.f2_v_proj, self.f2_cat = conv(i4, b, 3), conv(b + d, b, 1)
-        self.f3_v_proj, self.f3_cat = conv(i3, a, 3), conv(a + b, b, 1)
-        self.f4_proj3, self.f4_proj4, self.f4_proj5 = conv(b, b, 3), conv(b, b, 3), conv(d, b, 3)
+        self.f2_v_proj = conv(16 * c.vision_width, b, 3)
+        self.f2_cat = conv(b + d, b, 1)
+        self.f3_v_proj = conv(8 * c.vision_width, a, 3)
+        self.f3_cat = conv(a + b, b, 1)
+        self.f4_proj3 = conv(b, b, 3)
+        self.f4_proj4 = conv(b, b, 3)
+        self.f4_proj5 = conv(d, b, 3)
         self.aggr = conv(3 * b, b, 1)
         self.coordconv = nn.Sequential(CoordConv(b), conv(b, b, 3))
 
     def forward(self, c3, c4, c5, state):
-        f5 = self.norm_layer(self.f1_v_proj(c5) * self.txt_proj(state)[:, :, None, None])
-        f4 = self.f2_cat(torch.cat([self.f2_v_proj(c4), double(f5)], 1))
-        f3 = self.f3_cat(torch.cat([F.avg_pool2d(self.f3_v_proj(c3), 2), f4], 1))
-        fq = self.aggr(torch.cat([self.f4_proj3(f3), self.f4_proj4(f4), double(self.f4_proj5(f5))], 1))
-        return self.coordconv(fq)
+        """Join maps of strides 8, 16, 32 by the prompt's state `[B, P]` -> `[B, D, H/16, W/16]`."""
+        gate = self.txt_proj(state)[:, :, None, None]
+        f5 = self.norm_layer(self.f1_v_proj(c5) * gate)  # [B, d, H/32, W/32]
+        f4 = self.f2_cat(torch.cat([self.f2_v_proj(c4), double(f5)], 1))  # [B, D, H/16, W/16]
+        halved = F.avg_pool2d(self.f3_v_proj(c3), 2)
+        f3 = self.f3_cat(torch.cat([halved, f4], 1))
+        maps = [self.f4_proj3(f3), self.f4_proj4(f4), double(self.f4_proj5(f5))]
+        return self.coordconv(self.aggr(torch.cat(maps, 1)))
 
 
-# 3. Decoder: pixels attend to each other and to the words
+# Decoder: pixels attend to each other and to the words
 
 
 def sinusoids(length, d, device):
@@ -227,83 +276,103 @@ def sinusoids(length, d, device):
 
 def pixel_positions(h, w, d, device):
     """Return positions `[h*w, d]`: half of the channels from the column, then half from the row."""
-    across, down = sinusoids(w, d // 2, device), sinusoids(h, d // 2, device)
-    return torch.cat([across.expand(h, -1, -1), down[:, None].expand(-1, w, -1)], 2).flatten(0, 1)
+    across = sinusoids(w, d // 2, device).expand(h, -1, -1)
+    down = sinusoids(h, d // 2, device)[:, None].expand(-1, w, -1)
+    return torch.cat([across, down], 2).flatten(0, 1)
 
 
 class DecoderLayer(nn.Module):
+    """Self-attention of pixels, cross-attention to words, MLP."""
+
     def __init__(self, c):
         super().__init__()
         d = c.fpn_out[1]
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(d) for _ in range(3))
-        self.self_attn_norm, self.cross_attn_norm = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.self_attn, self.multihead_attn = (Attention(d, c.num_head, OPENAI, c.dropout) for _ in range(2))
-        inner = (
+        self.norm1 = nn.LayerNorm(d)
+        self.norm2 = nn.LayerNorm(d)
+        self.norm3 = nn.LayerNorm(d)
+        self.self_attn_norm = nn.LayerNorm(d)
+        self.cross_attn_norm = nn.LayerNorm(d)
+        self.self_attn = Attention(d, c.num_head, c.dropout, normal_start=True)
+        self.multihead_attn = Attention(d, c.num_head, c.dropout, normal_start=True)
+        self.ffn = nn.Sequential(
             nn.Linear(d, c.dim_ffn),
             nn.ReLU(),
             nn.Dropout(c.dropout),
             nn.LayerNorm(c.dim_ffn),
             nn.Linear(c.dim_ffn, d),
         )
-        self.ffn = nn.Sequential(*inner)
         self.drop = nn.Dropout(c.dropout)
 
     def forward(self, x, words, visible, pixel_at, word_at):
+        """Transform pixels `[B, h*w, D]` by words `[B, S, D]`.
+
+        visible: bool `[B, 1, 1, S]`; pixel_at, word_at: positions.
+        """
         y = self.norm1(x)
         at = y + pixel_at
-        x = x + self.drop(self.self_attn_norm(self.self_attn(at, at, y)))
+        y = self.self_attn(at, at, y)
+        x = x + self.drop(self.self_attn_norm(y))
         at = self.norm2(x) + pixel_at
-        x = x + self.drop(self.cross_attn_norm(self.multihead_attn(at, words + word_at, words, mask=visible)))
-        return x + self.drop(self.ffn(self.norm3(x)))
+        y = self.multihead_attn(at, words + word_at, words, mask=visible)
+        x = x + self.drop(self.cross_attn_norm(y))
+        return x + self.drop(self.ffn(self.norm3(x)))  # [B, h*w, D]
 
 
 class Decoder(nn.Module):
+    """Transformer decoder: pixels attend to each other and to the prompt's words."""
+
     def __init__(self, c):
         super().__init__()
         self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_layers))
         self.norm = nn.LayerNorm(c.fpn_out[1])
 
     def forward(self, fq, words, visible):
+        """Transform a map `[B, D, h, w]` by words `[B, S, D]`, those that are `visible` `[B, S]`."""
         h, w = fq.shape[-2:]
         pixel_at = pixel_positions(h, w, fq.shape[1], fq.device).to(fq.dtype)
         word_at = sinusoids(words.shape[1], words.shape[2], fq.device).to(words.dtype)
-        x = fq.flatten(2).transpose(1, 2)  # [B, h*w, D]
+        x = to_tokens(fq)  # [B, h*w, D]
         for layer in self.layers:
             x = layer(x, words, visible[:, None, None], pixel_at, word_at)
-        return self.norm(x).transpose(1, 2).unflatten(2, (h, w))
+        return to_map(self.norm(x), (h, w))  # [B, D, h, w]
 
 
-# 4. Projector: a kernel of its own for each prompt
+# Projector: a kernel of its own for each prompt
 
 
 class Projector(nn.Module):
+    """Convolves the features by a 3 x 3 kernel that it makes from the prompt."""
+
     def __init__(self, c):
         super().__init__()
         d = c.fpn_out[1]
+        half = d // 2
         up = nn.Upsample(scale_factor=2, mode="bilinear")
-        self.vis = nn.Sequential(up, conv(d, d, 3), up, conv(d, d // 2, 3), nn.Conv2d(d // 2, d // 2, 1))
-        self.txt = nn.Linear(c.embed_dim, 9 * (d // 2) + 1)
+        self.vis = nn.Sequential(up, conv(d, d, 3), up, conv(d, half, 3), nn.Conv2d(half, half, 1))
+        self.txt = nn.Linear(c.embed_dim, 9 * half + 1)
 
     def forward(self, x, state):
-        """Return logits `[B, 1, 4h, 4w]` of features `[B, D, h, w]` and states `[B, P]`.
+        """Convolve features `[B, D, h, w]` by kernels of states `[B, P]` -> logits `[B, 1, 4h, 4w]`.
 
         A 3 x 3 convolution for each sample: products over channels first, then the nine maps are shifted and
-        added, which takes an eighth of a grouped convolution's time (8 maps of 256 x 104 x 104 on a CPU, with
-        gradients).
+        added, an eighth of a grouped convolution's time (8 maps of 256 x 104 x 104 on a CPU, with gradients).
         """
-        x, kernels = self.vis(x), self.txt(state)
-        weight, bias = kernels[:, :-1].unflatten(1, (-1, 3, 3)), kernels[:, -1]
-        taps = torch.einsum("bchw,bcij->bijhw", x, weight.flip(2, 3))  # [B, 3, 3, h, w]
-        return F.fold(taps.flatten(3).flatten(1, 2), x.shape[2:], 3, padding=1) + bias[:, None, None, None]
+        x = self.vis(x)  # [B, D/2, 4h, 4w]
+        kernels = self.txt(state)
+        weight = kernels[:, :-1].unflatten(1, (-1, 3, 3))  # [B, D/2, 3, 3]
+        bias = kernels[:, -1]
+        taps = torch.einsum("bchw,bcij->bijhw", x, weight.flip(2, 3))  # [B, 3, 3, 4h, 4w]
+        taps = taps.flatten(3).flatten(1, 2)  # [B, 9, 4h*4w]
+        return F.fold(taps, x.shape[2:], 3, padding=1) + bias[:, None, None, None]
 
 
 class CRIS(Network):
     """CRIS of a `CRISConfig`.
 
     Padding tokens are hidden from the decoder, BatchNorm keeps the running statistics of its checkpoint while
-    its weights are trained, and prompts may have any length up to the window. With `reference`, as the
-    published code has it: the decoder sees all 77 tokens but those of id 0 (the word "!"), and BatchNorm
-    takes the batch's statistics and moves its own.
+    its weights are trained, and prompts may have any length up to the window. With `reference`, as in the
+    published code, the decoder sees all 77 tokens except those of id 0 (the word "!"), and BatchNorm takes
+    the batch's statistics in training and updates its own.
     """
 
     name = "CRIS"
@@ -315,6 +384,12 @@ class CRIS(Network):
         "prompts go into. The paper adapts CLIPSeg, and trains CRIS whole (--peft full)."
     )
     Config = CRISConfig
+    renames = (
+        *OPENAI_BLOCK,
+        ("layers.#.self_attn.in_proj_", "layers.#.self_attn.qkv_proj."),
+        ("layers.#.multihead_attn.in_proj_", "layers.#.multihead_attn.qkv_proj."),
+        ("attnpool.c_proj.", "attnpool.out_proj."),
+    )
 
     def __init__(self, config, reference=False):
         super().__init__(config, reference)
@@ -322,42 +397,43 @@ class CRIS(Network):
         self.neck = Neck(config)
         self.decoder = Decoder(config)
         self.proj = Projector(config)
-        self.keeps_padding, self.without_statistics = reference, set()
+        self.keeps_padding = reference
+        self.updated_norms = set()  # names of BatchNorm modules, see `updated_buffers`
 
     def encode_image(self, pixel_values, tuner, contexts=()):
-        """Return three maps, `[B, 8w, H/8, W/8]`, `[B, 16w, H/16, W/16]`, `[B, P, H/32, W/32]`.
-
-        The embedding is the mean of the last map.
-        """
+        """Encode images `[B, 3, H, W]` to three maps; the embedding is the mean of the last one."""
         maps = self.backbone.visual(pixel_values)
-        embedding = maps[-1].mean((2, 3)) if tuner.needs_image_embedding else None
-        return ImageFeatures(list(maps), embedding, tuple(pixel_values.shape[-2:]))
+        embedding = maps[-1].mean((2, 3)) if tuner.needs_image_embedding else None  # [B, P]
+        return ImageFeatures(list(maps), embedding, pixel_values.shape[-2:])
 
     def encode_text(self, input_ids, attention_mask, tuner, contexts=()):
         """Return (state `[B, P]`, words `[B, S, D]`, bool `[B, S]`: which words the decoder may see)."""
-        published = self.reference and not contexts  # VLSM-Adapter's, that is; TuneVLSeg's code hides padding
+        published = self.reference and not contexts  # VLSM-Adapter's code; TuneVLSeg's hides padding
         if published:
             attention_mask = None
-        elif self.reference:  # the first set enters twice, the last one stands over the last layer's output
+        elif self.reference:  # the first set enters twice, the last one replaces the last layer's output
             contexts = [contexts[0], *contexts]
         states, end, seen = self.run_text_blocks(input_ids, attention_mask, tuner, contexts)
-        words = self.backbone.ln_final(states[-1])
-        pooled = words[torch.arange(end.shape[0], device=end.device), end]
-        state = pooled @ self.backbone.text_projection
+        words = self.backbone.ln_final(states[-1])  # [B, S, D]
+        state = tokens_at(words, end) @ self.backbone.text_projection  # [B, P]
         if published:
-            return state, words, input_ids.to(words.device) != 0
-        visible = torch.arange(words.shape[1], device=end.device) <= end[:, None]
-        return state, words, visible if seen is None else visible & seen
+            visible = input_ids.to(words.device) != 0
+        else:
+            visible = torch.arange(words.shape[1], device=end.device) <= end[:, None]
+            if seen is not None:
+                visible = visible & seen
+        return state, words, visible
 
-    def decode(self, image_features, text_features, tuner, pixel_values=None):
+    def decode(self, image_features, text_features, tuner):
         state, words, visible = text_features
         if self.neck.txt_proj[1].training and len(state) == 1:
             raise ValueError(
                 "With --reference BatchNorm takes the statistics of a batch, and this batch holds one "
                 "image. Choose a --batch-size that leaves no single one at an epoch's end."
             )
-        features = self.decoder(self.neck(*image_features.activations, state), words, visible)
-        logits = self.proj(features, state)
+        fq = self.neck(*image_features.activations, state)
+        features = self.decoder(fq, words, visible)  # [B, D, H/16, W/16]
+        logits = self.proj(features, state)  # [B, 1, H/4, W/4]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logits = F.interpolate(logits, size=image_features.size, mode="bicubic", align_corners=True)
         return tuner.adapt_logits(logits, features)
@@ -366,50 +442,49 @@ class CRIS(Network):
         return self.backbone.text_transformer()
 
     def decoder_names(self):
-        return [name for name, _ in self.named_parameters() if not name.startswith("backbone.")]
+        return self.parameter_names("neck.", "decoder.", "proj.")
 
     def full_tuning_names(self):
-        return [
-            name for name, _ in self.named_parameters() if self.reference or name != "backbone.logit_scale"
-        ]
+        names = self.parameter_names()
+        if not self.reference:
+            names.remove("backbone.logit_scale")  # not used
+        return names
 
     def compilable_blocks(self):
         visual = self.backbone.visual
-        stages = (visual.layer1, visual.layer2, visual.layer3, visual.layer4)
-        bottlenecks = [block for stage in stages for block in stage]
+        bottlenecks = [*visual.layer1, *visual.layer2, *visual.layer3, *visual.layer4]
         return [*bottlenecks, *self.backbone.transformer.resblocks, *self.decoder.layers]
 
     # BatchNorm
 
     def batch_norms(self):
         """Return the BatchNorm modules by name."""
-        return {
-            name: m for name, m in self.named_modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))
-        }
-
-    def on_weights_loaded(self):
-        """Note which BatchNorm modules have no statistics yet: mean 0, variance 1, as at a random start."""
-        self.without_statistics = {
-            name
-            for name, norm in self.batch_norms().items()
-            if not norm.running_mean.any() and (norm.running_var == 1).all()
-        }
-
-    def updates_statistics(self, name, norm):
-        """Tell whether a BatchNorm takes the batch's statistics in training, and moves its own.
-
-        With `reference` any does; else one that is trained and has none yet, but never the text gate's: there
-        equal prompts have no variance, and their text would be lost.
-        """
-        learns = name in self.without_statistics and norm.weight.requires_grad and name != "neck.txt_proj.1"
-        return self.reference or learns
+        norms = {}
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                norms[name] = module
+        return norms
 
     def updated_buffers(self):
-        names = [name for name, norm in self.batch_norms().items() if self.updates_statistics(name, norm)]
-        return [f"{name}.{buffer}" for name in names for buffer in ("running_mean", "running_var")]
+        """Choose which BatchNorm modules take the batch's statistics in training and update their own.
+
+        With `reference` all do; else those that are trained and have no statistics yet (mean 0, variance 1),
+        except the text gate's: there equal prompts have no variance, and their text would be lost. Returns
+        the names of their statistics.
+        """
+        self.updated_norms = set()
+        buffers = []
+        for name, norm in self.batch_norms().items():
+            untouched = not norm.running_mean.any() and (norm.running_var == 1).all()
+            learns = untouched and norm.weight.requires_grad and name != "neck.txt_proj.1"
+            if self.reference or learns:
+                self.updated_norms.add(name)
+                buffers += [f"{name}.running_mean", f"{name}.running_var"]
+        return buffers
 
     def train(self, mode=True):
+        """Set training mode; BatchNorm takes a batch's statistics only where `updated_buffers` chose it."""
         super().train(mode)
         for name, norm in self.batch_norms().items():
-            norm.train(mode and self.updates_statistics(name, norm))
+            norm.train(mode and name in self.updated_norms)
         return self

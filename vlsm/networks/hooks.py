@@ -1,7 +1,7 @@
 """How a tuning method acts on a frozen network: the contract between `networks/` and `methods/`.
 
 A network's forward pass calls every hook below; the base class changes nothing. A method is a subclass that
-holds all trained parameters and overrides a hook or two. To add one, write the class and put it into
+holds all trained parameters and overrides a hook or two. To add one, write the class and list it in
 `METHODS` (registry.py).
 
 Throughout: B images, N patches, T text tokens, n context vectors, D the width of an encoder, P that of the
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 PLAIN_ADDITIONS = torch.add, torch.add  # of attention's and the MLP's output to the residual stream
-PROJECTIONS = ("q", "k", "v", "out")  # of attention, as LoRA calls them
+PROJECTIONS = ("q", "k", "v", "out")  # the linear layers of attention, by LoRA's names
 
 
 class Contexts(NamedTuple):
@@ -36,12 +36,13 @@ class Tuner(nn.Module):
 
     def __init__(self, config=None, reference=False):
         super().__init__()
-        self.reference, self.upsampler = reference, None
+        self.reference = reference
+        self.upsampler = None
 
     def on_attach(self, network, folder):
-        """Start from the network's weights, which were read from `folder`; called once.
+        """Initialise from the network's weights, which were read from `folder`; called once.
 
-        Returns the options whose values this has settled, as a dictionary.
+        Returns the options resolved from the weights, e.g. {"context": 5}.
         """
         return {}
 
@@ -61,30 +62,29 @@ class Tuner(nn.Module):
         return contexts
 
     def residual_ops(self, encoder, layer):
-        """Return what adds attention's, and the MLP's, output to the residual stream of a layer.
+        """Return two functions (branch_output, residual) -> sum: for a layer's attention and its MLP.
 
-        encoder: "vision" or "text". Each is a function of (output, residual), both `[B, N, D]`.
+        encoder: "vision" or "text". All three are `[B, N, D]`.
         """
         return PLAIN_ADDITIONS
 
     def lora_deltas(self, encoder, layer):
-        """Return what is added to the projections of a layer's attention.
+        """Return None or a mapping such as {"q": f}: f(x) is added to that projection of a layer's attention.
 
-        A mapping from some of `PROJECTIONS` to functions of the projection's input, or None.
+        The keys are some of `PROJECTIONS`; x `[B, N, D]` is the projection's input.
         """
         return None
 
     def adapt_activation(self, k, x):
-        """Return the k-th activation that the decoder reads, `[B, 1+N, D]`.
-
-        Of SAM 3 that is a map of the neck, `[B, N, D]`.
+        """Return the k-th activation that the decoder reads: `[B, 1+N, D]`; SAM 3: the neck's k-th map as
+        tokens `[B, N, D]`.
         """
         return x
 
     def adapt_conditional(self, cond, states):
-        """Return the conditional embedding `[B, P]` (SAM 3: the prompt's tokens `[B, T, P]`).
+        """Return the conditional embedding `[B, P]`; SAM 3: the prompt's tokens `[B, T, P]`.
 
-        states: the end-of-text token's state `[B, D]` after each extract layer (SAM 3: none).
+        states: a list of the end-of-text token's states `[B, D]` after each extract layer; SAM 3: empty.
         """
         return cond
 
@@ -97,12 +97,12 @@ class Tuner(nn.Module):
         return not name.endswith("upsampler.ratio")
 
     def merge_into(self, network):
-        """Add what was learnt to the network's weights, in place.
+        """Add the learnt change to the network's weights, in place.
 
-        Raises ValueError where no change of weights does the same.
+        Raises ValueError if no change of weights has the same effect.
         """
         if next(self.parameters(), None) is not None:
             raise ValueError(
-                "What this method trains is no change of the network's own weights, so it cannot be merged "
-                "into them. That is possible for lora, decoder and full, without --upsampler."
+                "This method does not change the network's own weights, so it cannot be merged into them. "
+                "That is possible for lora, decoder and full, without --upsampler."
             )

@@ -1,9 +1,11 @@
-"""SAM 3 in plain PyTorch, as far as its semantic mask needs it: a windowed vision transformer with rotary
+"""SAM 3 in plain PyTorch, the part that its semantic mask needs: a windowed vision transformer with rotary
 positions, a neck, CLIP's text transformer, a DETR encoder that fuses both, a pixel decoder.
 
 Parameters carry the names of the Hugging Face checkpoint (`vision_encoder...`, `text_encoder...`,
-`detr_encoder...`, `mask_decoder...`). The DETR decoder with its boxes and scores, the geometry encoder and
-the trackers are read past.
+`detr_encoder...`, `mask_decoder...`) except in attention (`SAM3.renames`). Tensors of the DETR decoder with
+its boxes and scores, of the geometry encoder and of the trackers are not loaded. Shapes: B images; h x w, the
+grid of patches; D the vision transformer's width; P the width of the neck and of all that follows; S tokens
+of a prompt.
 
 Source: Carion et al., "SAM 3: Segment Anything with Concepts" (2025); transformers' `Sam3Model`.
 """
@@ -15,30 +17,66 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlsm.networks.base import ImageFeatures, Network, TextEncoder
-from vlsm.networks.encoder_config import VISION_DEFAULTS, EncoderConfig
+from vlsm.networks.base import ImageFeatures, Network
 from vlsm.networks.transformer import (
-    HUGGING_FACE,
     MLP,
     Attention,
     Block,
+    EncoderConfig,
+    TextEncoder,
     initialise_embeddings,
+    rename_keys,
+    select_fields,
     text_model,
+    to_map,
+    to_tokens,
     tree,
 )
-from vlsm.system.options import select_fields
 
-NAMES = HUGGING_FACE._replace(
-    modules=("layer_norm1", "attention", "layer_norm2", "mlp"), attention="attention", out="o_proj"
-)
+SCALE_FACTORS = [4.0, 2.0, 1.0, 0.5]  # of the published neck; its last level does not reach the mask
 LEVELS = (4, 2, 1)  # by how much the neck enlarges the vision transformer's map, finest first
-PREFIXES = ("detector_model.", "sam3.")  # that other ways of saving put before the names
+JOINS = len(LEVELS) - 1
+PREFIXES = ("detector_model.", "sam3.")  # name prefixes of other exports
 UNUSED = (
-    "tracker_model.", "tracker_neck.", "geometry_encoder.", "detr_decoder.", "dot_product_scoring.",
-    "mask_decoder.mask_embedder.", "mask_decoder.instance_projection.", "text_encoder.text_projection.",
-    f"vision_encoder.neck.fpn_layers.{len(LEVELS)}.", f"mask_decoder.pixel_decoder.norms.{len(LEVELS) - 1}.",
-    f"mask_decoder.pixel_decoder.conv_layers.{len(LEVELS) - 1}.",
-)  # fmt: skip
+    "tracker_model.",
+    "tracker_neck.",
+    "geometry_encoder.",
+    "detr_decoder.",
+    "dot_product_scoring.",
+    "mask_decoder.mask_embedder.",
+    "mask_decoder.instance_projection.",
+    "text_encoder.text_projection.",
+    f"vision_encoder.neck.fpn_layers.{len(LEVELS)}.",
+    f"mask_decoder.pixel_decoder.norms.{JOINS}.",
+    f"mask_decoder.pixel_decoder.conv_layers.{JOINS}.",
+)
+# sizes that a config.json leaves out: the published ones
+VISION_SIZES = dict(
+    hidden_size=1024,
+    intermediate_size=4736,
+    num_hidden_layers=32,
+    image_size=1008,
+    num_attention_heads=16,
+    patch_size=14,
+    hidden_act="gelu",
+    layer_norm_eps=1e-6,
+)
+TEXT_SIZES = dict(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    max_position_embeddings=32,
+    hidden_act="gelu",
+)
+# the fusion's sizes in a config.json -> our fields
+FUSION_SIZES = dict(
+    num_layers="fusion_layers",
+    num_attention_heads="fusion_heads",
+    hidden_act="fusion_act",
+    intermediate_size="fusion_hidden",
+    dropout="dropout",
+)
 
 
 @dataclass(frozen=True)
@@ -70,36 +108,29 @@ class SAM3Config:
         Raises ValueError for sizes that cannot work.
         """
         raw = raw.get("detector_config") or raw
-        vision, text, fusion, mask = (
-            raw.get(f"{name}_config") or {} for name in ("vision", "text", "detr_encoder", "mask_decoder")
-        )
+        vision = raw.get("vision_config") or {}
+        text = raw.get("text_config") or {}
+        fusion = raw.get("detr_encoder_config") or {}
+        mask = raw.get("mask_decoder_config") or {}
         backbone = vision.get("backbone_config") or {}
-        published = dict(
-            VISION_DEFAULTS, hidden_size=1024, intermediate_size=4736, num_hidden_layers=32, image_size=1008,
-            num_attention_heads=16, patch_size=14, hidden_act="gelu", layer_norm_eps=1e-6,
-        )  # fmt: skip
-        words = dict(
-            hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-            max_position_embeddings=32, hidden_act="gelu",
-        )  # fmt: skip
         rope = backbone.get("rope_parameters") or {}
-        names = {
-            "num_layers": "fusion_layers", "num_attention_heads": "fusion_heads", "hidden_act": "fusion_act",
-            "intermediate_size": "fusion_hidden", "dropout": "dropout",
-        }  # fmt: skip
-        own = select_fields(cls, {**backbone, "width": vision.get("fpn_hidden_size")})
-        own.update({ours: fusion[theirs] for theirs, ours in names.items() if theirs in fusion})
-        own.update({"mask_heads": mask["num_attention_heads"]} if "num_attention_heads" in mask else {})
-        own["global_attn_indexes"] = tuple(own.get("global_attn_indexes", cls.global_attn_indexes))
-        own["rope_theta"] = rope.get("rope_theta", backbone.get("rope_theta", cls.rope_theta))
-        config = cls(
-            EncoderConfig.from_dict({**words, **text}, "text_config"),
-            EncoderConfig.from_dict({**published, **backbone}, "vision_config.backbone_config"), **own,
-        )  # fmt: skip
-        if tuple(vision.get("scale_factors", (4, 2, 1, 0.5))) != (4, 2, 1, 0.5):
-            raise ValueError(f"vision_config.scale_factors {vision['scale_factors']} are not 4, 2, 1, 0.5.")
-        if config.width % 8 or config.vision.hidden_size // config.vision.num_attention_heads % 4:
-            raise ValueError("SAM 3's widths: fpn_hidden_size divides by 8, the width of a vision head by 4.")
+        sizes = select_fields(cls, {**backbone, **rope, "width": vision.get("fpn_hidden_size")})
+        sizes.update(rename_keys(fusion, FUSION_SIZES))
+        sizes.update(rename_keys(mask, {"num_attention_heads": "mask_heads"}))
+        text = {**TEXT_SIZES, **text}
+        sizes["text"] = EncoderConfig.from_dict(text, "text_config")
+        backbone = {**VISION_SIZES, **backbone}
+        sizes["vision"] = EncoderConfig.from_dict(backbone, "vision_config.backbone_config")
+        config = cls(**sizes)
+        factors = list(vision.get("scale_factors", SCALE_FACTORS))
+        if factors != SCALE_FACTORS:
+            raise ValueError(f"vision_config.scale_factors {factors} are not {SCALE_FACTORS}.")
+        head_width = config.vision.hidden_size // config.vision.num_attention_heads
+        if config.width % 8 or head_width % 4:
+            raise ValueError(
+                f"fpn_hidden_size {config.width} must be a multiple of 8, and the width of a vision head, "
+                f"{head_width}, one of 4."
+            )
         return config
 
     @property
@@ -109,7 +140,7 @@ class SAM3Config:
 
     @property
     def stride(self):
-        """Return what sides of images are multiples of."""
+        """Return the number that image sides must be multiples of."""
         return self.vision.patch_size
 
     @property
@@ -128,7 +159,7 @@ class SAM3Config:
         return self.width
 
     def max_prompt_depth(self, encoders, reference=False):
-        """Return how many sets of context vectors can act: one a text layer, one over the last."""
+        """Return how many sets of context vectors can act: one a text layer, one for the last output."""
         return self.text.num_hidden_layers + 1
 
 
@@ -139,27 +170,33 @@ def rotary_angles(h, w, dim, theta, scale, device):
     """Return (cos, sin), `[h * w, dim]` float32, of axial rotary positions: columns in a head's first half,
     rows in its second, both times `scale`.
     """
-    frequencies = theta ** -(torch.arange(0, dim // 2, 2, dtype=torch.float, device=device) / (dim // 2))
-    y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float, device=device) for n in (h, w)), indexing="ij")
-    angles = [(axis.flatten() * scale)[:, None] * frequencies for axis in (x, y)]
-    angles = torch.cat(angles, -1).repeat_interleave(2, -1)
+    exponents = torch.arange(0, dim // 2, 2, dtype=torch.float, device=device) / (dim // 2)
+    frequencies = theta**-exponents  # [dim / 4]
+    columns = torch.arange(w, dtype=torch.float, device=device).repeat(h)  # [h * w]
+    rows = torch.arange(h, dtype=torch.float, device=device).repeat_interleave(w)
+    across = (columns * scale)[:, None] * frequencies
+    down = (rows * scale)[:, None] * frequencies
+    angles = torch.cat([across, down], -1).repeat_interleave(2, -1)  # [h * w, dim]
     return angles.cos(), angles.sin()
 
 
 def to_windows(x, grid, side):
     """Cut tokens `[B, h * w, D]` into windows `[B * n, side * side, D]`, zeros beyond the border."""
+    h, w = grid
     x = x.unflatten(1, grid)
-    x = F.pad(x, (0, 0, 0, -grid[1] % side, 0, -grid[0] % side))
+    x = F.pad(x, (0, 0, 0, -w % side, 0, -h % side))
     x = x.unflatten(2, (-1, side)).unflatten(1, (-1, side))  # [B, rows, side, columns, side, D]
     return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
 
 
 def from_windows(x, grid, side):
     """Undo `to_windows`."""
-    rows, columns = (-(-n // side) for n in grid)
-    x = x.unflatten(1, (side, side)).unflatten(0, (-1, rows, columns)).transpose(2, 3)
-    x = x.flatten(3, 4).flatten(1, 2)[:, : grid[0], : grid[1]]
-    return x.flatten(1, 2)
+    h, w = grid
+    rows = -(-h // side)
+    columns = -(-w // side)
+    x = x.unflatten(1, (side, side)).unflatten(0, (-1, rows, columns))
+    x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # [B, rows * side, columns * side, D]
+    return x[:, :h, :w].flatten(1, 2)
 
 
 class WindowBlock(Block):
@@ -167,22 +204,33 @@ class WindowBlock(Block):
 
     def __init__(self, c, window):
         v = c.vision
-        sizes = v.hidden_size, v.num_attention_heads, v.intermediate_size, v.hidden_act, v.layer_norm_eps
-        super().__init__(*sizes, NAMES)
-        self.window, self.scale_side, self.theta = window, c.window_size, c.rope_theta
+        super().__init__(
+            v.hidden_size, v.num_attention_heads, v.intermediate_size, v.hidden_act, v.layer_norm_eps
+        )
+        for name in ("self_attn", "layer_norm2", "mlp"):  # the optimizer's state of a run is in this order
+            self._modules[name] = self._modules.pop(name)
+        self.window = window
+        self.rope_side = c.window_size  # tokens over which rotary positions run, whatever the grid
+        self.theta = c.rope_theta
 
     def attend(self, x, grid, deltas):
         """Return attention's output for normed tokens `[B, h * w, D]` of a grid (h, w)."""
-        attention, side = self.attention, self.window
-        seen, (h, w) = (to_windows(x, grid, side), (side, side)) if side else (x, grid)
-        dim = x.shape[-1] // attention.heads
-        rope = rotary_angles(h, w, dim, self.theta, self.scale_side / w, x.device)
-        out = attention(seen, deltas=deltas, rope=rope)
-        return from_windows(out, grid, side) if side else out
+        if not self.window:
+            return self.self_attn(x, deltas=deltas, rope=self.angles(*grid, x))
+        side = self.window
+        windows = to_windows(x, grid, side)  # [B * n, side * side, D]
+        out = self.self_attn(windows, deltas=deltas, rope=self.angles(side, side, x))
+        return from_windows(out, grid, side)
+
+    def angles(self, h, w, x):
+        """Return the rotary angles of a grid for tokens `[..., D]`."""
+        width = x.shape[-1] // self.self_attn.heads
+        return rotary_angles(h, w, width, self.theta, self.rope_side / w, x.device)
 
     def _transform(self, x, residual_ops, grid, causal, deltas):
         add_attention, add_mlp = residual_ops
-        x = add_attention(self.attend(self.layer_norm1(x), grid, deltas), x)
+        attended = self.attend(self.layer_norm1(x), grid, deltas)
+        x = add_attention(attended, x)  # [B, h * w, D]
         return add_mlp(self.mlp(self.layer_norm2(x)), x)
 
 
@@ -191,32 +239,43 @@ class NeckLevel(nn.Module):
 
     def __init__(self, d, width, factor):
         super().__init__()
-        steps = {1: [], 2: [(d, d // 2)], 4: [(d, d // 2), (d // 2, d // 4)]}[factor]
-        layers = [layer for a, b in steps for layer in (nn.ConvTranspose2d(a, b, 2, 2), nn.GELU())]
-        self.scale_layers = nn.ModuleList(layers[:-1])
+        self.scale_layers = nn.ModuleList()
+        if factor > 1:
+            self.scale_layers.append(nn.ConvTranspose2d(d, d // 2, 2, 2))
+        if factor > 2:
+            self.scale_layers.append(nn.GELU())
+            self.scale_layers.append(nn.ConvTranspose2d(d // 2, d // 4, 2, 2))
         self.proj1 = nn.Conv2d(d // factor, width, 1)
         self.proj2 = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x):
+        """Transform a map `[B, D, h, w]` -> `[B, P, factor * h, factor * w]`."""
         for layer in self.scale_layers:
             x = layer(x)
         return self.proj2(self.proj1(x))
 
 
 def adapted(tuner, k, x):
-    """Return the neck's k-th map `[B, P, h, w]` as the tuner has it."""
-    tokens = tuner.adapt_activation(k, x.flatten(2).transpose(1, 2))
-    return tokens.transpose(1, 2).unflatten(2, x.shape[2:])
+    """Return the neck's k-th map `[B, P, h, w]` after the tuner's hook."""
+    tokens = tuner.adapt_activation(k, to_tokens(x))  # [B, h * w, P]
+    return to_map(tokens, x.shape[2:])
 
 
 def sine_positions(h, w, width, device):
     """Return DETR's positions `[h * w, width]` of a grid: sines and cosines of rows, then of columns."""
-    i = torch.arange(width // 2, device=device)
-    periods = 10000 ** (2 * (i // 2) / (width // 2))
-    y, x = (torch.arange(1, n + 1, device=device) / (n + 1e-6) * 2 * math.pi for n in (h, w))
-    y, x = (axis[:, None] / periods for axis in (y, x))
-    y, x = (torch.stack([a[:, 0::2].sin(), a[:, 1::2].cos()], 2).flatten(1) for a in (y, x))
-    return torch.cat([y[:, None].expand(-1, w, -1), x[None].expand(h, -1, -1)], -1).flatten(0, 1)
+    down = _axis_positions(h, width // 2, device)[:, None].expand(-1, w, -1)
+    across = _axis_positions(w, width // 2, device).expand(h, -1, -1)
+    return torch.cat([down, across], -1).flatten(0, 1)
+
+
+def _axis_positions(n, width, device):
+    i = torch.arange(width, device=device)
+    periods = 10000 ** (2 * (i // 2) / width)
+    angles = torch.arange(1, n + 1, device=device) / (n + 1e-6) * 2 * math.pi
+    angles = angles[:, None] / periods  # [n, width]
+    sines = angles[:, 0::2].sin()
+    cosines = angles[:, 1::2].cos()
+    return torch.stack([sines, cosines], 2).flatten(1)
 
 
 class FusionLayer(nn.Module):
@@ -224,20 +283,56 @@ class FusionLayer(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.layer_norm1, self.self_attn = nn.LayerNorm(c.width), Attention(c.width, c.fusion_heads, NAMES)
-        self.cross_attn, self.layer_norm2 = Attention(c.width, c.fusion_heads, NAMES), nn.LayerNorm(c.width)
-        self.mlp, self.layer_norm3 = MLP(c.width, c.fusion_hidden, c.fusion_act), nn.LayerNorm(c.width)
-        self.p = c.dropout
+        self.layer_norm1 = nn.LayerNorm(c.width)
+        self.self_attn = Attention(c.width, c.fusion_heads)
+        self.cross_attn = Attention(c.width, c.fusion_heads)
+        self.layer_norm2 = nn.LayerNorm(c.width)
+        self.mlp = MLP(c.width, c.fusion_hidden, c.fusion_act)
+        self.layer_norm3 = nn.LayerNorm(c.width)
+        self.dropout = c.dropout
 
     def forward(self, x, positions, prompt, mask):
-        def dropped(t):
-            return F.dropout(t, self.p, self.training)
-
+        """Transform image tokens `[B, h * w, P]` by a prompt's `[B, S, P]`; mask `[B, 1, 1, S]`."""
         normed = self.layer_norm1(x)
         placed = normed + positions
-        x = x + dropped(self.self_attn(placed, placed, normed))
-        x = x + dropped(self.cross_attn(self.layer_norm2(x), prompt, mask=mask))
-        return x + dropped(self.mlp(self.layer_norm3(x)))
+        x = x + self.drop(self.self_attn(placed, placed, normed))
+        x = x + self.drop(self.cross_attn(self.layer_norm2(x), prompt, mask=mask))
+        return x + self.drop(self.mlp(self.layer_norm3(x)))  # [B, h * w, P]
+
+    def drop(self, x):
+        """Apply dropout in training."""
+        return F.dropout(x, self.dropout, self.training)
+
+
+def vision_backbone(c):
+    """Return the vision transformer of a `SAM3Config`, in the checkpoint's tree of names."""
+    v = c.vision
+    side = c.pretrain_image_size // v.patch_size
+    patches = nn.Conv2d(v.num_channels, v.hidden_size, v.patch_size, v.patch_size, bias=False)
+    layers = nn.ModuleList()
+    for i in range(v.num_hidden_layers):
+        layers.append(WindowBlock(c, 0 if i in c.global_attn_indexes else c.window_size))
+    return tree(
+        embeddings=tree(
+            patch_embeddings=tree(projection=patches),
+            position_embeddings=nn.Parameter(torch.zeros(1, side * side, v.hidden_size)),
+        ),
+        layer_norm=nn.LayerNorm(v.hidden_size, eps=v.layer_norm_eps),
+        layers=layers,
+    )
+
+
+def mask_decoder(c):
+    """Return the attention to the prompt, the pixel decoder and its head, by the checkpoint's names."""
+    return tree(
+        pixel_decoder=tree(
+            conv_layers=nn.ModuleList(nn.Conv2d(c.width, c.width, 3, padding=1) for _ in range(JOINS)),
+            norms=nn.ModuleList(nn.GroupNorm(8, c.width) for _ in range(JOINS)),
+        ),
+        semantic_projection=nn.Conv2d(c.width, 1, 1),
+        prompt_cross_attn=Attention(c.width, c.mask_heads),
+        prompt_cross_attn_norm=nn.LayerNorm(c.width),
+    )
 
 
 class SAM3(Network):
@@ -252,96 +347,100 @@ class SAM3(Network):
     methods = ("none", "decoder", "full", "dense", "shallow", "telescopic", "lora", "coop", "cocoop")
     unsupported_reason = "Its image tokens lie in windows, which leave no place for vision contexts."
     Config = SAM3Config
+    renames = (
+        ("backbone.layers.#.attention.o_proj.", "backbone.layers.#.self_attn.out_proj."),
+        ("backbone.layers.#.attention.", "backbone.layers.#.self_attn."),
+        ("detr_encoder.layers.#.self_attn.o_proj.", "detr_encoder.layers.#.self_attn.out_proj."),
+        ("detr_encoder.layers.#.cross_attn.o_proj.", "detr_encoder.layers.#.cross_attn.out_proj."),
+        ("prompt_cross_attn.o_proj.", "prompt_cross_attn.out_proj."),
+    )
 
     def __init__(self, config, reference=False):
         super().__init__(config, reference)
-        c, v, t, width = config, config.vision, config.text, config.width
-        side = c.pretrain_image_size // v.patch_size
-        embeddings = tree(
-            patch_embeddings=tree(
-                projection=nn.Conv2d(v.num_channels, v.hidden_size, v.patch_size, v.patch_size, bias=False)
-            ),
-            position_embeddings=nn.Parameter(torch.zeros(1, side * side, v.hidden_size)),
-        )
-        windows = [0 if i in c.global_attn_indexes else c.window_size for i in range(v.num_hidden_layers)]
+        width, d = config.width, config.vision.hidden_size
         self.vision_encoder = tree(
-            backbone=tree(
-                embeddings=embeddings,
-                layer_norm=nn.LayerNorm(v.hidden_size, eps=v.layer_norm_eps),
-                layers=nn.ModuleList(WindowBlock(c, window) for window in windows),
-            ),
-            neck=tree(fpn_layers=nn.ModuleList(NeckLevel(v.hidden_size, width, k) for k in LEVELS)),
+            backbone=vision_backbone(config),
+            neck=tree(fpn_layers=nn.ModuleList(NeckLevel(d, width, factor) for factor in LEVELS)),
         )
-        self.text_encoder = tree(text_model=text_model(t))
-        self.text_projection = nn.Linear(t.hidden_size, width)
-        self.detr_encoder = tree(layers=nn.ModuleList(FusionLayer(c) for _ in range(c.fusion_layers)))
-        joins = len(LEVELS) - 1
-        self.mask_decoder = tree(
-            pixel_decoder=tree(
-                conv_layers=nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(joins)),
-                norms=nn.ModuleList(nn.GroupNorm(8, width) for _ in range(joins)),
-            ),
-            semantic_projection=nn.Conv2d(width, 1, 1),
-            prompt_cross_attn=Attention(width, c.mask_heads, NAMES),
-            prompt_cross_attn_norm=nn.LayerNorm(width),
-        )
+        self.text_encoder = tree(text_model=text_model(config.text))
+        self.text_projection = nn.Linear(config.text.hidden_size, width)
+        fusion = nn.ModuleList(FusionLayer(config) for _ in range(config.fusion_layers))
+        self.detr_encoder = tree(layers=fusion)
+        self.mask_decoder = mask_decoder(config)
 
     def encode_image(self, pixel_values, tuner, contexts=()):
-        """Return the vision transformer's last tokens `[B, h * w, D]`, which the neck enlarges.
+        """Encode images `[B, 3, H, W]` to the vision transformer's last tokens `[B, h * w, D]`.
 
         The embedding is the mean of the neck's coarsest map.
         """
         vision = self.vision_encoder.backbone
         patches = vision.embeddings.patch_embeddings.projection(pixel_values)  # [B, D, h, w]
-        grid = tuple(patches.shape[-2:])
-        positions = self._tiled_positions(*grid).to(patches.dtype)
-        x = vision.layer_norm(patches.flatten(2).transpose(1, 2) + positions)
+        grid = patches.shape[-2:]
+        x = to_tokens(patches)  # [B, h * w, D]
+        x = x + self._tiled_positions(*grid).to(patches.dtype)
+        x = vision.layer_norm(x)
         for i, block in enumerate(self.vision_blocks()):
             x = block(x, tuner.residual_ops("vision", i), grid, False, tuner.lora_deltas("vision", i))
         embedding = None
         if tuner.needs_image_embedding:
             coarsest = self.vision_encoder.neck.fpn_layers[-1]
-            embedding = coarsest(x.transpose(1, 2).unflatten(2, grid)).mean((2, 3))
-        return ImageFeatures([x], embedding, tuple(pixel_values.shape[-2:]))
+            embedding = coarsest(to_map(x, grid)).mean((2, 3))  # [B, P]
+        return ImageFeatures([x], embedding, pixel_values.shape[-2:])
 
     def _tiled_positions(self, h, w):
         """Return position embeddings `[h * w, D]`: those of the pretraining's grid, repeated."""
         table = self.vision_encoder.backbone.embeddings.position_embeddings[0]
         side = math.isqrt(len(table))
-        table = table.unflatten(0, (side, side)).repeat(-(-h // side), -(-w // side), 1)
+        rows = -(-h // side)
+        columns = -(-w // side)
+        table = table.unflatten(0, (side, side)).repeat(rows, columns, 1)
         return table[:h, :w].flatten(0, 1)
 
     def encode_text(self, input_ids, attention_mask, tuner, contexts=()):
-        """Return (tokens `[B, S, P]`, bool `[B, S]`: which of them the image sees)."""
+        """Encode prompts `[B, T]` to (tokens `[B, S, P]`, bool `[B, S]`: those that the image sees)."""
         states, _, seen = self.run_text_blocks(input_ids, attention_mask, tuner, contexts)
         words = self.text_projection(self.text_encoder.text_model.final_layer_norm(states[-1]))
         if seen is None:
             seen = torch.ones(words.shape[:2], dtype=torch.bool, device=words.device)
         return words, seen
 
-    def decode(self, image_features, text_features, tuner, pixel_values=None):
-        (words, seen), (x,) = text_features, image_features.activations
-        words, mask = tuner.adapt_conditional(words, []), seen[:, None, None]  # [B, 1, 1, S]
-        grid = tuple(side // self.config.stride for side in image_features.size)
-        tokens = x.transpose(1, 2).unflatten(2, grid)  # [B, D, h, w]
-        levels = self.vision_encoder.neck.fpn_layers
-        # finest first, [B, P, ., .]
-        maps = [adapted(tuner, k, level(tokens)) for k, level in enumerate(levels)]
-        x = maps[-1].flatten(2).transpose(1, 2)
-        positions = sine_positions(*grid, x.shape[-1], x.device).to(x.dtype)
-        for layer in self.detr_encoder.layers:
-            x = layer(x, positions, words, mask)
-        head = self.mask_decoder
-        x = x + head.prompt_cross_attn(head.prompt_cross_attn_norm(x), words, mask=mask)
-        features = x.transpose(1, 2).unflatten(2, grid)
-        decoder = head.pixel_decoder
+    def adapt_activations(self, image_features, tuner, pixel_values=None):
+        """Return the neck's maps `[B, P, ., .]`, finest first."""
+        (x,) = image_features.activations
+        H, W = image_features.size
+        grid = (H // self.config.stride, W // self.config.stride)
+        x = to_map(x, grid)  # [B, D, h, w]
+        maps = []
+        for k, level in enumerate(self.vision_encoder.neck.fpn_layers):
+            maps.append(adapted(tuner, k, level(x)))
+        return maps
+
+    def decode(self, image_features, text_features, tuner):
+        words, seen = text_features
+        words = tuner.adapt_conditional(words, [])
+        mask = seen[:, None, None]  # [B, 1, 1, S]
+        maps = image_features.activations
+        H, W = image_features.size
+        features = self._fuse(maps[-1], words, mask)
+        decoder = self.mask_decoder.pixel_decoder
         for finer, convolution, norm in zip(maps[-2::-1], decoder.conv_layers, decoder.norms):
             features = F.interpolate(features, finer.shape[-2:], mode="nearest") + finer
             features = F.relu(norm(convolution(features)))
-        logits = head.semantic_projection(features)
+        logits = self.mask_decoder.semantic_projection(features)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logits = F.interpolate(logits, image_features.size, mode="bilinear", align_corners=False)
-        return tuner.adapt_logits(logits, features)
+        logits = F.interpolate(logits, (H, W), mode="bilinear", align_corners=False)
+        return tuner.adapt_logits(logits, features)  # [B, 1, H, W]
+
+    def _fuse(self, coarsest, words, mask):
+        """Fuse the neck's coarsest map `[B, P, h, w]` with words `[B, S, P]` -> `[B, P, h, w]`."""
+        grid = coarsest.shape[-2:]
+        x = to_tokens(coarsest)  # [B, h * w, P]
+        positions = sine_positions(*grid, x.shape[-1], x.device).to(x.dtype)
+        for layer in self.detr_encoder.layers:
+            x = layer(x, positions, words, mask)
+        normed = self.mask_decoder.prompt_cross_attn_norm(x)
+        x = x + self.mask_decoder.prompt_cross_attn(normed, words, mask=mask)
+        return to_map(x, grid)
 
     @classmethod
     def rename(cls, tensors):
@@ -349,7 +448,8 @@ class SAM3(Network):
         for name, tensor in tensors.items():
             for prefix in PREFIXES:
                 name = name.removeprefix(prefix)
-            if not name.startswith(UNUSED) and not name.endswith("position_ids"):
+            unused = name.startswith(UNUSED) or name.endswith("position_ids")
+            if not unused:
                 renamed[name] = tensor
         return renamed
 
@@ -364,11 +464,10 @@ class SAM3(Network):
         return self.vision_encoder.backbone.layers
 
     def decoder_names(self):
-        heads = ("detr_encoder.", "mask_decoder.")
-        return [name for name, _ in self.named_parameters() if name.startswith(heads)]
+        return self.parameter_names("detr_encoder.", "mask_decoder.")
 
     def full_tuning_names(self):
-        return [name for name, _ in self.named_parameters()]
+        return self.parameter_names()
 
     def compilable_blocks(self):
         return [*self.vision_blocks(), *self.text_transformer().blocks, *self.detr_encoder.layers]

@@ -1,5 +1,6 @@
-"""The pre-norm transformer block of all networks, under the names of each network's checkpoint."""
+"""The pre-norm transformer block of all networks, its attention and MLP; names are Hugging Face CLIP's."""
 
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -14,136 +15,107 @@ def quick_gelu(x):
 
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "relu": F.relu}
-
-
-class Names(NamedTuple):
-    """What a checkpoint calls the parts of a block, which are registered in the order of `modules`.
-
-    qkv: the projections to q, k and v, one name where they are stacked.
-    """
-
-    modules: tuple
-    attention: str
-    norms: tuple
-    mlp: tuple
-    qkv: tuple
-    out: str
-
-
-HUGGING_FACE = Names(
-    modules=("self_attn", "layer_norm1", "mlp", "layer_norm2"),
-    attention="self_attn",
-    norms=("layer_norm1", "layer_norm2"),
-    mlp=("fc1", "fc2"),
-    qkv=("q_proj", "k_proj", "v_proj"),
-    out="out_proj",
-)
-OPENAI = Names(
-    modules=("attn", "mlp", "ln_1", "ln_2"),
-    attention="attn",
-    norms=("ln_1", "ln_2"),
-    mlp=("c_fc", "c_proj"),
-    qkv=("in_proj",),
-    out="out_proj",
-)
-TIMM = Names(
-    modules=("norm1", "norm2", "attn", "mlp"),
-    attention="attn",
-    norms=("norm1", "norm2"),
-    mlp=("fc1", "fc2"),
-    qkv=("qkv",),
-    out="proj",
-)
-
-
-def noise(*shape, std=0.02):
-    """Return a parameter that starts as normal noise."""
-    return nn.Parameter(torch.empty(shape).normal_(std=std))
-
-
-WRITTEN_OUT = 1 << 25  # scores at most that are kept for the backward pass: they take memory
+WRITTEN_OUT = 1 << 25  # largest score tensor that is materialised, in entries
 
 
 def attend(q, k, v, mask=None, dropout=0.0, causal=False):
-    """Return softmax(q k^T / sqrt(d)) v, `[B, heads, N, d]`, of q of that shape and k, v `[B, heads, S, d]`.
+    """Compute softmax(q k^T / sqrt(d)) v: `[B, heads, N, d]`, twice `[B, heads, S, d]` -> `[B, heads, N, d]`.
 
-    By PyTorch's fused attention, but for training in 16 bits on a CPU, where its backward pass is slower than
-    the written-out products (kernels/RESULTS.md).
+    By PyTorch's fused attention, except for training in 16 bits on a CPU: its backward pass is slower there
+    than that of the written-out products (kernels/RESULTS.md).
     """
-    low = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and q.requires_grad
-    plain = low and mask is None and not causal and not dropout
-    if plain and q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= WRITTEN_OUT:
-        return (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(-1) @ v
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    trained_on_cpu = q.device.type == "cpu" and q.requires_grad
+    plain = mask is None and not causal and not dropout
+    if half and trained_on_cpu and plain:
+        B, heads, N, d = q.shape
+        if B * heads * N * k.shape[2] <= WRITTEN_OUT:
+            scores = q * d**-0.5 @ k.transpose(2, 3)  # [B, heads, N, S]
+            return scores.softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
 
 
 def rotate(t, cos, sin):
     """Turn pairs of neighbouring channels of `[..., N, d]` by the angles, in float32."""
     t32 = t.float()
-    turned = torch.stack([-t32[..., 1::2], t32[..., 0::2]], -1).flatten(-2)
+    even = t32[..., 0::2]
+    odd = t32[..., 1::2]
+    turned = torch.stack([-odd, even], -1).flatten(-2)
     return (t32 * cos + turned * sin).type_as(t)
 
 
+def linear_of(weight):
+    """Build a linear layer of a weight `[out, in]`, with a bias of zeros."""
+    out_width, in_width = weight.shape
+    layer = nn.Linear(in_width, out_width, device="meta")  # draws no random numbers
+    layer.weight = nn.Parameter(weight)
+    layer.bias = nn.Parameter(weight.new_zeros(out_width))
+    return layer
+
+
 class Attention(nn.Module):
-    """Multi-head attention with projections under given names; out_dim: width of the result."""
+    """Multi-head attention.
 
-    def __init__(self, dim, heads, names=HUGGING_FACE, dropout=0.0, out_dim=None):
+    out_dim: width of the result, if it is not `dim`. normal_start: start q, k and v from one normal draw of
+    deviation dim^-0.5, as OpenAI's CLIP does.
+    """
+
+    def __init__(self, dim, heads, dropout=0.0, out_dim=None, normal_start=False):
         super().__init__()
-        self.heads, self.names, self.dropout = heads, names, dropout
-        if names == OPENAI:  # plain parameters, as in torch's nn.MultiheadAttention
-            self.in_proj_weight = noise(3 * dim, dim, std=dim**-0.5)
-            self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.heads = heads
+        self.dropout = dropout
+        if normal_start:
+            stacked = torch.empty(3 * dim, dim).normal_(std=dim**-0.5)
+            layers = [linear_of(weight.clone()) for weight in stacked.chunk(3)]
         else:
-            for name in names.qkv:
-                setattr(self, name, nn.Linear(dim, 3 * dim // len(names.qkv)))
-        setattr(self, names.out, nn.Linear(dim, out_dim or dim))
-
-    def projection(self, name):
-        """Return the linear layer of one of "q", "k", "v", "out", where these are not stacked."""
-        return getattr(self, dict(zip("qkv", self.names.qkv), out=self.names.out)[name])
-
-    def stacked(self):
-        """Return the weight `[3 D, D]` and bias `[3 D]` of the projections to q, k and v."""
-        if self.names == OPENAI:
-            return self.in_proj_weight, self.in_proj_bias
-        layers = [getattr(self, name) for name in self.names.qkv]
-        if len(layers) == 1:
-            return layers[0].weight, layers[0].bias
-        return torch.cat([p.weight for p in layers]), torch.cat([p.bias for p in layers])
+            layers = [nn.Linear(dim, dim) for _ in "qkv"]
+        self.q_proj, self.k_proj, self.v_proj = layers
+        self.out_proj = nn.Linear(dim, out_dim or dim)
 
     def forward(self, query, key=None, value=None, mask=None, causal=False, deltas=None, rope=None):
         """Attend from `[B, N, D]` to itself, or to key (and value, the same unless given) `[B, S, D]`.
 
-        mask: bool (True is seen), or added to the scores. deltas: see `Tuner.lora_deltas`. rope: cosines and
-        sines `[N, d]` of a head's rotary positions.
+        Returns `[B, N, D]`. mask: bool (True is seen), or added to the scores. deltas: see
+        `Tuner.lora_deltas`. rope: cosines and sines `[N, d]` of a head's rotary positions.
         """
-        (weight, bias), deltas = self.stacked(), deltas or {}
+        deltas = deltas or {}
         if key is None:
-            parts = F.linear(query, weight, bias).chunk(3, -1)
+            projected = self.project_together(query)
         else:
-            sources = (query, key, key if value is None else value)
-            parts = [F.linear(x, w, b) for x, w, b in zip(sources, weight.chunk(3), bias.chunk(3))]
-        parts = [t + deltas[name](query) if name in deltas else t for name, t in zip("qkv", parts)]
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in parts)  # [B, heads, N, D/heads]
+            value = key if value is None else value
+            projected = [self.q_proj(query), self.k_proj(key), self.v_proj(value)]
+        heads = []
+        for name, t in zip("qkv", projected):
+            if name in deltas:
+                t = t + deltas[name](query)
+            heads.append(t.unflatten(-1, (self.heads, -1)).transpose(1, 2))  # [B, heads, N, d]
+        q, k, v = heads
         if rope:
-            q, k = (rotate(t, *rope) for t in (q, k))
+            q = rotate(q, *rope)
+            k = rotate(k, *rope)
         x = attend(q, k, v, mask, self.dropout if self.training else 0.0, causal)
-        x, project = x.transpose(1, 2).flatten(2), getattr(self, self.names.out)  # [B, N, D]
-        return project(x) + deltas["out"](x) if "out" in deltas else project(x)
+        x = x.transpose(1, 2).flatten(2)  # [B, N, D]
+        out = self.out_proj(x)
+        return out + deltas["out"](x) if "out" in deltas else out
+
+    def project_together(self, x):
+        """Return q, k and v of tokens `[B, N, D]`, by one matrix product."""
+        weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
+        bias = torch.cat([self.q_proj.bias, self.k_proj.bias, self.v_proj.bias])
+        return F.linear(x, weight, bias).chunk(3, -1)
 
 
 class MLP(nn.Module):
     """Two linear layers and an activation between them."""
 
-    def __init__(self, dim, hidden, activation, names=HUGGING_FACE):
+    def __init__(self, dim, hidden, activation):
         super().__init__()
-        self.activation, self.names = ACTIVATIONS[activation], names.mlp
-        setattr(self, self.names[0], nn.Linear(dim, hidden))
-        setattr(self, self.names[1], nn.Linear(hidden, dim))
+        self.activation = ACTIVATIONS[activation]
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x):
-        first, second = (getattr(self, name) for name in self.names)
-        return second(self.activation(first(x)))
+        return self.fc2(self.activation(self.fc1(x)))  # [B, N, D]
 
 
 class Block(nn.Module):
@@ -154,51 +126,143 @@ class Block(nn.Module):
 
     recompute = False
 
-    def __init__(self, dim, heads, hidden, activation, eps=1e-5, names=HUGGING_FACE):
+    def __init__(self, dim, heads, hidden, activation, eps=1e-5, normal_start=False):
         super().__init__()
-        self.names = names
-        modules = {names.attention: Attention(dim, heads, names), "mlp": MLP(dim, hidden, activation, names)}
-        modules.update({name: nn.LayerNorm(dim, eps=eps) for name in names.norms})
-        for name in names.modules:
-            self.add_module(name, modules[name])
-
-    def parts(self):
-        """Return the attention and the two norms."""
-        return (getattr(self, name) for name in (self.names.attention, *self.names.norms))
+        self.self_attn = Attention(dim, heads, normal_start=normal_start)
+        self.layer_norm1 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = MLP(dim, hidden, activation)
+        self.layer_norm2 = nn.LayerNorm(dim, eps=eps)
 
     def forward(self, x, residual_ops=(torch.add, torch.add), mask=None, causal=False, deltas=None):
         """Transform tokens `[B, N, D]`; for `residual_ops` and `deltas` see the hooks of `Tuner`."""
-        values = x, residual_ops, mask, causal, deltas
+        inputs = (x, residual_ops, mask, causal, deltas)
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._transform, *values, use_reentrant=False)
-        return self._transform(*values)
+            return checkpoint(self._transform, *inputs, use_reentrant=False)
+        return self._transform(*inputs)
 
     def _transform(self, x, residual_ops, mask, causal, deltas):
-        attention, norm1, norm2 = self.parts()
         add_attention, add_mlp = residual_ops
-        x = add_attention(attention(norm1(x), mask=mask, causal=causal, deltas=deltas), x)
-        return add_mlp(self.mlp(norm2(x)), x)
+        attended = self.self_attn(self.layer_norm1(x), mask=mask, causal=causal, deltas=deltas)
+        x = add_attention(attended, x)  # [B, N, D]
+        return add_mlp(self.mlp(self.layer_norm2(x)), x)
 
     def cross(self, x, others, mask):
         """Transform tokens `[B, Q, D]` that see `[themselves, others]`; mask `[B, heads, Q, Q+S]`."""
-        attention, norm1, norm2 = self.parts()
-        seen = norm1(torch.cat([x, others], 1))
-        x = x + attention(seen[:, : x.shape[1]], seen, mask=mask)
-        return x + self.mlp(norm2(x))
+        seen = self.layer_norm1(torch.cat([x, others], 1))  # [B, Q+S, D]
+        queries = seen[:, : x.shape[1]]
+        x = x + self.self_attn(queries, seen, mask=mask)
+        return x + self.mlp(self.layer_norm2(x))
 
 
-def encoder_blocks(config, names=HUGGING_FACE):
+def encoder_blocks(config, normal_start=False):
     """Return the blocks of an encoder of the sizes of an `EncoderConfig`."""
     c = config
-    sizes = c.hidden_size, c.num_attention_heads, c.intermediate_size, c.hidden_act
-    return nn.ModuleList(Block(*sizes, c.layer_norm_eps, names) for _ in range(c.num_hidden_layers))
+    sizes = (c.hidden_size, c.num_attention_heads, c.intermediate_size, c.hidden_act, c.layer_norm_eps)
+    return nn.ModuleList(Block(*sizes, normal_start) for _ in range(c.num_hidden_layers))
 
 
-def initialise_embeddings(network):
-    """Give a network's embeddings a random start."""
-    for module in network.modules():
-        if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
+# Tokens
+
+
+def to_tokens(x):
+    """Turn a map into tokens by rows: `[B, D, h, w]` -> `[B, h*w, D]`."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def to_map(x, grid):
+    """Turn tokens back into a map: `[B, h*w, D]` -> `[B, D, h, w]`; grid: (h, w)."""
+    return x.transpose(1, 2).unflatten(2, grid)
+
+
+def tokens_at(x, index):
+    """Return the token at an index `[B]` of each row: `[B, S, ...]` -> `[B, ...]`."""
+    rows = torch.arange(x.shape[0], device=index.device)
+    return x[rows, index]
+
+
+def resize_positions(weight, h, w):
+    """Return position embeddings `[h*w, D]` for a grid, resized bicubically from `[side*side, D]`."""
+    side = round(len(weight) ** 0.5)
+    if (h, w) == (side, side):
+        return weight
+    grid = weight.T.reshape(1, -1, side, side)  # [1, D, side, side]
+    grid = F.interpolate(grid, size=(h, w), mode="bicubic", align_corners=False)
+    return grid.flatten(2)[0].T
+
+
+def patch_tokens(patches, class_embedding, position_embedding):
+    """Return tokens `[B, 1+h*w, D]` of patches `[B, D, h, w]`: class token, then patches by rows."""
+    B, D, h, w = patches.shape
+    class_token = class_embedding.to(patches.dtype).expand(B, 1, D)
+    x = torch.cat([class_token, to_tokens(patches)], 1)  # [B, 1+h*w, D]
+    patch_positions = resize_positions(position_embedding[1:], h, w)
+    return x + torch.cat([position_embedding[:1], patch_positions])
+
+
+def insert_context(x, at, context, replace=0):
+    """Insert vectors `[n, D]` or `[B, n, D]` into tokens `[B, S, D]`, in place of `replace` tokens there."""
+    context = context.to(x.dtype).expand(x.shape[0], -1, -1)
+    return torch.cat([x[:, :at], context, x[:, at + replace :]], 1)
+
+
+def repeat_rows(x, times):
+    """Repeat each row of a tensor, or None: `[B, ...]` -> `[B * times, ...]`."""
+    return x if x is None or times == 1 else x.repeat_interleave(times, 0)
+
+
+def unique_rows(input_ids, attention_mask):
+    """Drop repeated prompts. Returns (input_ids `[U, T]`, attention_mask or None, row `[B]` among the U)."""
+    if attention_mask is None:
+        input_ids, row = torch.unique(input_ids, dim=0, return_inverse=True)
+        return input_ids, None, row
+    pairs = torch.stack([input_ids, attention_mask.to(input_ids)], -1)  # [B, T, 2]
+    pairs, row = torch.unique(pairs, dim=0, return_inverse=True)
+    return *pairs.unbind(-1), row
+
+
+def drop_padding(input_ids, attention_mask, end):
+    """Cut prompts `[U, T]` after the last end token (index `[U]`). Returns (input_ids, attention_mask).
+
+    The attention is causal, so tokens after the end cannot reach it. A mask stays only if it hides a token
+    before the end.
+    """
+    T = int(end.max()) + 1
+    input_ids = input_ids[:, :T]
+    if attention_mask is not None:
+        attention_mask = attention_mask[:, :T]
+        up_to_end = torch.arange(T, device=end.device) <= end[:, None]  # [U, T]
+        if attention_mask[up_to_end].all():
+            attention_mask = None
+    return input_ids, attention_mask
+
+
+def fit_window(input_ids, seen, end, limit):
+    """Cut prompts to `limit` tokens: the last words go, the end token stays.
+
+    Returns (input_ids, seen, end).
+    """
+    last = tokens_at(input_ids, end)[:, None]  # [B, 1]
+    input_ids = torch.cat([input_ids[:, : limit - 1], last], 1)
+    if seen is not None:
+        last = tokens_at(seen, end)[:, None]
+        seen = torch.cat([seen[:, : limit - 1], last], 1)
+    return input_ids, seen, end.clamp(max=limit - 1)
+
+
+# Modules that checkpoints name
+
+
+def noise(*shape, std=0.02):
+    """Return a parameter that starts as normal noise."""
+    return nn.Parameter(torch.empty(shape).normal_(std=std))
+
+
+def tree(**children):
+    """Group modules and parameters under names, as a checkpoint does; the module has no forward pass."""
+    module = nn.Module()
+    for name, child in children.items():
+        setattr(module, name, child)
+    return module
 
 
 def text_model(c):
@@ -213,9 +277,77 @@ def text_model(c):
     )
 
 
-def tree(**children):
-    """Return a module that only holds modules and parameters: what a checkpoint groups under a name."""
-    module = nn.Module()
-    for name, child in children.items():
-        setattr(module, name, child)
-    return module
+class TextEncoder(NamedTuple):
+    """The parts of a network's text encoder, under one set of names."""
+
+    tokens: nn.Embedding
+    positions: torch.Tensor
+    blocks: nn.ModuleList
+
+    @classmethod
+    def of(cls, text):
+        """Return the parts of a `text_model`."""
+        embeddings = text.embeddings
+        return cls(embeddings.token_embedding, embeddings.position_embedding.weight, text.encoder.layers)
+
+
+def initialise_embeddings(network):
+    """Give a network's embeddings a random start."""
+    for module in network.modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+
+
+# Sizes
+
+
+MOST = dict(hidden_size=1 << 16, num_hidden_layers=1000, image_size=1 << 13, patch_size=1 << 10)
+VISION_DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
+
+
+def select_fields(config_class, values):
+    """Return those of the `values` (a dictionary) that are fields of a dataclass and not None."""
+    names = {f.name for f in fields(config_class)}
+    return {name: value for name, value in values.items() if name in names and value is not None}
+
+
+def rename_keys(values, names):
+    """Return {ours: value} of the keys {theirs: ours} in `names` that the dictionary `values` has."""
+    return {ours: values[theirs] for theirs, ours in names.items() if theirs in values}
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Sizes of a CLIP encoder; the defaults are those that `config.json` leaves out (text encoder)."""
+
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    vocab_size: int = 49408
+    max_position_embeddings: int = 77
+    eos_token_id: int = 49407
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 32
+
+    @classmethod
+    def from_dict(cls, values, name):
+        """Read the part `name` of a `config.json`. Raises ValueError for sizes that cannot work."""
+        config = cls(**select_fields(cls, values))
+        for f in fields(cls):
+            value = getattr(config, f.name)
+            most = MOST.get(f.name, 1 << 20)
+            number = type(value) in (int, float) and (value > 0 or f.name == "eos_token_id")
+            if f.type is not str and not (number and value <= most):
+                raise ValueError(f"{name}.{f.name} is {value!r}; give a number of at most {most}.")
+        heads = config.num_attention_heads
+        width = config.hidden_size
+        if config.hidden_act not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise ValueError(f"{name}.hidden_act is '{config.hidden_act}'; known are {known}.")
+        if width % heads:
+            raise ValueError(f"{name}: hidden_size {width} is no multiple of {heads} heads.")
+        return config

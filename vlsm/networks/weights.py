@@ -1,41 +1,45 @@
-"""Base weights: where they come from, reading them (nothing in a file can execute), their fingerprint."""
+"""Base weights: finding and reading them (nothing in a file is executed), fingerprint, image size."""
 
 import hashlib
+import re
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from vlsm.system.console import say_once
+from vlsm.system.files import field, read_json
 
 RANDOM = "random:"
 MINI = Path(__file__).parents[1] / "mini"  # the embedded CLIPSeg
 TEXT_FILES = [
-    "config.json", "preprocessor_config.json", "vocab.json", "merges.txt", "tokenizer.json",
+    "config.json",
+    "preprocessor_config.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
     "tokenizer_config.json",
-]  # fmt: skip
-# A piece of a tensor's name, and whose checkpoint has such names.
-KINDS = (
-    ("side_adapter_network.", "a SAN checkpoint (--model san)"),
-    (
-        "neck.txt_proj.",
-        "a CRIS checkpoint (--model cris; python -m vlsm.extras.convert_cris turns a .pth into a folder)",
-    ),
-    ("film_mul.", "a CLIPSeg checkpoint (--model clipseg)"),
-    ("detr_encoder.", "a SAM 3 checkpoint (--model sam3)"),
-    (
-        "visual.layer1.0.",
-        "OpenAI's CLIP with a ResNet (python -m vlsm.extras.convert_cris makes a start for CRIS of it)",
-    ),
-    ("visual.transformer.resblocks.", "OpenAI's CLIP with a vision transformer"),
-    ("vision_model.encoder.layers.", "a Hugging Face CLIP (--model san)"),
-)
+]
+# part of a tensor's name -> the checkpoint that has such names
+CHECKPOINTS = {
+    "side_adapter_network.": "a SAN checkpoint (--model san)",
+    "neck.txt_proj.": "a CRIS checkpoint (--model cris; python -m vlsm.tools.convert_cris turns a .pth "
+    "into a folder)",
+    "film_mul.": "a CLIPSeg checkpoint (--model clipseg)",
+    "detr_encoder.": "a SAM 3 checkpoint (--model sam3)",
+    "visual.layer1.0.": "OpenAI's CLIP with a ResNet (python -m vlsm.tools.convert_cris makes a start for "
+    "CRIS of it)",
+    "visual.transformer.resblocks.": "OpenAI's CLIP with a vision transformer",
+    "vision_model.encoder.layers.": "a Hugging Face CLIP (--model san)",
+}
 
 
-def guess_kind(names):
-    """Return a sentence on what a checkpoint with tensors of such names is, or an empty text."""
-    found = (kind for piece, kind in KINDS if any(piece in name for name in names))
-    return next((f"It looks like {kind}." for kind in found), "")
+def guess_checkpoint(names):
+    """Return a sentence that tells whose checkpoint has tensors of such names, or an empty text."""
+    for piece, checkpoint in CHECKPOINTS.items():
+        if any(piece in name for name in names):
+            return f"It looks like {checkpoint}."
+    return ""
 
 
 def is_random(weights):
@@ -47,38 +51,43 @@ def locate_weights(weights, network):
     """Return (folder of the weights and the tokenizer, configuration file).
 
     weights: "mini", a local folder, a hub id (downloaded and cached), or random:CONFIG.json, whose tokenizer
-    is the one beside the file, else the embedded one. network: the class that they are for. Raises
-    FileNotFoundError with what to do where there are none.
+    is the one next to the file, else the embedded one. network: the class that loads them. Raises
+    FileNotFoundError if there are no weights.
     """
     if weights is None:
+        name = network.name.lower()
         raise FileNotFoundError(
-            f"{network.name}'s weights are on no hub. Convert a checkpoint that you have with "
-            f"`python -m vlsm.extras.convert_{network.name.lower()} FILE DIR` and pass --weights DIR."
+            f"{network.name}'s weights are on no hub. Convert a checkpoint that you have with `python -m "
+            f"vlsm.tools.convert_{name} FILE DIR` and pass --weights DIR."
         )
-    if not is_random(weights):
-        folder = _locate_folder(weights)
-        return folder, folder / "config.json"
-    file = Path(str(weights).removeprefix(RANDOM)).expanduser()
+    weights = str(weights)
+    if is_random(weights):
+        return _locate_random(weights)
+    folder = MINI if weights == "mini" else _locate_folder(weights)
+    return folder, folder / "config.json"
+
+
+def _locate_random(weights):
+    file = Path(weights.removeprefix(RANDOM)).expanduser()
     if not file.is_file():
         raise FileNotFoundError(
-            f"There is no file '{file}'. --weights {RANDOM}CONFIG.json wants a network's sizes in a JSON "
-            "file."
+            f"There is no file '{file}'. --weights {RANDOM}CONFIG.json needs a file of a network's sizes."
         )
-    has_tokenizer = any((file.parent / name).is_file() for name in ("vocab.json", "tokenizer.json"))
-    return file.parent if has_tokenizer else MINI, file
+    for name in ("vocab.json", "tokenizer.json"):
+        if (file.parent / name).is_file():
+            return file.parent, file
+    return MINI, file
 
 
-def _locate_folder(weights):
-    if str(weights) == "mini":
-        return MINI
-    folder, name = Path(weights).expanduser(), str(weights)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(
-                f"'{folder}' holds no config.json. Expected a folder in Hugging Face layout: config.json and "
-                "model.safetensors."
-            )
+def _locate_folder(name):
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file():
         return folder
+    if folder.is_dir():
+        raise FileNotFoundError(
+            f"'{folder}' holds no config.json. Expected a folder in Hugging Face layout: config.json and "
+            "model.safetensors."
+        )
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise FileNotFoundError(
             f"There is no folder '{name}' with weights, and it is no hub id of the form 'owner/name' either."
@@ -89,12 +98,12 @@ def _locate_folder(weights):
 def _download(name):
     from huggingface_hub import snapshot_download
 
-    say_once(name, f"The base's weights are '{name}' on the Hugging Face hub, which is asked for them.")
-
+    say_once(name, f"Looking for the weights '{name}' on the Hugging Face hub.")
     try:
-        folder = Path(snapshot_download(name, allow_patterns=TEXT_FILES + ["model.safetensors"]))
+        folder = Path(snapshot_download(name, allow_patterns=[*TEXT_FILES, "model.safetensors"]))
         if not (folder / "model.safetensors").is_file():
-            folder = Path(snapshot_download(name, allow_patterns=TEXT_FILES + ["pytorch_model.bin"]))
+            folder = Path(snapshot_download(name, allow_patterns=[*TEXT_FILES, "pytorch_model.bin"]))
+        return folder
     except Exception as error:  # the hub raises a dozen unrelated types; all mean the same to the user
         if type(error).__name__ == "GatedRepoError":
             raise FileNotFoundError(
@@ -108,16 +117,16 @@ def _download(name):
             "DIR`, copy DIR here and pass --weights DIR. To try things without a network, --weights mini "
             "runs offline."
         ) from error
-    return folder
 
 
 def read_tensors(folder):
     """Read all tensors of `model.safetensors`, or else of `pytorch_model.bin`, by name, in float32.
 
-    Raises FileNotFoundError where there is neither, ValueError where the file is damaged or holds more than
+    Raises FileNotFoundError if there is neither, ValueError if the file is damaged or holds more than
     tensors.
     """
-    safe, pickled = Path(folder) / "model.safetensors", Path(folder) / "pytorch_model.bin"
+    safe = Path(folder) / "model.safetensors"
+    pickled = Path(folder) / "pytorch_model.bin"
     if not safe.is_file() and not pickled.is_file():
         raise FileNotFoundError(f"'{folder}' holds neither model.safetensors nor pytorch_model.bin.")
     try:
@@ -126,43 +135,46 @@ def read_tensors(folder):
         else:
             tensors = torch.load(pickled, map_location="cpu", weights_only=True)
     except Exception as error:  # SafetensorError, UnpicklingError, zip and end-of-file errors alike
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        reason = type(error).__name__  # torch.load's own text advises to execute what the file holds
         raise ValueError(
             f"The weights in '{folder}' cannot be read ({reason}). Is the file complete?"
         ) from error
-    return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+        raise ValueError(f"'{pickled}' should hold tensors by name, and nothing else.")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            tensors[name] = tensor.float()
+    return tensors
 
 
 def describe_mismatch(expected, given):
-    """Return in words how names and shapes of `given` tensors differ from the `expected`, if they do."""
-    shapes = [
-        f"{n} {list(given[n].shape)} instead of {list(expected[n].shape)}"
-        for n in expected
-        if n in given and given[n].shape != expected[n].shape
-    ]
-    kinds = {
-        "missing": sorted(set(expected) - set(given)),
-        "left over": sorted(set(given) - set(expected)),
-        "of another shape": shapes,
-    }
-    return "; ".join(
-        f"{len(n)} {kind}: {', '.join(n[:6])}{', ...' if len(n) > 6 else ''}"
-        for kind, n in kinds.items()
-        if n
-    )
+    """Return how names and shapes of `given` tensors differ from the `expected`, as a text; empty if not."""
+    missing = sorted(set(expected) - set(given))
+    left_over = sorted(set(given) - set(expected))
+    other_shape = []
+    for name in expected:
+        if name in given and given[name].shape != expected[name].shape:
+            shape = list(given[name].shape)
+            other_shape.append(f"{name} {shape} instead of {list(expected[name].shape)}")
+    differences = {"missing": missing, "left over": left_over, "of another shape": other_shape}
+    texts = []
+    for difference, names in differences.items():
+        if names:
+            more = ", ..." if len(names) > 6 else ""
+            texts.append(f"{len(names)} {difference}: {', '.join(names[:6])}{more}")
+    return "; ".join(texts)
 
 
 def load_strictly(module, tensors, source, file_names):
     """Load `tensors` into `module` by name; every name and shape must match.
 
-    Raises ValueError, which names the `source` and says what a file with tensors of `file_names` looks like.
+    Raises ValueError, which names the `source` and guesses the network from the `file_names` of its tensors.
     """
     mismatch = describe_mismatch(module.state_dict(), tensors)
     if mismatch:
-        network = type(module).__name__
         raise ValueError(
-            f"{source} does not fit a {network} of this configuration. Tensors {mismatch}. "
-            f"{guess_kind(file_names)}".rstrip()
+            f"{source} does not fit a {type(module).__name__} of this configuration. Tensors {mismatch}. "
+            f"{guess_checkpoint(file_names)}"
         )
     module.load_state_dict(tensors, assign=True)
 
@@ -175,3 +187,100 @@ def fingerprint(tensors):
         digest.update(f"{name} {list(value.shape)}".encode())
         digest.update(value.numpy().tobytes())
     return digest.hexdigest()
+
+
+# The size of images
+
+
+DEFAULT_SIDE = 352  # pixels; CLIPSeg's, where the weights come without a preprocessor_config.json
+
+
+def image_side(config, folder, requested=None):
+    """Return the side of input images in pixels: requested, else the network's, else the image processor's.
+
+    config: the network's; folder: of the weights. Raises ValueError for a side that is no multiple of the
+    network's stride, and for a preprocessor_config.json with a side out of range.
+    """
+    side = requested or getattr(config, "img_size", None)
+    if side is None:
+        side = _processor_side(folder / "preprocessor_config.json")
+    stride = config.stride
+    if side % stride:
+        fitting = round(side / stride) * stride or stride
+        raise ValueError(
+            f"--image-size {side} is no multiple of the model's patch size {stride}; try {fitting}."
+        )
+    return side
+
+
+def _processor_side(file):
+    """Return the side that a Hugging Face image processor resizes to: `size`, a number or a dictionary."""
+    if not file.is_file():
+        return DEFAULT_SIDE
+    sizes = {"size": DEFAULT_SIDE, **read_json(file)}
+    key = "size"
+    if isinstance(sizes["size"], dict):
+        sizes = sizes["size"]
+        key = "height" if "height" in sizes else "shortest_edge"
+    side = field(file, sizes, key, kind=int, words="a side in pixels")
+    if not 1 <= side <= 8192:
+        raise ValueError(f"'{file}': a side of {side} pixels is out of range (1 to 8192).")
+    return side
+
+
+# Names of tensors: a published checkpoint's into those of our modules, and back. A network lists pairs of
+# patterns, (published, ours), where # is a number. If a checkpoint stacks the projections to q, k and v, our
+# pattern ends in `qkv_proj.`, and the tensor is split in three.
+
+STACKED = ".qkv_proj."
+PROJECTION = re.compile(r"\.[qkv]_proj\.")
+# of a block of OpenAI's CLIP
+OPENAI_BLOCK = (
+    ("resblocks.#.ln_1.", "resblocks.#.layer_norm1."),
+    ("resblocks.#.ln_2.", "resblocks.#.layer_norm2."),
+    ("resblocks.#.attn.in_proj_", "resblocks.#.self_attn.qkv_proj."),
+    ("resblocks.#.attn.out_proj.", "resblocks.#.self_attn.out_proj."),
+    ("resblocks.#.mlp.c_fc.", "resblocks.#.mlp.fc1."),
+    ("resblocks.#.mlp.c_proj.", "resblocks.#.mlp.fc2."),
+)
+
+
+def replace(name, old, new):
+    """Return a name with the pattern `old` replaced by `new`."""
+    pattern = re.escape(old).replace(r"\#", r"(\d+)")
+    return re.sub(pattern, new.replace("#", r"\1"), name)
+
+
+def to_own(tensors, pairs):
+    """Rename tensors to our names; those that have such a name already keep it."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        for published, ours in pairs:
+            name = replace(name, published, ours)
+        if STACKED in name:
+            for letter, third in zip("qkv", tensor.chunk(3)):
+                renamed[name.replace(STACKED, f".{letter}_proj.")] = third.clone()
+        else:
+            renamed[name] = tensor
+    return renamed
+
+
+def to_published(tensors, pairs):
+    """Rename tensors to the published names: undo `to_own`. If q, k or v is missing, they are not stacked."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        stacked = _published_name(PROJECTION.sub(STACKED, name), pairs)
+        qkv = [PROJECTION.sub(f".{letter}_proj.", name) for letter in "qkv"]
+        # the checkpoint stacks them if a pair of patterns has replaced `qkv_proj.`
+        is_stacked = PROJECTION.search(name) and STACKED not in stacked and set(qkv) <= set(tensors)
+        if not is_stacked:
+            renamed[_published_name(name, pairs)] = tensor
+        elif name == qkv[0]:  # stacked at the place of q; k and v are skipped
+            renamed[stacked] = torch.cat([tensors[part] for part in qkv])
+    return renamed
+
+
+def _published_name(name, pairs):
+    for published, ours in pairs:
+        name = replace(name, ours, published)
+    return name

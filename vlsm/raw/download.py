@@ -1,5 +1,7 @@
-"""A raw download, as its publisher ships it: a folder or a zip archive, which is never written to."""
+"""Read a raw download, as published: a folder or a zip archive. Nothing is ever written there."""
 
+import gzip
+import math
 import re
 import struct
 import zipfile
@@ -11,56 +13,53 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from vlsm.data.images import ImageError, NeedsPackage, open_image, read_image, read_mask
+from vlsm.data.images import HIDDEN, ImageError, NeedsPackage, open_image, read_image, read_mask
+from vlsm.system.console import first_few
 
-# What damaged files and archives raise: encrypted, of an unknown compression, cut off, other than they say.
+# Errors that damaged files and archives raise: encrypted, of an unknown compression, cut off, of wrong types.
 UNREADABLE = (
-    OSError, ValueError, KeyError, EOFError, RuntimeError, NotImplementedError, MemoryError, zlib.error,
-    zipfile.BadZipFile, struct.error,
+    OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, NotImplementedError, MemoryError,
+    zlib.error, zipfile.BadZipFile, struct.error,
 )  # fmt: skip
 LIMIT = 1 << 30  # bytes of a file in an archive
 
 
 @dataclass
 class Sample:
-    """An image and its masks.
+    """An image and its masks."""
 
-    name: that of the image's file to be; image: a file of the download, or the pixels; masks: of each the
-    name of its file to be, the pixels (bool) and the class in words; split: where the publisher fixes it;
-    group: what a split must not tear apart (a patient); below: the folder of its split's files, where the
-    layout has one.
-    """
-
-    name: str
-    image: object
-    masks: list
-    split: str | None = None
-    group: str | None = None
-    below: str = ""
+    name: str  # of the image's file in the data set
+    image: object  # a file of the download, or the pixels
+    masks: list  # [(name of its file in the data set, bool [H, W], class in words), ...]
+    split: str | None = None  # if the publisher fixes it
+    group: str | None = None  # samples of a group (a patient) share a split
+    subfolder: str = ""  # of images/ and masks/, if the layout has one for the split
 
 
 class Download:
-    """The files of a folder or of a zip archive, by their paths within it; nothing is ever written there.
+    """The files of a folder or of a zip archive, by their paths within it.
 
-    Raises FileNotFoundError.
+    skipped: {reason: [name, ...]}. Raises FileNotFoundError.
     """
 
     def __init__(self, path):
         self.path = Path(path).expanduser()
-        self.archive, self.skipped = None, defaultdict(list)
+        self.archive = None
+        self.skipped = defaultdict(list)
         if self.path.is_dir():
-            names = (p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file())
+            files = self.path.rglob("*")
+            names = [file.relative_to(self.path).as_posix() for file in files if file.is_file()]
         elif self.path.is_file() and zipfile.is_zipfile(self.path):
             self.archive = zipfile.ZipFile(self.path)
-            names = (i.filename for i in self.archive.infolist() if not i.is_dir())
+            names = [entry.filename for entry in self.archive.infolist() if not entry.is_dir()]
         else:
             raise FileNotFoundError(
                 f"'{self.path}' is neither a folder nor a zip archive. Name the download with --src."
             )
-        hidden = re.compile(r"(^|/)\.")  # such as macOS adds to archives
-        self.names = sorted(name for name in names if not hidden.search(name))
+        self.names = sorted(name for name in names if not HIDDEN.search(name))
 
     def read(self, name):
+        """Return a file's bytes. Raises ValueError if it unpacks to more than LIMIT."""
         if self.archive is None:
             return (self.path / name).read_bytes()
         with self.archive.open(name) as file:
@@ -70,35 +69,53 @@ class Download:
         return data
 
     def find(self, pattern):
-        """Return (name, match) of the files whose path ends in a pattern, at a folder's boundary; sorted.
+        """Return [(name, match)] of the files whose path ends in a pattern, at a folder's boundary; sorted.
 
         The path begins with the download's own name: --src may name the folder that a pattern begins with.
         """
-        wanted, top = re.compile(rf"(?:^|/){pattern}$", re.I), self.path.resolve().name
-        return [(name, match) for name in self.names if (match := wanted.search(f"{top}/{name}"))]
+        expression = re.compile(rf"(?:^|/){pattern}$", re.I)
+        root = self.path.resolve().name
+        hits = []
+        for name in self.names:
+            match = expression.search(f"{root}/{name}")
+            if match:
+                hits.append((name, match))
+        return hits
 
-    def pairs(self, images, masks):
-        """Yield (stem, image, mask) of the files that match two patterns and lie in folders side by side.
+    def pairs(self, image_pattern, mask_pattern):
+        """Yield (key, image, mask) of the files that match two patterns and lie in folders side by side.
 
-        A file without a partner is skipped. Raises ValueError where several places hold pairs.
+        A file without a partner is skipped. Raises ValueError if several places hold pairs.
         """
-        found = defaultdict(lambda: ({}, {}))
-        for k, pattern in enumerate((images, masks)):
-            for name, match in self.find(pattern):
-                parent, stem = match.string[: match.start()], PurePosixPath(name).stem
-                if found[parent][k].setdefault(stem, name) != name:
-                    self.skip(name, "a second file of that stem")
-        places = [parent for parent, (ours, theirs) in found.items() if set(ours) & set(theirs)]
+        images = self.by_stem(image_pattern, with_place=True)
+        masks = self.by_stem(mask_pattern, with_place=True)
+        places = sorted({place for place, _ in images.keys() & masks.keys()})
         if len(places) > 1:
-            named = ", ".join(f"'{place or '.'}'" for place in sorted(places)[:6])
+            names = first_few([f"'{place or '.'}'" for place in places], 6)
             raise ValueError(
-                f"'{self.path}' holds pictures with masks in {named}. Name one of them with --src."
+                f"'{self.path}' holds images with masks in {names}. Name one of them with --src."
             )
-        for ours, theirs in found.values():
-            yield from self.join(ours, theirs)
+        yield from self.join(images, masks)
+
+    def by_stem(self, pattern, with_place=False):
+        """Return {stem: name} of the files that match; of equal stems the first counts.
+
+        The stem is the text of the pattern's group "stem", else the file's. with_place: the key is (folder
+        above the match, stem).
+        """
+        names = {}
+        for name, match in self.find(pattern):
+            key = match.groupdict().get("stem") or PurePosixPath(name).stem
+            if with_place:
+                key = match.string[: match.start()], key
+            if key in names:
+                self.skip(name, "a second file of that stem")
+            else:
+                names[key] = name
+        return names
 
     def join(self, images, masks):
-        """Yield (stem, image, mask) of two {stem: name}; a file without a partner is skipped."""
+        """Yield (stem, image, mask) of two `by_stem`; a file without a partner is skipped."""
         for stem in sorted(images.keys() | masks.keys()):
             if stem not in masks:
                 self.skip(images[stem], "image without mask")
@@ -107,24 +124,13 @@ class Download:
             else:
                 yield stem, images[stem], masks[stem]
 
-    def by_stem(self, pattern):
-        """Return {stem: name} of the files that match; of equal stems the first counts.
-
-        The stem is what the pattern's group of that name finds, else the file's.
-        """
-        found = {}
-        for name, match in self.find(pattern):
-            stem = match.groupdict().get("stem") or PurePosixPath(name).stem
-            if found.setdefault(stem, name) != name:
-                self.skip(name, "a second file of that stem")
-        return found
-
     def skip(self, name, reason):
+        """Add a file to the skipped ones."""
         self.skipped[reason].append(name)
 
     @contextmanager
     def skipping(self, name):
-        """Skip a file where what is done with it finds it damaged, and go on with the next."""
+        """Skip a file if the work inside finds it damaged, and go on with the next."""
         try:
             yield
         except NeedsPackage:
@@ -143,8 +149,60 @@ class Download:
         return read_mask(self.read(name), name)
 
     def labels(self, name):
-        """Return the class numbers `[H, W]` of a label image: palette indices and ids, untouched."""
+        """Return the class numbers `[H, W]` of a label image: palette indices or ids, as stored."""
         labels = np.asarray(open_image(self.read(name), name))
         if labels.ndim != 2:
             raise ImageError(name, "it holds colours instead of class numbers")
         return labels
+
+
+# Formats other than ordinary images
+
+
+MHD_TYPES = {"MET_UCHAR": "<u1", "MET_USHORT": "<u2", "MET_SHORT": "<i2", "MET_FLOAT": "<f4"}
+MOST_PIXELS = 1 << 28  # of a mask in run lengths; pycocotools does not survive a size that memory cannot hold
+
+
+def read_mhd(download, name):
+    """Return the pixels of a little-endian MetaImage (.mhd with its .raw or .zraw), first axis last."""
+    header = download.read(name).decode("ascii", "replace")
+    fields = dict(re.findall(r"^\s*(\w+)\s*=\s*(.*?)\s*$", header, re.MULTILINE))  # "DimSize = 549 778 1"
+    file = PurePosixPath(name).with_name(PurePosixPath(fields["ElementDataFile"]).name)
+    data = download.read(file.as_posix())
+    if fields.get("CompressedData", "False").lower() == "true":
+        data = zlib.decompress(data)
+    pixels = np.frombuffer(data, MHD_TYPES[fields["ElementType"]])
+    size = [int(n) for n in fields["DimSize"].split()]
+    return pixels[: math.prod(size)].reshape(size[::-1])
+
+
+def read_nifti(download, name):
+    """Return the pixels of a NIfTI file, rows first. Raises NeedsPackage without nibabel."""
+    try:
+        import nibabel
+    except ImportError:
+        raise NeedsPackage(
+            name, "it is a NIfTI file: pip install nibabel. (CAMUS's .mhd files are read without it)"
+        ) from None
+    data = download.read(name)
+    if name.endswith(".gz"):
+        data = gzip.decompress(data)
+    return np.asarray(nibabel.Nifti1Image.from_bytes(data).dataobj).T
+
+
+def decode_run_lengths(counts, size, name):
+    """Return the mask bool `[H, W]` of COCO's compressed run lengths (a text) of a file `name`.
+
+    Raises NeedsPackage without pycocotools, ValueError unless they fill the image.
+    """
+    try:
+        from pycocotools import mask as coco
+    except ImportError:
+        raise NeedsPackage(name, "its masks are COCO's run lengths: pip install pycocotools") from None
+    height, width = size
+    if min(size) < 1 or height * width > MOST_PIXELS:
+        raise ValueError(f"{width} x {height} pixels is no size of an image")
+    mask = coco.decode(dict(size=size, counts=counts))
+    if coco.encode(mask)["counts"].decode() != counts:  # of too few, decode leaves pixels uninitialised
+        raise ValueError(f"run lengths that do not fill {width} x {height} pixels")
+    return mask > 0

@@ -1,13 +1,12 @@
-"""From a raw download to a folder in MedVLSM's layout: images, one binary PNG a record, annotation files with
-prompts and splits.
+"""Turn a raw download into a folder in MedVLSM's layout: images, a binary PNG for each record, annotation
+files with prompts and splits.
 """
 
-import hashlib
 import io
 import json
 import random
 import shutil
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -18,9 +17,10 @@ from vlsm.data.images import mask_image, read_image
 from vlsm.data.records import read_annotations
 from vlsm.raw.download import Download
 from vlsm.raw.readers import READERS
-from vlsm.system.console import progress, say
+from vlsm.system.console import first_few, progress, say
 from vlsm.system.files import (
     check_targets,
+    digest,
     leaves_folder,
     owned_write,
     read_json,
@@ -28,26 +28,29 @@ from vlsm.system.files import (
     temporary_beside,
 )
 
-# Records that MedVLSM has for train, val, test: the shares in which ours are split, where the publisher
-# leaves that open.
+# Numbers of MedVLSM's records for train, val, test: splits that are drawn here have these shares.
 SIZES = {
     "kvasir": (800, 100, 100), "clinicdb": (490, 61, 61), "bkai": (800, 100, 100), "isic": (810, 90, 0),
     "dfu": (1600, 200, 200), "camus": (400, 50, 50), "busi": (624, 78, 78),
     "chexlocalize": (1279, 446, 452), "cityscapes": (9, 1, 0), "voc": (9, 1, 0),
 }  # fmt: skip
-SEED = 0  # of these splits
-CLASS_WORD_ONLY = ("cityscapes", "voc")  # TuneVLSeg's prompt; shapes and colours of streets say little
+SEED = 0  # of the splits
+CLASS_WORD_ONLY = ("cityscapes", "voc")  # the class is their only prompt, as in TuneVLSeg
 
 
 class Writer:
-    """Files below a folder, written only where their content is new, and all of them or none.
+    """Files below a folder that are written together or not at all, and only if their content is new.
 
-    They wait in a folder beside it until `commit`. `counts` says what became of each. overwrite: replace
-    files that were changed since an earlier run wrote them.
+    They are in a temporary folder beside it until `commit`. overwrite: replace files that were changed since
+    an earlier run wrote them. Attributes `written`, `unchanged`: numbers of files.
     """
 
     def __init__(self, root, overwrite=False):
-        self.root, self.overwrite, self.counts, self.waiting = Path(root), overwrite, Counter(), []
+        self.root = Path(root)
+        self.overwrite = overwrite
+        self.written = 0
+        self.unchanged = 0
+        self.waiting = {}  # path -> temporary file
 
     def __enter__(self):
         self.root.parent.mkdir(parents=True, exist_ok=True)
@@ -57,183 +60,227 @@ class Writer:
         return self
 
     def __exit__(self, *_):
-        shutil.rmtree(self.stage)  # what was not committed
+        shutil.rmtree(self.stage)
 
     def write(self, name, data):
+        """Write bytes under a path below the root. Raises ValueError for a name that leaves it."""
         if leaves_folder(name):
             raise ValueError(f"the name '{name}' leaves the data set's folder")
         path = self.root / name
         if path.is_file() and not path.is_symlink() and path.read_bytes() == data:
-            self.counts["unchanged"] += 1
+            self.unchanged += 1
             return
-        (self.stage / name).parent.mkdir(parents=True, exist_ok=True)
-        (self.stage / name).write_bytes(data)
-        self.waiting.append(name)
+        staged = self.stage / name
+        staged.parent.mkdir(parents=True, exist_ok=True)
+        staged.write_bytes(data)
+        self.waiting[path] = staged
 
     def png(self, name, pixels):
-        """Write pixels, uint8, or bool as 0 and 255."""
-        data = io.BytesIO()
+        """Write pixels: uint8, or bool as 0 and 255."""
         image = mask_image(pixels) if pixels.dtype == bool else Image.fromarray(pixels)
+        data = io.BytesIO()
         image.save(data, format="PNG")
         self.write(name, data.getvalue())
 
-    def commit(self, replaced=()):
-        """Move the files to their places, and remove `replaced` ones. Raises as `check_targets`."""
-        names = list(dict.fromkeys(self.waiting))
+    def commit(self, outdated=()):
+        """Move the files to their places, and remove the `outdated` ones. Raises as `check_targets`."""
         root = self.root.resolve()
-        linked = [n for n in names if not (self.root / n).parent.resolve().is_relative_to(root)]
-        if linked:
-            raise ValueError(
-                f"'{self.root / linked[0]}' leads out of '{self.root}' by a link; remove the link."
-            )
-        check_targets([self.root / name for name in (*names, *replaced)], overwrite=self.overwrite)
-        for name in names:
-            with owned_write(self.root / name) as temporary:
-                temporary.write_bytes((self.stage / name).read_bytes())
-        for name in replaced:
-            (self.root / name).unlink()
-        self.counts["written"] += len(names)
+        targets = [*self.waiting, *outdated]
+        for path in targets:
+            if not path.parent.resolve().is_relative_to(root):
+                raise ValueError(f"'{path}' leads out of '{self.root}' by a link; remove the link.")
+        check_targets(targets, overwrite=self.overwrite)
+        for path, staged in self.waiting.items():
+            with owned_write(path) as temporary:
+                temporary.write_bytes(staged.read_bytes())
+        for path in outdated:
+            path.unlink()
+        self.written = len(self.waiting)
 
 
 def prepare(name, source, root, anns=None, descriptions=(), overwrite=False):
-    """Read the download `source` of a data set and write its folder `root`.
+    """Read the download `source` of a data set, write its folder `root`, and return its splits.
 
-    anns: a folder with the published annotation files, which are then used as they are; else prompts and
-    splits are made here. descriptions: general ones of the class, for p7 to p9. overwrite: replace what was
-    changed by hand since it was written.
+    anns: a folder with the published annotation files, which are used as they are; without it prompts and
+    splits are made. descriptions: general ones of the class, for p7 to p9. overwrite: replace files that were
+    changed by hand since they were written.
 
-    Can be run again: files that would not change stay; on an error nothing is written. Raises ValueError
-    where nothing fits, FileNotFoundError for what is not there, FileExistsError for files changed by hand.
+    A second run leaves files that would not change; after an error nothing is written. Raises ValueError if
+    nothing fits, FileNotFoundError for a missing download, FileExistsError for files changed by hand.
     """
-    download, entries = Download(source), []
-    inside = Path(root).resolve()
-    if download.path.resolve() in (inside, *inside.parents):
+    download = Download(source)
+    target = Path(root).resolve()
+    if download.path.resolve() in (target, *target.parents):
         raise ValueError(
-            f"'{root}' lies in the download '{source}', where nothing is written. Choose another --data-root."
+            f"'{root}' is inside the download '{source}', where nothing is written. Choose another "
+            "--data-root."
         )
     with Writer(root, overwrite) as writer:
-        canonical = {}  # the group of each image's bytes: equal images under two names stay together
-        with progress(None, f"preparing {name}") as bar:
-            for sample in READERS[name](download):
-                with download.skipping(sample.name):
-                    entries += _write(name, download, writer, sample, descriptions, anns is None, canonical)
-                bar.update()
-        skipped = [
-            f"  skipped, {reason}: {len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-            for reason, names in download.skipped.items()
-        ]
+        entries = _write_samples(name, download, writer, descriptions, made=anns is None)
+        skipped = _describe_skipped(download)
         if not entries:
-            some = ", ".join(download.names[:5]) or "nothing"
+            content = "\n".join([first_few(download.names, 5) or "nothing", *skipped])
             raise ValueError(
                 f"'{source}' does not look like {name}'s download: no image with a usable mask was found. It "
-                "holds " + "\n".join([f"{some}, ...", *skipped])
+                f"holds {content}"
             )
-        splits = made_splits(name, writer, entries) if anns is None else published(anns, writer, entries)
-        there = {f"anns/{f.name}" for f in Path(root).glob("anns/*.json")}
-        writer.commit(replaced=sorted(there - {f"anns/{part}.json" for part in splits}))
-    images = len({(e["below"], e["img_name"]) for e in entries})
-    say(f"{name}: {images} images and {len(entries)} masks from '{source}'")
-    say(
-        f"  records: {', '.join(f'{len(rows)} {part}' for part, rows in splits.items())} "
-        f"({'published' if anns else 'made here'})"
-    )
-    say(f"  files in '{root}': {writer.counts['written']} written, {writer.counts['unchanged']} unchanged")
-    say(*skipped, sep="\n", end="\n" if skipped else "")
+        splits = _write_splits(name, writer, entries) if anns is None else _published(anns, writer, entries)
+        outdated = [file for file in sorted(Path(root).glob("anns/*.json")) if file.stem not in splits]
+        writer.commit(outdated)
+    images = {(entry["subfolder"], entry["img_name"]) for entry in entries}
+    counts = ", ".join(f"{len(rows)} {split}" for split, rows in splits.items())
+    say(f"{name}: {len(images)} images and {len(entries)} masks from '{source}'")
+    say(f"  records: {counts} ({'published' if anns else 'made here'})")
+    say(f"  files in '{root}': {writer.written} written, {writer.unchanged} unchanged")
+    for line in skipped:
+        say(line)
     return splits
 
 
-def made_splits(name, writer, entries):
-    """Split the records, and write annotation files of them; returns the splits."""
-    splits = split(name, entries)
-    for part, rows in splits.items():
-        found = [{k: v for k, v in e.items() if k not in ("split", "group", "below")} for e in rows]
-        writer.write(f"anns/{part}.json", json.dumps(found, indent=1).encode())
-    return splits
+def _describe_skipped(download):
+    """Return a line for each reason to skip files."""
+    lines = []
+    for reason, names in download.skipped.items():
+        lines.append(f"  skipped, {reason}: {len(names)} ({first_few(names)})")
+    return lines
 
 
-def _write(name, download, writer, sample, descriptions, made, canonical):
-    """Write an image and its masks; an entry of the annotation files for each mask."""
-    target = PurePosixPath("images", sample.below, sample.name)
-    if isinstance(sample.image, str):
-        data = download.read(sample.image)
-        pixels = read_image(data, sample.image) if made else None
-        writer.write(target, data)
-    else:
-        pixels = sample.image
-        writer.png(target, pixels)
-        pixels = pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, 2)
-        data = pixels.tobytes()
-    group = sample.group or f"{sample.below}/{sample.name}"
-    group = canonical.setdefault(group, canonical.setdefault(hashlib.blake2b(data).digest(), group))
+def _write_samples(name, download, writer, descriptions, made):
+    """Write all images and masks, and return an entry for each mask.
+
+    made: whether prompts are made. An entry: img_name, mask_name and prompts, as in an annotation file, and
+    split, group and subfolder.
+    """
     entries = []
-    for mask_name, mask, word in sample.masks:
-        if pixels is not None and mask.shape != pixels.shape[:2]:
-            raise ValueError(f"image and mask differ in size, {pixels.shape[:2]} and {mask.shape}")
-        writer.png(PurePosixPath("masks", sample.below, mask_name), mask)
-        prompts = None
-        if made:
-            prompts = (
-                dict(p0="", p1=word)
-                if name in CLASS_WORD_ONLY
-                else describe(pixels, mask, word, descriptions)
-            )
-        entry = dict(img_name=sample.name, mask_name=mask_name, prompts=prompts, below=sample.below)
-        entries.append(dict(entry, split=sample.split, group=group))
+    group_of = {}  # group, or digest of an image -> group: equal images under two names stay in one split
+    with progress(None, f"preparing {name}") as bar:
+        for sample in READERS[name](download):
+            bar.update()
+            with download.skipping(sample.name):
+                data, pixels = _write_image(download, writer, sample, made)
+                group = sample.group or f"{sample.subfolder}/{sample.name}"
+                equal = group_of.setdefault(digest(data, 16), group)
+                group = group_of.setdefault(group, equal)
+                rows = []
+                for mask_name, mask, word in sample.masks:
+                    if pixels is not None and mask.shape != pixels.shape[:2]:
+                        sizes = f"{pixels.shape[:2]} and {mask.shape}"
+                        raise ValueError(f"image and mask differ in size, {sizes}")
+                    writer.png(PurePosixPath("masks", sample.subfolder, mask_name), mask)
+                    prompts = _make_prompts(name, pixels, mask, word, descriptions) if made else None
+                    rows.append(
+                        dict(
+                            img_name=sample.name,
+                            mask_name=mask_name,
+                            prompts=prompts,
+                            split=sample.split,
+                            group=group,
+                            subfolder=sample.subfolder,
+                        )
+                    )
+                entries += rows
     return entries
 
 
-def split(name, entries):
-    """Return {part: entries}: the publisher's where it has one, else drawn from a fixed seed in the published
-    shares, group by group, so that no image (of CAMUS and CheXlocalize: no patient) is in two parts.
+def _write_image(download, writer, sample, decode):
+    """Write a sample's image; returns (its bytes, pixels `[H, W, 3]` or None unless `decode`)."""
+    target = PurePosixPath("images", sample.subfolder, sample.name)
+    if isinstance(sample.image, str):
+        data = download.read(sample.image)
+        pixels = read_image(data, sample.image) if decode else None
+        writer.write(target, data)
+        return data, pixels
+    pixels = sample.image
+    writer.png(target, pixels)
+    if pixels.ndim == 2:
+        pixels = np.repeat(pixels[..., None], 3, 2)
+    return pixels.tobytes(), pixels
+
+
+def _make_prompts(name, pixels, mask, word, descriptions):
+    """Return the prompts of a mask of a data set."""
+    if name in CLASS_WORD_ONLY:
+        return dict(p0="", p1=word)
+    return describe(pixels, mask, word, descriptions)
+
+
+def _write_splits(name, writer, entries):
+    """Split the records, and write annotation files of them; returns the splits."""
+    splits = draw_splits(name, entries)
+    for split, rows in splits.items():
+        records = [{key: entry[key] for key in ("img_name", "mask_name", "prompts")} for entry in rows]
+        writer.write(f"anns/{split}.json", json.dumps(records, indent=1).encode())
+    return splits
+
+
+def draw_splits(name, entries):
+    """Return {split: entries} for train, val and test.
+
+    An entry's own split counts. The others are drawn from a fixed seed in the published shares, by groups: no
+    image (of CAMUS and CheXlocalize: no patient) is in two splits.
     """
     groups = defaultdict(list)
     for entry in entries:
         groups[entry["split"], entry["group"]].append(entry)
-    free = sorted(group for part, group in groups if part is None)
+    free = sorted(group for fixed, group in groups if fixed is None)
     random.Random(SEED).shuffle(free)
-    shares = SIZES.get(name, (0, 0, 1))
-    if any(part == "test" for part, _ in groups):
-        shares = (*shares[:2], 0)
-    ends = [round(len(free) * sum(shares[: k + 1]) / (sum(shares) or 1)) for k in range(3)]
-    drawn = {"train": free[: ends[0]], "val": free[ends[0] : ends[1]], "test": free[ends[1] : ends[2]]}
-    found = {
-        part: [e for group in sorted(names) for e in groups[None, group]] for part, names in drawn.items()
-    }
-    for (part, _), rows in groups.items():
-        if part is not None:
-            found[part] += rows
-    return {part: rows for part, rows in found.items() if rows}
+    train, val, test = SIZES.get(name, (1, 0, 0))  # test sets have no records to draw
+    if any(fixed == "test" for fixed, _ in groups):
+        test = 0
+    total = train + val + test
+    train_end = round(len(free) * train / total)
+    val_end = round(len(free) * (train + val) / total)
+    drawn = {"train": free[:train_end], "val": free[train_end:val_end], "test": free[val_end:]}
+    splits = {}
+    for split, names in drawn.items():
+        rows = []
+        for group in sorted(names):
+            rows += groups[None, group]
+        for (fixed, _), group_rows in groups.items():
+            if fixed == split:
+                rows += group_rows
+        if rows:
+            splits[split] = rows
+    return splits
 
 
-def published(folder, writer, entries):
-    """Return {part: records} of published annotation files, which are copied as they are.
+def _published(folder, writer, entries):
+    """Copy published annotation files; returns {split: records}.
 
-    Raises ValueError where records lack their files.
+    Raises ValueError if there are none, or records lack their files.
     """
-    masks = {PurePosixPath(e["mask_name"]).with_suffix("") for e in entries}
-    images = {PurePosixPath(e["img_name"]).with_suffix("") for e in entries}
-    found, missing = {}, []
-    for part in ("train", "val", "test"):
-        file = Path(folder) / f"{part}.json"
-        if file.is_file():
-            found[part] = read_annotations(file)
-            for record in found[part]:
-                pair = [PurePosixPath(record[key]).with_suffix("") for key in ("img_name", "mask_name")]
-                missing += [record["mask_name"]] if pair[0] not in images or pair[1] not in masks else []
-            writer.write(f"anns/{part}.json", file.read_bytes())
-    if not found:
+    images = {_without_suffix(entry["img_name"]) for entry in entries}
+    masks = {_without_suffix(entry["mask_name"]) for entry in entries}
+    splits = {}
+    missing = []
+    for split in ("train", "val", "test"):
+        file = Path(folder) / f"{split}.json"
+        if not file.is_file():
+            continue
+        splits[split] = read_annotations(file)
+        for record in splits[split]:
+            has_image = _without_suffix(record["img_name"]) in images
+            if not has_image or _without_suffix(record["mask_name"]) not in masks:
+                missing.append(record["mask_name"])
+        writer.write(f"anns/{split}.json", file.read_bytes())
+    if not splits:
         raise ValueError(f"'{folder}' holds no train.json, val.json or test.json.")
     if missing:
         raise ValueError(
             f"{len(missing)} of the published records have no image or mask in the download: "
-            f"{', '.join(missing[:3])}, ... Is it complete?"
+            f"{first_few(missing)}. Is it complete?"
         )
-    return found
+    return splits
+
+
+def _without_suffix(name):
+    """Return a file's name without its suffix: the published one may differ from the prepared one."""
+    return PurePosixPath(name).with_suffix("")
 
 
 def read_descriptions(file):
     """Return the texts of --describe, a JSON list of general descriptions of the class."""
     texts = read_json(file, list, "a list of texts")
-    if not texts or not all(isinstance(t, str) and t.strip() for t in texts):
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError(f"'{file}' should hold a list of texts, such as [\"an abnormal growth of tissue\"].")
     return texts

@@ -1,18 +1,19 @@
-"""A reader for each data set: a function of a `Download` that yields its images and masks as `Sample`s.
+"""Read each data set's download: a function of a `Download` yields its images and masks as `Sample`s.
 
-Readers never write; what they cannot use they hand to `skip(name, reason)`.
+Readers never write. A file that they cannot use goes to `Download.skip`, with the reason.
 """
 
-import json
 import re
 from collections import defaultdict
 from pathlib import PurePosixPath
 
 import numpy as np
 
-from vlsm.raw.download import Sample
-from vlsm.raw.formats import decode_mask, read_mhd, read_nifti
+from vlsm.data.images import to_eight_bits
+from vlsm.raw.download import Sample, decode_run_lengths, read_mhd, read_nifti
+from vlsm.system.files import field, parse_json
 
+IMAGE = r"[^/]+\.(?:jpe?g|png|tiff?|bmp)"  # a file's name
 CAMUS = {1: "left ventricular cavity", 2: "myocardium", 3: "left atrium cavity"}
 CITYSCAPES = {
     7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light", 20:
@@ -25,185 +26,201 @@ VOC = (
 ).split()
 
 
-def _samples(d, pairs, word, split=None):
+# Data sets of one mask for each image
+
+
+def _samples(download, pairs, word, split=None):
     """Yield a `Sample` of one mask for each (stem, image, mask)."""
     for _, image, mask in pairs:
-        with d.skipping(mask):
-            masks = [(f"{PurePosixPath(mask).stem}.png", d.mask(mask), word)]
+        with download.skipping(mask):
+            mask_name = f"{PurePosixPath(mask).stem}.png"
+            masks = [(mask_name, download.mask(mask), word)]
             yield Sample(PurePosixPath(image).name, image, masks, split)
 
 
-PICTURE = r"[^/]+\.(?:jpe?g|png|tiff?|bmp)"
+def kvasir(download):
+    """Read images/ and masks/ with equal stems."""
+    pairs = download.pairs(rf"images/{IMAGE}", rf"masks/{IMAGE}")
+    return _samples(download, pairs, "polyp")
 
 
-def kvasir(d):
-    return _samples(d, d.pairs(rf"images/{PICTURE}", rf"masks/{PICTURE}"), "polyp")
-
-
-def clinicdb(d):
-    """Read PNGs or TIFs, whose folders may both be there; TIFs become PNGs."""
-    kind = r"[^/]+\.png" if d.find(r"Original/[^/]+\.png") else r"[^/]+\.tiff?"
-    for sample in _samples(d, d.pairs(rf"Original/{kind}", rf"Ground[ _]Truth/{kind}"), "polyp"):
-        with d.skipping(sample.name):
+def clinicdb(download):
+    """Read PNGs, else TIFs, which become PNGs; the download may hold both."""
+    file = r"[^/]+\.png" if download.find(r"Original/[^/]+\.png") else r"[^/]+\.tiff?"
+    pairs = download.pairs(rf"Original/{file}", rf"Ground[ _]Truth/{file}")
+    for sample in _samples(download, pairs, "polyp"):
+        with download.skipping(sample.name):
             if not sample.name.lower().endswith(".png"):
-                sample.name, sample.image = f"{PurePosixPath(sample.name).stem}.png", d.image(sample.image)
+                sample.name = f"{PurePosixPath(sample.name).stem}.png"
+                sample.image = download.image(sample.image)
             yield sample
 
 
-def bkai(d):
-    """Read masks in red (neoplastic) and green (other) as polyps, all of them."""
-    images, masks = rf"(?:train/)?train/{PICTURE}", rf"(?:train_gt/)?train_gt/{PICTURE}"
-    return _samples(d, d.pairs(images, masks), "polyp")
+def bkai(download):
+    """Read masks in red (neoplastic) and green (other); both are polyps."""
+    pairs = download.pairs(rf"(?:train/)?train/{IMAGE}", rf"(?:train_gt/)?train_gt/{IMAGE}")
+    return _samples(download, pairs, "polyp")
 
 
-def isic(d):
-    for part, split in (("Training", None), ("Test", "test")):
-        images = d.by_stem(rf"ISBI2016_ISIC_Part1_{part}_Data/{PICTURE}")
-        masks = rf"ISBI2016_ISIC_Part1_{part}_GroundTruth/(?P<stem>[^/]+)_Segmentation\.png"
-        yield from _samples(d, d.join(images, d.by_stem(masks)), "skin lesion", split)
+def isic(download):
+    """Read the folders of ISBI 2016, part 1; Test is the test split."""
+    for folder, split in (("Training", None), ("Test", "test")):
+        prefix = f"ISBI2016_ISIC_Part1_{folder}"
+        images = download.by_stem(rf"{prefix}_Data/{IMAGE}")
+        masks = download.by_stem(rf"{prefix}_GroundTruth/(?P<stem>[^/]+)_Segmentation\.png")
+        yield from _samples(download, download.join(images, masks), "skin lesion", split)
 
 
-def dfu(d):
-    below = r"(?:DFUC2022_train_)?"
-    pairs = d.pairs(rf"{below}images/{PICTURE}", rf"{below}(?:masks|labels)/{PICTURE}")
-    return _samples(d, pairs, "foot ulcer")
-
-
-def busi(d):
-    """Read benign/, malignant/ and normal/: "benign (3).png" with "benign (3)_mask.png", "_mask_1.png", ...,
-    one lesion a file, all in one mask.
-    """
-    masks = defaultdict(list)
-    for name, match in d.find(r"(benign|malignant|normal)/(\1 \(\d+\))_mask(?:_\d+)?\.png"):
-        masks[match[2].lower()].append(name)
-    for name, match in d.find(r"(benign|malignant|normal)/(\1 \((\d+)\))\.png"):
-        with d.skipping(name):
-            parts = [d.mask(m) for m in masks[match[2].lower()]]
-            if not parts or any(p.shape != parts[0].shape for p in parts):
-                d.skip(name, "image without mask" if not parts else "masks of different size")
-                continue
-            out = f"{match[3]}_{match[1].lower()}.png"
-            yield Sample(out, name, [(out, np.any(parts, 0), "tumor")])
-
-
-def camus(d):
-    """Read patient0001/patient0001_2CH_ED.nii.gz (or .mhd) with ..._gt; three classes.
-
-    Patients below testing/ are the test split.
-    """
-    read = {"mhd": read_mhd, "nii": read_nifti, "nii.gz": read_nifti}
-    for name, match in d.find(r"(patient\d+_[24]CH_E[DS])\.(mhd|nii(?:\.gz)?)"):
-        side = re.sub(r"\.(mhd|nii(\.gz)?)$", r"_gt.\1", name)
-        if side not in d.names:
-            d.skip(name, "image without mask")
-            continue
-        test = bool(re.search(r"(^|/)test(ing)?/", name, re.I))
-        with d.skipping(name):
-            image, labels = (np.squeeze(read[match[2].lower()](d, n)) for n in (name, side))
-            stem = match[1]
-            top = max(float(image.max()), 1.0)
-            image = (image * (255 / top if top > 255 else 1)).astype(np.uint8)
-            masks = [(f"mask_{k}/{stem}_gt.png", labels == k, word) for k, word in CAMUS.items()]
-            below = "test" if test else "train"
-            yield Sample(f"{stem}.png", image, masks, "test" if test else None, stem.split("_")[0], below)
-
-
-def chexlocalize(d):
-    """Read gt_segmentations_{val,test}.json: {"patient1_study1_view1_frontal": {"Edema": {"size",
-    "counts"}}}; images in CheXpert's folders.
-    """
-    images = {
-        "_".join(m.groups()): name
-        for name, m in d.find(r"(patient\d+)/(study\d+)/(view\d+_(?:frontal|lateral))\.jpg")
-    }
-    for name, _ in d.find(r"gt_segmentations_(?:val|test)\.json"):
-        for key, classes in sorted(_segmentations(d, name).items()):
-            if key not in images:
-                d.skip(key, "segmentation without image")
-                continue
-            masks = []
-            with d.skipping(key):
-                for word, run in sorted(classes.items()):
-                    try:
-                        mask, words = decode_mask(run["counts"], run["size"]), word.lower()
-                    except (ValueError, KeyError, TypeError) as error:  # one class of several
-                        d.skip(f"{key} {word}", str(error))
-                        continue
-                    if mask.any():
-                        masks.append((f"{key}_{words.replace(' ', '_')}.png", mask, words))
-                if masks:
-                    yield Sample(f"{key}.jpg", images[key], masks, group=key.split("_")[0])
-
-
-def _segmentations(d, name):
-    """Return the dictionaries of a segmentation file. Raises ValueError, which names the file and the key."""
-    try:
-        found = json.loads(d.read(name))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"'{name}' is not valid JSON ({error}).") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"'{name}' should hold a dictionary of pictures.")
-    wrong = next((k for k, v in found.items() if not isinstance(v, dict)), None)
-    if wrong is not None:
-        raise ValueError(f"'{name}', key '{wrong}': expected a dictionary of classes with size and counts.")
-    return found
+def dfu(download):
+    """Read the training images of DFUC 2022 with masks/ or labels/."""
+    prefix = r"(?:DFUC2022_train_)?"
+    pairs = download.pairs(rf"{prefix}images/{IMAGE}", rf"{prefix}(?:masks|labels)/{IMAGE}")
+    return _samples(download, pairs, "foot ulcer")
 
 
 def _test_polyps(folder):
-    def reader(d):
-        pairs = d.pairs(rf"{folder}/images/{PICTURE}", rf"{folder}/masks/{PICTURE}")
-        return _samples(d, pairs, "polyp", "test")
+    """Return a reader of one of the test sets that PraNet's authors ship together."""
+
+    def reader(download):
+        """Read images/ and masks/ of the test set."""
+        pairs = download.pairs(rf"{folder}/images/{IMAGE}", rf"{folder}/masks/{IMAGE}")
+        return _samples(download, pairs, "polyp", "test")
 
     return reader
 
 
-def _present(labels, words, stem):
-    """Return a mask for each class that a picture of class numbers holds."""
-    found = set(np.unique(labels).tolist())
-    return [(f"{word}/{stem}.png", labels == k, word) for k, word in words.items() if k in found]
+def etis(download):
+    """Read PraNet's version, or the publisher's: ETIS-LaribPolypDB/1.tif with Ground Truth/p1.tif."""
+    yield from _test_polyps("ETIS-LaribPolypDB")(download)
+    images = download.by_stem(r"ETIS-LaribPolypDB/\d+\.tiff?")
+    masks = download.by_stem(r"Ground[ _]Truth/p(?P<stem>\d+)\.tiff?")
+    for stem, image, mask in download.join(images, masks):
+        with download.skipping(image):
+            name = f"{stem}.png"
+            masks_of_image = [(name, download.mask(mask), "polyp")]
+            yield Sample(name, download.image(image), masks_of_image, "test")
 
 
-def cityscapes(d):
-    """Read leftImg8bit/{train,val}/CITY/*_leftImg8bit.png with gtFine/...gtFine_labelIds.png; a mask for each
-    of 19 classes that is there.
+def busi(download):
+    """Read benign/, malignant/ and normal/: "benign (3).png" with "benign (3)_mask.png", "_mask_1.png", ...
+
+    Each mask file holds one lesion; the union of an image's files is its mask.
     """
-    for part, split in (("train", None), ("val", "test")):
-        images = d.by_stem(rf"{part}/[^/]+/(?P<stem>[^/]+)_leftImg8bit\.png")
-        truths = d.by_stem(rf"{part}/[^/]+/(?P<stem>[^/]+)_gtFine_labelIds\.png")
-        for stem, image, truth in d.join(images, truths):
-            with d.skipping(truth):
-                yield Sample(f"{stem}.png", image, _present(d.labels(truth), CITYSCAPES, stem), split)
+    mask_files = defaultdict(list)
+    for name, match in download.find(r"(benign|malignant|normal)/(\1 \(\d+\))_mask(?:_\d+)?\.png"):
+        mask_files[match[2].lower()].append(name)
+    for name, match in download.find(r"(benign|malignant|normal)/(\1 \((\d+)\))\.png"):
+        with download.skipping(name):
+            lesions = [download.mask(file) for file in mask_files[match[2].lower()]]
+            if not lesions:
+                download.skip(name, "image without mask")
+            elif any(lesion.shape != lesions[0].shape for lesion in lesions):
+                download.skip(name, "masks of different size")
+            else:
+                target = f"{match[3]}_{match[1].lower()}.png"
+                yield Sample(target, name, [(target, np.any(lesions, 0), "tumor")])
 
 
-def voc(d):
-    """Read SegmentationClass's palette indices, 255 the void border; a mask for each class that is there; the
-    splits are ImageSets' lists.
+# Data sets of several classes
+
+
+def camus(download):
+    """Read patient0001/patient0001_2CH_ED.nii.gz (or .mhd) with ..._gt; three classes.
+
+    Patients below testing/ are the test split.
     """
-    images, truths = d.by_stem(r"JPEGImages/[^/]+\.jpg"), d.by_stem(r"SegmentationClass/[^/]+\.png")
-    for part, split in (("train", None), ("val", "test")):
-        for name, _ in d.find(rf"ImageSets/Segmentation/{part}\.txt"):
-            for stem in d.read(name).decode().split():
+    readers = {"mhd": read_mhd, "nii": read_nifti, "nii.gz": read_nifti}
+    for name, match in download.find(r"(patient\d+_[24]CH_E[DS])\.(mhd|nii(?:\.gz)?)"):
+        truth = re.sub(r"\.(mhd|nii(\.gz)?)$", r"_gt.\1", name)
+        if truth not in download.names:
+            download.skip(name, "image without mask")
+            continue
+        with download.skipping(name):
+            read = readers[match[2].lower()]
+            image = np.squeeze(read(download, name))
+            labels = np.squeeze(read(download, truth))
+            image = to_eight_bits(image, name)
+            stem = match[1]
+            masks = [(f"mask_{k}/{stem}_gt.png", labels == k, word) for k, word in CAMUS.items()]
+            test = re.search(r"(^|/)test(ing)?/", name, re.I)
+            split = "test" if test else None
+            yield Sample(f"{stem}.png", image, masks, split, stem.split("_")[0], split or "train")
+
+
+def chexlocalize(download):
+    """Read gt_segmentations_{val,test}.json and the images in CheXpert's folders.
+
+    The files' content: {"patient1_study1_view1_frontal": {"Edema": {"size", "counts"}}}.
+    """
+    images = {}
+    for name, match in download.find(r"(patient\d+)/(study\d+)/(view\d+_(?:frontal|lateral))\.jpg"):
+        images["_".join(match.groups())] = name
+    for name, _ in download.find(r"gt_segmentations_(?:val|test)\.json"):
+        for key, classes in sorted(_segmentations(download, name).items()):
+            if key not in images:
+                download.skip(key, "segmentation without image")
+                continue
+            masks = []
+            for word, run_lengths in sorted(classes.items()):
+                with download.skipping(f"{key} {word}"):
+                    mask = decode_run_lengths(run_lengths["counts"], run_lengths["size"], name)
+                    if mask.any():
+                        word = word.lower()
+                        masks.append((f"{key}_{word.replace(' ', '_')}.png", mask, word))
+            if masks:
+                yield Sample(f"{key}.jpg", images[key], masks, group=key.split("_")[0])
+
+
+def _segmentations(download, name):
+    """Return {image: {class: run lengths}} of a segmentation file.
+
+    Raises ValueError, which names the file and the key, for another content.
+    """
+    segmentations = parse_json(download.read(name), name, dict, "an object of images")
+    for key in segmentations:
+        field(name, segmentations, key, kind=dict, words="an object of classes")
+    return segmentations
+
+
+def _class_masks(labels, words, stem):
+    """Return [(file name, mask, class)] of the classes {number: word} that a label image `[H, W]` holds."""
+    masks = []
+    for number, word in words.items():
+        mask = labels == number
+        if mask.any():
+            masks.append((f"{word}/{stem}.png", mask, word))
+    return masks
+
+
+def cityscapes(download):
+    """Read leftImg8bit/{train,val}/CITY/*_leftImg8bit.png with gtFine/...gtFine_labelIds.png: 19 classes."""
+    for folder, split in (("train", None), ("val", "test")):
+        images = download.by_stem(rf"{folder}/[^/]+/(?P<stem>[^/]+)_leftImg8bit\.png")
+        truths = download.by_stem(rf"{folder}/[^/]+/(?P<stem>[^/]+)_gtFine_labelIds\.png")
+        for stem, image, truth in download.join(images, truths):
+            with download.skipping(truth):
+                masks = _class_masks(download.labels(truth), CITYSCAPES, stem)
+                yield Sample(f"{stem}.png", image, masks, split)
+
+
+def voc(download):
+    """Read SegmentationClass's palette indices, 255 the void border; the splits are ImageSets' lists."""
+    images = download.by_stem(r"JPEGImages/[^/]+\.jpg")
+    truths = download.by_stem(r"SegmentationClass/[^/]+\.png")
+    words = dict(enumerate(VOC, 1))
+    for folder, split in (("train", None), ("val", "test")):
+        for name, _ in download.find(rf"ImageSets/Segmentation/{folder}\.txt"):
+            for stem in download.read(name).decode().split():
                 if stem not in images or stem not in truths:
-                    d.skip(stem, "listed, but without image or mask")
+                    download.skip(stem, "listed, but without image or mask")
                     continue
-                with d.skipping(truths[stem]):
-                    masks = _present(d.labels(truths[stem]), dict(enumerate(VOC, 1)), stem)
+                with download.skipping(truths[stem]):
+                    masks = _class_masks(download.labels(truths[stem]), words, stem)
                     yield Sample(f"{stem}.jpg", images[stem], masks, split)
-
-
-def etis(d):
-    """Read what PraNet's authors ship, or its publisher: ETIS-LaribPolypDB/1.tif, Ground Truth/p1.tif."""
-    yield from _test_polyps("ETIS-LaribPolypDB")(d)
-    images = d.by_stem(r"ETIS-LaribPolypDB/\d+\.tiff?")
-    masks = d.by_stem(r"Ground[ _]Truth/p(?P<stem>\d+)\.tiff?")
-    for stem, image, mask in d.join(images, masks):
-        with d.skipping(image):
-            yield Sample(f"{stem}.png", d.image(image), [(f"{stem}.png", d.mask(mask), "polyp")], "test")
 
 
 READERS = {
     "kvasir": kvasir, "clinicdb": clinicdb, "bkai": bkai, "isic": isic, "dfu": dfu, "camus": camus,
-    "busi": busi,
-    "chexlocalize": chexlocalize, "cvc300": _test_polyps("CVC-300"), "colondb": _test_polyps("CVC-ColonDB"),
-    "etis": etis, "cityscapes": cityscapes, "voc": voc,
+    "busi": busi, "chexlocalize": chexlocalize, "cvc300": _test_polyps("CVC-300"),
+    "colondb": _test_polyps("CVC-ColonDB"), "etis": etis, "cityscapes": cityscapes, "voc": voc,
 }  # fmt: skip

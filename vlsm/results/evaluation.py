@@ -1,79 +1,179 @@
-"""What a checkpoint predicts of a split, record by record, and its scores."""
+"""Predict the masks of a split and score them, record by record; options and folder of an evaluation."""
 
+import argparse
+import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
-from vlsm.data.cache import chunks, prefetch
-from vlsm.data.images import read_mask
-from vlsm.results.intervals import group_names
-from vlsm.results.predict import logits_at_size, mask_at_size, mask_target, save_png
-from vlsm.results.scores import calibration_counts, score
+from vlsm.data.cache import chunks, default_cache, prefetch
+from vlsm.data.images import read_target
+from vlsm.results.predict import (
+    clean_mask,
+    logits_at_size,
+    mask_at_size,
+    mask_target,
+    save_png,
+    save_probability,
+)
+from vlsm.results.scores import calibration_counts, group_names, score
 from vlsm.system import parallel
+from vlsm.system.arguments import number
 from vlsm.system.console import progress
 
+READERS = 4  # threads that read masks
 
-def predictions(predictor, data, prompts, batch_size):
-    """Yield batches of (index, prompt, logits `[1, S, S]`, true mask bool `[H, W]`), on the device.
 
-    prompts: a text for each record; records whose text is None are left out. Several processes share them.
+# The split
+
+
+def add_split_arguments(parser):
+    """Add the options of a program that evaluates a run on a split."""
+    add = parser.add_argument_group("data").add_argument
+    add("--split", default="test", choices=["train", "val", "test"], help="default: test")
+    add("--dataset", help="another data set than the run's: a name or a folder")
+    add("--data-root", help="folder that holds the data sets' folders (default: the run's)")
+    add("--prompts", help='random, class, a key such as p6, or a text: "a polyp" (default: the run\'s)')
+    add("--seed", type=number(int, 0), help="seed of random prompts (default: the run's)")
+    add(
+        "--group",
+        type=pattern,
+        metavar="REGEX",
+        help="the bootstrap draws whole groups: what this pattern finds in an image's name (default: the "
+        "patient of camus and chexlocalize, else the image)",
+    )
+    add(
+        "--upsample",
+        default="logits",
+        choices=["logits", "mask"],
+        help="logits: enlarge bilinearly, then threshold (default); mask: threshold, then enlarge, as the "
+        "published code does",
+    )
+    add("--weights", help="folder or hub id of the base, if it has moved")
+    add("--batch-size", type=number(int, 1), default=32, help="images at a time (default 32)")
+    add("--cache-dir", default=default_cache(), help="folder of decoded images (default: %(default)s)")
+
+
+def pattern(text):
+    """Check a regular expression: a `type=` for argparse. Raises ArgumentTypeError if it is none."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is no regular expression ({error})") from None
+    return text
+
+
+def results_folder(checkpoint, metadata, split, dataset=None, suffixes=()):
+    """Return the folder of an evaluation's results: eval-SPLIT in the run's folder.
+
+    The folder's name ends with the data set, if it is not the run's own, and with `suffixes` (mirror, ...).
     """
-    wanted = [i for i in range(len(data)) if prompts[i] is not None]
-    own = [batch for _, batch in parallel.own_batches(chunks(wanted, batch_size))]
-    with ThreadPoolExecutor(4) as pool, progress(len(wanted), "evaluating") as bar:
+    run = Path(checkpoint)
+    if not run.is_dir():
+        run = run.parent
+    parts = ["eval", split]
+    if dataset and dataset != metadata["dataset"]:
+        parts.append(Path(dataset).name)
+    return run / "-".join([*parts, *suffixes])
 
-        def read(batch):  # original masks, while the network works on the batch before
-            return list(pool.map(lambda i: torch.from_numpy(read_mask(data.records[i].mask)), batch))
 
-        for batch, masks in prefetch(read, data.equalise_batches(own)):
-            images = data.batch(list(batch))[0]
-            if batch:  # of a sharded split: other processes want images
-                texts = [prompts[i] for i in batch]
-                logits = predictor.logits(images, texts)
-                yield list(zip(batch, texts, logits, (mask.to(predictor.device) for mask in masks)))
+# The predictions
+
+
+def predictions(predictor, data, prompt_sets, batch_size):
+    """Yield (index, set's name, prompt, logits `[1, S, S]`, truth uint8 `[H, W]`), on the device.
+
+    truth: 0, 1, and 255 where pixels are ignored.
+
+    prompt_sets: {name: a text for each record, or None to leave the record out}. An image is encoded once for
+    the prompts of all sets. Several processes share the records.
+    """
+    texts_of = list(zip(*prompt_sets.values()))  # record -> its text in each set
+    wanted = [i for i, texts in enumerate(texts_of) if any(text is not None for text in texts)]
+    images_at_a_time = max(1, batch_size // len(prompt_sets))
+    batches = [batch for _, batch in parallel.own_batches(chunks(wanted, images_at_a_time))]
+    with ThreadPoolExecutor(READERS) as pool, progress(len(wanted), "evaluating") as bar:
+
+        def read_masks(batch):
+            """Read masks at original size, in a thread, while the network works on the previous batch."""
+            return list(pool.map(read_target, [data.records[i].mask for i in batch]))
+
+        for batch, masks in prefetch(read_masks, batches):
+            images, _ = data.batch(batch)
+            texts = []
+            for i in batch:  # images have equally many prompts: "" takes the place of None
+                texts += [text or "" for text in texts_of[i]]
+            logits = predictor.logits(images, texts).unflatten(0, (len(batch), -1))  # [B, P, 1, S, S]
+            for i, mask, of_image in zip(batch, masks, logits):
+                truth = torch.from_numpy(mask).to(predictor.device)
+                for name, text, of_text in zip(prompt_sets, texts_of[i], of_image):
+                    if text is not None:
+                        yield i, name, text, of_text, truth
             bar.update(len(batch))
 
 
-def gather(rows):
-    """Return the (index, ...) rows of all processes in the records' order, without their indices."""
-    return [row for _, *row in parallel.gather_sorted(rows)]
+def measure_prompts(predictor, data, prompt_sets, batch_size, measure):
+    """Return {name: measure(index, prompt, logits `[1, S, S]`, truth `[H, W]`) of each record, in order}.
+
+    truth: uint8, 255 where pixels are ignored.
+
+    prompt_sets: {name: a text for each record, or None}. Results that are None are left out. Several
+    processes share the records; each gets all results.
+    """
+    results = []
+    for index, name, prompt, logits, truth in predictions(predictor, data, prompt_sets, batch_size):
+        result = measure(index, prompt, logits, truth)
+        if result is not None:
+            results.append((index, name, result))
+    by_name = {name: [] for name in prompt_sets}
+    for _, name, result in parallel.gather_sorted(results):
+        by_name[name].append(result)
+    return by_name
 
 
 def measure_records(predictor, data, prompts, batch_size, measure):
-    """Return measure(index, prompt, logits `[1, S, S]`, true mask) of each record, without those of None."""
-    rows = []
-    for batch in predictions(predictor, data, prompts, batch_size):
-        rows += [(item[0], value) for item in batch if (value := measure(*item)) is not None]
-    return [value for (value,) in gather(rows)]
+    """Return what `measure_prompts` does of one set of prompts, as a list."""
+    return measure_prompts(predictor, data, {"": prompts}, batch_size, measure)[""]
 
 
-def evaluate(predictor, data, prompts, options, group=None, keep=False, write=False):
-    """Return the scores of a split's records (dictionaries) and, where `keep`, their packed masks.
+def evaluate_prompts(
+    predictor, data, prompt_sets, tolerance=2.0, upsample="logits", batch_size=32, group=None,
+    keep_masks=False, mask_folder=None, probability_folder=None, keep_largest=False, min_area=0,
+):  # fmt: skip
+    """Return {name: the scores of a split's records, a dictionary for each} of some sets of prompts.
 
-    prompts: a text for each record. options: `EvaluateOptions`. group: a pattern, as in `group_names`. write:
-    whether --save-masks and --save-probabilities apply.
+    prompt_sets: {name: a text for each record}. tolerance: of NSD, in pixels. group: a pattern, as in
+    `group_names`. keep_masks: add the predicted mask as `packed_mask`. mask_folder, probability_folder: where
+    to write the predicted masks as 0/255 PNGs, and the probabilities as 16-bit PNGs. keep_largest, min_area:
+    clean the masks, as `clean_mask` says.
     """
-    records, rows = data.records, []
-    groups = group_names(records, group)
-    for batch in predictions(predictor, data, prompts, options.batch_size):
-        indices, texts, logits, truths = zip(*batch)
-        enlarged = [logits_at_size(z, t.shape) for z, t in zip(logits, truths)]
-        if options.upsample == "logits":
-            predicted = [z > 0 for z in enlarged]
-        else:
-            predicted = [mask_at_size(z, t.shape, options.upsample) for z, t in zip(logits, truths)]
-        found = score(list(zip(predicted, truths)), options.nsd_tolerance)
-        for i, text, z, truth, mask, row in zip(indices, texts, enlarged, truths, predicted, found):
-            probability = z.sigmoid()
-            about = dict(image=records[i].name, mask=records[i].mask_name, group=groups[i], prompt=text)
-            row = {**about, **row, **calibration_counts(probability, truth)}
-            rows.append((i, row, np.packbits(mask.cpu().numpy()) if keep else None))
-            if write and options.save_masks:
-                save_png(mask, mask_target(options.save_masks, records[i].mask_name))
-            if write and options.save_probabilities:
-                deep = (probability.double() * 65535).round().cpu().numpy().astype(np.uint16)
-                save_png(Image.fromarray(deep), mask_target(options.save_probabilities, records[i].mask_name))
-    found = gather(rows)
-    return [row for row, _ in found], [mask for _, mask in found]
+    groups = group_names(data.records, group)
+
+    def measure(i, prompt, logits, truth):
+        """Return the scores of record i; write its mask and probabilities if folders are given."""
+        record = data.records[i]
+        enlarged = logits_at_size(logits, truth.shape)
+        mask = mask_at_size(logits, truth.shape, upsample)
+        if keep_largest or min_area:
+            cleaned = clean_mask(mask.cpu().numpy(), keep_largest, min_area)
+            mask = torch.from_numpy(cleaned).to(mask.device)
+        if mask_folder:
+            save_png(mask, mask_target(mask_folder, record.mask_name))
+        if probability_folder:
+            save_probability(enlarged, mask_target(probability_folder, record.mask_name))
+        row = dict(image=record.name, mask=record.mask_name, group=groups[i], prompt=prompt)
+        row["class"] = record.class_word or ""
+        row.update(score(mask, truth, tolerance))
+        row.update(calibration_counts(enlarged.sigmoid(), truth))
+        if keep_masks:
+            row["packed_mask"] = np.packbits(mask.cpu().numpy())
+        return row
+
+    return measure_prompts(predictor, data, prompt_sets, batch_size, measure)
+
+
+def evaluate_split(predictor, data, prompts, **settings):
+    """Return the scores of a split's records; prompts: a text for each. settings: of `evaluate_prompts`."""
+    return evaluate_prompts(predictor, data, {"": prompts}, **settings)[""]

@@ -1,166 +1,350 @@
-"""Masks of a checkpoint: of images of the model's size, and of a folder of images without a ground truth."""
+"""Predict masks with a run's checkpoint: of images of the model's size, and of a folder of images."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy import ndimage
 
 from vlsm.checkpoint import load
 from vlsm.data.cache import chunks
-from vlsm.data.images import EXTENSIONS, ImageError, image_files, mask_image, read_image, resize_image
-from vlsm.data.pixel_values import normalise
+from vlsm.data.images import EXTENSIONS, ImageError, image_files, mask_image, read_image
 from vlsm.results.figures import CYAN, overlay
+from vlsm.segment import enlarge, image_logits, logit_of, to_batch
 from vlsm.system import parallel
 from vlsm.system.console import progress
-from vlsm.system.device import autocast, choose_device
-from vlsm.system.files import check_targets, owned_write
+from vlsm.system.files import check_targets, owned_write, write_json
+from vlsm.system.parallel import choose_device
 
-SIDES = re.compile(r"\b([Ll]eft|[Rr]ight)\b")
+SIDES = re.compile(r"\b(left|right|Left|Right)\b")
+OTHER_SIDE = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
+READERS = 4  # threads that read images
+UNSAFE = re.compile(r"[^\w-]+")  # in a folder's name
+LONGEST_NAME = 60  # letters of a folder's name
+# Okabe and Ito's colours, which the colour-blind tell apart
+COLOURS = "e69f00 56b4e9 009e73 f0e442 0072b2 d55e00 cc79a7"
+OKABE_ITO = np.frombuffer(bytes.fromhex(COLOURS), np.uint8).reshape(-1, 3)
+
+
+def load_predictor(
+    checkpoint,
+    weights=None,
+    device="auto",
+    amp="auto",
+    kernels="auto",
+    compile="auto",
+    mirror=False,
+    base=None,
+):
+    """Return the `Predictor` of a run's checkpoint, on its device; joins the processes that torchrun started.
+
+    weights: folder or hub id of the base, if it has moved. device, amp, kernels, compile: the options of
+    every program. mirror: as in `Predictor`. base: a VLSM in memory that shares its frozen weights. Raises as
+    `vlsm.load`.
+    """
+    device, dtype = choose_device(parallel.join_processes(device), amp)
+    with parallel.local_first():
+        model = load(checkpoint, weights, base)
+    model.place_on(device, dtype, kernels, compile)
+    return Predictor(model, mirror)
 
 
 class Predictor:
-    """A checkpoint, ready to segment uint8 images of the model's size.
+    """A model on its device, ready to segment uint8 images of its size.
 
-    options: `EvaluateOptions` (the machine's, and mirror). weights: the base's folder or hub id, if it has
-    moved.
+    model: a VLSM that `vlsm.load` returned, on its device. mirror: average the probabilities of each image
+    and of its mirror image. Attributes: `size`, the side of its images in pixels; `trained`, `total`, numbers
+    of parameters.
     """
 
-    def __init__(self, checkpoint, options, weights=None):
-        self.device, self.dtype = choose_device(parallel.join_processes(options.device), options.amp)
-        with parallel.local_first():
-            model = load(checkpoint, weights)
-        self.model = model.place_on(self.device, self.dtype, options.kernels, options.compile)
-        self.mirror = options.mirror
-        self.about = model.about
-        self.size = self.about["image_size"]
-        self.tokenizer = model.tokenizer()
-
-    def count_parameters(self):
-        """Return (trained, total) numbers of parameters."""
-        return self.model.count_parameters()
+    def __init__(self, model, mirror=False):
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.mirror = mirror
+        self.metadata = model.metadata
+        self.size = model.metadata["image_size"]
+        self.trained, self.total = model.count_parameters()
 
     def logits(self, images, prompts):
-        """Return float32 logits `[B, 1, S, S]` of uint8 images `[B, 3, S, S]` and B prompts.
+        """Return float32 logits `[B * P, 1, S, S]` of uint8 images `[B, 3, S, S]` and B * P prompts.
 
-        With --mirror those of the mean probability of each image and of its mirror image.
+        The first P prompts are of the first image, and so on; each image is encoded once.
         """
+        logits = image_logits(self.model, images, prompts)
         if not self.mirror:
-            return self._logits(images, prompts)
-        mirrored = self._logits(images.flip(-1), [mirrored_prompt(p) for p in prompts])
-        return mean_logits([self._logits(images, prompts), mirrored.flip(-1)])
+            return logits
+        swapped = [mirrored_prompt(prompt) for prompt in prompts]
+        mirrored = image_logits(self.model, images.flip(-1), swapped)
+        return mean_logits([logits, mirrored.flip(-1)])
 
-    @torch.inference_mode()
-    def _logits(self, images, prompts):
-        with autocast(self.device, self.dtype):
-            pixel_values = normalise(images.to(self.device), self.about["mean"], self.about["std"])
-            return self.model(pixel_values, *self.tokenizer(prompts)).float()
+    def segment(self, images, prompts):
+        """Return probabilities float32 `[B, P, S, S]` of uint8 images and P prompts for all."""
+        logits = self.logits(images, list(prompts) * len(images))
+        return logits.sigmoid().view(len(images), len(prompts), *logits.shape[2:])
 
 
-class Ensemble:
-    """Several checkpoints as one `Predictor`: the mean of their probabilities.
+class Ensemble(Predictor):
+    """Several `Predictor`s as one: the mean of their probabilities.
 
-    Raises ValueError where they segment images of different sizes.
+    Raises ValueError if they segment images of different sizes.
     """
 
-    def __init__(self, checkpoints, options, weights=None):
-        self.members = [Predictor(path, options, weights) for path in checkpoints]
-        first = self.members[0]
-        self.about, self.size, self.device = first.about, first.size, first.device
-        if any(member.size != self.size for member in self.members):
-            sizes = ", ".join(str(member.size) for member in self.members)
-            raise ValueError(f"--ensemble: the runs' images are of different sizes ({sizes} pixels).")
-
-    def count_parameters(self):
-        """Return (trained, total) numbers of parameters of all members together."""
-        return tuple(map(sum, zip(*(member.count_parameters() for member in self.members))))
+    def __init__(self, predictors):
+        first = predictors[0]
+        self.predictors = predictors
+        self.metadata = first.metadata
+        self.size = first.size
+        self.device = first.device
+        sizes = {predictor.size for predictor in predictors}
+        if len(sizes) > 1:
+            raise ValueError(f"--ensemble needs runs of one image size; these have {sorted(sizes)} pixels.")
+        self.trained = sum(predictor.trained for predictor in predictors)
+        self.total = sum(predictor.total for predictor in predictors)
 
     def logits(self, images, prompts):
-        """Return what `Predictor.logits` does."""
-        return mean_logits([member.logits(images, prompts) for member in self.members])
+        """Return float32 logits `[B * P, 1, S, S]`, as `Predictor.logits`."""
+        return mean_logits([predictor.logits(images, prompts) for predictor in self.predictors])
+
+
+def load_ensemble(checkpoints, **settings):
+    """Return the `Predictor` of one checkpoint, or the `Ensemble` of several, which share one base in memory.
+
+    settings: of `load_predictor`.
+    """
+    first = load_predictor(checkpoints[0], **settings)
+    if len(checkpoints) == 1:
+        return first
+    predictors = [first]
+    for path in checkpoints[1:]:
+        predictors.append(load_predictor(path, base=first.model, **settings))
+    return Ensemble(predictors)
 
 
 def mean_logits(logits):
-    """Return the logits of the mean of several logits' probabilities."""
-    return torch.logit(torch.stack([z.double().sigmoid() for z in logits]).mean(0), eps=1e-12).float()
+    """Average the probabilities of several logits; returns float32 logits of their shape."""
+    probabilities = torch.stack([z.double().sigmoid() for z in logits])
+    return torch.logit(probabilities.mean(0), eps=1e-12).float()
 
 
 def mirrored_prompt(prompt):
-    """Return a prompt as it holds for the mirrored image: left and right exchanged."""
-    return SIDES.sub(lambda word: {"l": "right", "L": "Right", "r": "left", "R": "Left"}[word[0][0]], prompt)
+    """Return a prompt for the mirrored image: left and right exchanged."""
+    return SIDES.sub(lambda word: OTHER_SIDE[word[0]], prompt)
+
+
+# At the original size
 
 
 def logits_at_size(logits, shape):
-    """Return logits `[1, S, S]` enlarged bilinearly to the original `shape` (h, w), `[h, w]`."""
-    return F.interpolate(logits[None], shape, mode="bilinear", align_corners=False)[0, 0]
+    """Enlarge logits `[1, S, S]` bilinearly to the original `shape` (h, w), `[h, w]`."""
+    return enlarge(logits, shape)[0]
 
 
-def mask_at_size(logits, shape, upsample):
-    """Return the bool mask of the original `shape` (h, w) of logits `[1, S, S]`.
+def mask_at_size(logits, shape, upsample="logits"):
+    """Return the bool mask `[h, w]` of logits `[1, S, S]` at the original `shape`, see `masks_at_size`."""
+    return masks_at_size(logits, shape, upsample)[0]
 
-    upsample: "logits", enlarge bilinearly, then threshold; "mask", threshold, then enlarge.
+
+def masks_at_size(logits, shape, upsample="logits", bound=0.0, exclusive=False):
+    """Return bool masks `[P, h, w]` of logits `[P, S, S]` at the original `shape`: where they exceed `bound`.
+
+    upsample: "logits": enlarge bilinearly, then threshold; "mask": threshold, then enlarge. exclusive: a
+    pixel is of the largest logit alone.
     """
+    if upsample == "logits":
+        logits = enlarge(logits, shape)
+    masks = logits > bound
+    if exclusive:
+        masks &= F.one_hot(logits.argmax(0), len(logits)).movedim(-1, 0).bool()
     if upsample == "mask":
-        return F.interpolate((logits[None] > 0).float(), shape, mode="nearest-exact")[0, 0] > 0
-    return logits_at_size(logits, shape) > 0
+        masks = F.interpolate(masks[None].float(), shape, mode="nearest-exact")[0] > 0
+    return masks
+
+
+def clean_mask(mask, keep_largest=False, min_area=0):
+    """Remove pieces of a mask bool `[H, W]`: those of fewer than `min_area` pixels, or all but the largest.
+
+    Pixels that touch at a side or a corner are of one piece.
+    """
+    if not keep_largest and not min_area:
+        return mask
+    pieces, _ = ndimage.label(mask, np.ones((3, 3)))
+    areas = np.bincount(pieces.ravel())
+    areas[0] = 0  # background
+    kept = areas >= max(min_area, 1)
+    if keep_largest:
+        kept &= np.arange(len(areas)) == areas.argmax()
+    return kept[pieces]
 
 
 def mask_target(folder, name):
-    """Return the path of a predicted mask: the true one's name or the image's, with .png (JPEG blurs)."""
+    """Return the path of a predicted mask: an image's or mask's name with .png (JPEG blurs)."""
     return Path(folder) / PurePosixPath(name).with_suffix(".png")
 
 
+def save_probability(logits, path):
+    """Write the probabilities of logits `[h, w]` as a 16-bit PNG: 65535 is 1."""
+    levels = (logits.sigmoid().double() * 65535).round().cpu().numpy()
+    save_png(Image.fromarray(levels.astype(np.uint16)), path)
+
+
 def save_png(image, path):
-    """Write a Pillow image, or a bool mask as 0 and 255, as a PNG file of this program's."""
+    """Write a Pillow image, or a bool mask as 0 and 255, as a PNG file that this program may replace."""
+    if torch.is_tensor(image):
+        image = mask_image(image.cpu())
     with owned_write(path) as temporary:
-        (mask_image(image.cpu()) if torch.is_tensor(image) else image).save(temporary, format="PNG")
+        image.save(temporary, format="PNG")
 
 
-def predict_folder(predictor, source, prompt, out, options):
-    """Write the masks of an image, or of a folder of images, below the folder `out`.
+# Images without a ground truth
 
-    options: `EvaluateOptions`. Several processes share the images. Returns how many could be read, and a
-    line on each of this process's that could not. Raises FileNotFoundError or ValueError where there are
-    none, FileExistsError where a user's file would be written over.
+
+class MaskWriter:
+    """Writes what is asked for of images, one after another, below the folder `out`.
+
+    One prompt: NAME.png, a mask of 0 and 255; several: the same in a folder for each. label_map: instead
+    NAME.png with class numbers, and dataset.json, which names them. probability_folder: also write the
+    probabilities, as 16-bit PNGs. overlays: also write NAME.overlay.png. threshold: of the probability.
+    keep_largest, min_area: as in `clean_mask`. Raises ValueError for prompts
+    that cannot be told apart.
     """
-    root = Path(source)
-    if not root.exists():
-        raise FileNotFoundError(f"There is no picture or folder '{root}'.")
-    files = [root] if root.is_file() else image_files(root)
-    names = [p.name if root.is_file() else p.relative_to(root).as_posix() for p in files]
-    masks = [mask_target(out, name) for name in names]
-    overlays = [mask.with_suffix(".overlay.png") for mask in masks]
+
+    def __init__(
+        self, prompts, out, upsample="logits", threshold=0.5, label_map=False, overlays=False,
+        probability_folder=None, keep_largest=False, min_area=0,
+    ):  # fmt: skip
+        self.prompts = prompts
+        self.label_file = Path(out) / "dataset.json" if label_map else None
+        self.upsample = upsample
+        self.bound = logit_of(threshold)
+        self.overlays = overlays
+        self.keep_largest = keep_largest
+        self.min_area = min_area
+        self.mask_folders = [Path(out)] if label_map else prompt_folders(out, prompts)
+        self.probability_folders = []
+        if probability_folder:
+            self.probability_folders = prompt_folders(probability_folder, prompts)
+        if label_map and ("background" in prompts or len(set(prompts)) < len(prompts)):
+            raise ValueError("--label-map needs prompts that differ, other than 'background'.")
+
+    def targets(self, name):
+        """Return the paths of all files that `write` makes of an image."""
+        masks = [mask_target(folder, name) for folder in self.mask_folders]
+        probabilities = [mask_target(folder, name) for folder in self.probability_folders]
+        overlays = [overlay_target(mask) for mask in masks] if self.overlays else []
+        return masks + probabilities + overlays
+
+    def write(self, name, image, logits):
+        """Write the files of an image uint8 `[H, W, 3]` from its logits `[P, S, S]`."""
+        shape = image.shape[:2]
+        for folder, enlarged in zip(self.probability_folders, enlarge(logits, shape)):
+            save_probability(enlarged, mask_target(folder, name))
+        exclusive = self.label_file is not None
+        masks = masks_at_size(logits, shape, self.upsample, self.bound, exclusive).cpu().numpy()
+        masks = np.stack([clean_mask(mask, self.keep_largest, self.min_area) for mask in masks])
+        if exclusive:
+            colours = class_colours(len(masks))
+            numbers = np.arange(1, len(masks) + 1, dtype=np.uint8)[:, None, None]
+            labels = Image.fromarray((numbers * masks).max(0))
+            labels.putpalette(bytes(3) + colours.tobytes())  # black is background
+            self.save(mask_target(self.mask_folders[0], name), labels, image, masks, colours)
+        else:
+            for folder, mask in zip(self.mask_folders, masks):
+                self.save(mask_target(folder, name), mask_image(mask), image, [mask], [CYAN])
+
+    def save(self, target, picture, image, masks, colours):
+        """Write a mask or a label map and, if asked for, its overlay."""
+        save_png(picture, target)
+        if self.overlays:
+            for mask, colour in zip(masks, colours):
+                image = overlay(image, mask, colour)
+            save_png(Image.fromarray(image), overlay_target(target))
+
+    def write_label_names(self):
+        """Write dataset.json in nnU-Net's form, if label maps are written: {"labels": {name: number}}."""
+        if self.label_file:
+            names = ["background", *self.prompts]
+            write_json(self.label_file, dict(labels={name: number for number, name in enumerate(names)}))
+
+
+def prompt_folders(folder, prompts):
+    """Return a folder for each prompt below `folder`, named by its letters and digits; itself for one prompt.
+
+    Raises ValueError for two prompts of one name.
+    """
+    if len(prompts) == 1:
+        return [Path(folder)]
+    folders = {}
+    for prompt in prompts:
+        name = UNSAFE.sub("-", prompt).strip("-")[:LONGEST_NAME] or "prompt"
+        if name in folders:
+            raise ValueError(f"--prompt '{prompt}' and '{folders[name]}' would share the folder '{name}'.")
+        folders[name] = prompt
+    return [Path(folder) / name for name in folders]
+
+
+def class_colours(count):
+    """Return the colours of `count` classes, uint8 `[count, 3]`; from the eighth on they are darker."""
+    rounds, places = np.divmod(np.arange(count), len(OKABE_ITO))
+    return (OKABE_ITO[places] * 0.6 ** rounds[:, None]).astype(np.uint8)
+
+
+def predict_folder(predictor, source, writer, batch_size=32, overwrite=False):
+    """Write the masks of an image, or of a folder of images, by a `MaskWriter`; processes share them.
+
+    Returns (number of images that could be read, this process's messages on those that could not). Raises
+    FileNotFoundError or ValueError if there are no images, FileExistsError rather than overwriting a user's
+    file.
+    """
+    source = Path(source)
+    if not source.exists():
+        raise FileNotFoundError(f"There is no image or folder '{source}'.")
+    files = [source]
+    folder = source.parent
+    if source.is_dir():
+        files = image_files(source)
+        folder = source
     if not files:
-        raise ValueError(f"'{root}' holds no pictures ({', '.join(EXTENSIONS)}).")
-    check_targets(masks + (overlays if options.overlay else []), files, options.overwrite)
-    broken = []
-    with ThreadPoolExecutor(4) as pool, progress(len(files), "segmenting") as bar:
-        for _, batch in parallel.own_batches(chunks(list(zip(files, masks, overlays)), options.batch_size)):
-            read = list(pool.map(read_picture, [file for file, *_ in batch]))
-            broken += [image for image in read if isinstance(image, str)]
-            batch = [(image, *row) for image, row in zip(read, batch) if not isinstance(image, str)]
-            if batch:
-                segment(predictor, prompt, batch, options)
-            bar.update(len(read))
-    return len(files) - len(broken), broken
+        raise ValueError(f"'{source}' holds no images ({', '.join(EXTENSIONS)}).")
+    targets = [writer.label_file] if writer.label_file else []
+    for file in files:
+        targets += writer.targets(file.relative_to(folder).as_posix())
+    check_targets(targets, files, overwrite)
+    if not parallel.rank():
+        writer.write_label_names()
+    errors = []
+    # a batch has `batch_size` masks, not images: each prompt takes a pass of the decoder
+    batches = chunks(files, max(1, batch_size // len(writer.prompts)))
+    with ThreadPoolExecutor(READERS) as pool, progress(len(files), "segmenting") as bar:
+        for _, batch in parallel.own_batches(batches):
+            names = []
+            images = []
+            for file, image in zip(batch, pool.map(_read_or_message, batch)):
+                if isinstance(image, str):
+                    errors.append(image)
+                else:
+                    names.append(file.relative_to(folder).as_posix())
+                    images.append(image)
+            if images:
+                pixels = to_batch(images, predictor.size)
+                logits = predictor.logits(pixels, writer.prompts * len(images))
+                logits = logits.view(len(images), -1, *logits.shape[2:])  # [B, P, S, S]
+                for name, image, of_image in zip(names, images, logits):
+                    writer.write(name, image, of_image)
+            bar.update(len(batch))
+    return len(files) - len(errors), errors
 
 
-def segment(predictor, prompt, batch, options):
-    """Write the masks of a batch of (image, its file, the mask's, the overlay's)."""
-    images = [image for image, *_ in batch]
-    small = [torch.from_numpy(resize_image(i, predictor.size).transpose(2, 0, 1)) for i in images]
-    logits = predictor.logits(torch.stack(small), [prompt] * len(images))
-    for (image, _, target, drawn), z in zip(batch, logits):
-        mask = mask_at_size(z, image.shape[:2], options.upsample)
-        save_png(mask, target)
-        if options.overlay:
-            save_png(Image.fromarray(overlay(image, mask.cpu().numpy(), CYAN)), drawn)
+def overlay_target(mask):
+    """Return the path of the overlay beside a mask."""
+    return mask.with_suffix(".overlay.png")
 
 
-def read_picture(path):
-    """Read an image; returns a line that says why it cannot be read where that is so."""
+def _read_or_message(path):
+    """Read an image; if it cannot be read, return the reason as text."""
     try:
         return read_image(path)
     except (ImageError, FileNotFoundError) as error:

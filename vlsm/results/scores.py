@@ -1,194 +1,309 @@
-"""Scores of predicted masks: of pairs, of two folders, and whether two runs differ.
+"""Scores of predicted masks: of each pair, their means over a split with bootstrap intervals, their files."""
 
-Source of the test: Wilcoxon, "Individual Comparisons by Ranking Methods" (1945); zeros left out, normal
-approximation with correction for ties.
-"""
-
+import csv
 import math
-from pathlib import Path
+import re
 
 import numpy as np
 import torch
 
 from vlsm import metrics
-from vlsm.data.images import image_files, read_mask
-from vlsm.results.intervals import DRAWS, SEED, bootstrap_intervals, group_name, in_brackets
-from vlsm.system.console import progress
 from vlsm.system.files import write_csv, write_json
 
-COLUMNS = ("image", "mask", "prompt", "dsc", "iou", "hd95", "nsd", "brier", "group")
-# name -> how it is printed, the factor to that unit, what is better
+COLUMNS = ("image", "mask", "prompt", "dsc", "iou", "hd95", "nsd", "brier", "group", "class")
+DIGITS = dict(dsc=6, iou=6, hd95=4, nsd=6, brier=6)  # in metrics.csv
+# name -> title with unit, factor to that unit, which of two values is better
 METRICS = {
-    "dsc": ("DSC %", 100, max), "iou": ("IoU %", 100, max), "hd95": ("HD95 px", 1, min),
+    "dsc": ("DSC %", 100, max),
+    "iou": ("IoU %", 100, max),
+    "hd95": ("HD95 px", 1, min),
     "nsd": ("NSD %", 100, max),
-}  # fmt: skip
+}
+CLASS_TITLES = dict(dsc="DSC %", iou="IoU %", hd95="HD95 px", nsd="NSD %", pixel_iou="pixel IoU %")
 BINS = 15  # of probabilities, for the calibration error
+RESULT_FILES = ("metrics.csv", "metrics.json")
 
 
-def score(pairs, tolerance=2.0):
-    """Return the scores of (prediction, truth) pairs of bool masks `[H, W]`, a dictionary for each.
+def score(prediction, truth, tolerance=2.0):
+    """Return the scores of a bool prediction `[H, W]` against its true mask, a dictionary.
 
-    tolerance: of NSD, in pixels.
+    truth: bool, or uint8 with 255 where pixels are ignored. tolerance: of NSD, in pixels. `diagonal`: of the
+    image, in pixels. `intersection`, `union`: in pixels.
     """
-    predicted, truth = zip(*pairs)
-    dsc, iou, hd95 = (m(predicted, truth).tolist() for m in (metrics.dsc, metrics.iou, metrics.hd95))
-    nsd = metrics.nsd(predicted, truth, tolerance).tolist()
-    return [
-        dict(
-            dsc=dsc[i],
-            iou=iou[i],
-            hd95=hd95[i],
-            nsd=nsd[i],
-            diagonal=math.hypot(*t.shape),
-            target_empty=not t.any().item(),
-            pred_empty=not p.any().item(),
-        )
-        for i, (p, t) in enumerate(pairs)
-    ]
+    prediction = prediction & (truth != metrics.IGNORED)
+    truth = truth == 1
+    batch = prediction[None], truth[None]
+    return dict(
+        dsc=metrics.dsc(*batch).item(),
+        iou=metrics.iou(*batch).item(),
+        hd95=metrics.hd95(*batch).item(),
+        nsd=metrics.nsd(*batch, tolerance).item(),
+        diagonal=math.hypot(*truth.shape),
+        target_empty=not truth.any().item(),
+        pred_empty=not prediction.any().item(),
+        intersection=(prediction & truth).sum().item(),
+        union=(prediction | truth).sum().item(),
+    )
 
 
 def calibration_counts(probability, truth):
-    """Return the Brier score of the foreground's probabilities `[H, W]`, and `bins` for the calibration
-    error: of 15 equal ranges of probability the pixels, their summed probability, how many are true.
+    """Return the Brier score of probabilities `[H, W]`, and `bins` for the calibration error.
+
+    Pixels whose truth is 255 are left out. bins: for each of 15 equal ranges of probability the number of
+    pixels, their summed probability, and how many are true.
     """
-    p, y = probability.double().flatten(), truth.flatten().double()
-    which = (p * BINS).long().clamp(max=BINS - 1)
-    sums = (torch.bincount(which, w, BINS).tolist() for w in (torch.ones_like(p), p, y))
-    return dict(brier=(p - y).square().mean().item(), bins=list(sums))
+    counted = truth != metrics.IGNORED
+    p = probability[counted].double()
+    y = truth[counted].double()
+    bin_of = (p * BINS).long().clamp(max=BINS - 1)
+    bins = []
+    for weights in (torch.ones_like(p), p, y):
+        bins.append(torch.bincount(bin_of, weights, BINS).tolist())
+    return dict(brier=(p - y).square().mean().item(), bins=bins)
 
 
-def summarise(scores, about="image"):
-    """Return the means over records of what `score` (and `calibration_counts`) returned, each with the 95 %
-    interval `ci95`; see `metrics.summarise`.
+def summarise(scores, resampled="image"):
+    """Return the means over records of the dictionaries of `score` (and `calibration_counts`), for JSON.
 
-    about: what a group of records is, for people. `ece` is the expected calibration error: the mean gap
-    between probability and share of foreground, over all pixels in 15 equal ranges of probability.
+    Each metric: mean, std (population), n, and `ci95`, the 95 % bootstrap interval; None if undefined. For
+    hd95 n counts the defined pairs, `n_undefined` those with exactly one empty mask, and `mean_with_diagonal`
+    puts the image's diagonal in their place. `dsc_nonempty`: over records whose truth is not empty.
+    `empty_correct`: share of empty truths predicted exactly empty. `ece`: expected calibration error, the
+    mean gap between probability and share of foreground over all pixels. resampled: what a group of the
+    bootstrap is, in words. `classes`: as `summarise_classes`, where the records have several.
     """
-    names = ("dsc", "iou", "hd95", "diagonal", "target_empty", "pred_empty")
-    others = {name: [s[name] for s in scores] for name in ("nsd", "brier") if name in scores[0]}
-    summary = metrics.summarise(*([s[name] for s in scores] for name in names), **others)
-    values = {name: [s[name] for s in scores] for name in ("dsc", "iou", "hd95", *others)}
-    empty = np.array([s["target_empty"] for s in scores])
-    values["dsc_nonempty"] = np.where(empty, np.nan, values["dsc"])
-    values["empty_correct"] = np.where(empty, [s["pred_empty"] for s in scores], np.nan)
-    groups = [s["group"] for s in scores] if "group" in scores[0] else None
-    for name, ends in bootstrap_intervals(values, groups).items():
-        summary[name]["ci95"] = ends
-    n = len(set(groups)) if groups else len(scores)
-    summary["intervals"] = dict(draws=DRAWS, seed=SEED, resampled=about, groups=n)
+    values = {}
+    for name in ("dsc", "iou", "hd95", "nsd", "brier"):
+        if name in scores[0]:
+            values[name] = _column(scores, name)
+    truth_empty = _column(scores, "target_empty") > 0
+    values["dsc_nonempty"] = values["dsc"].masked_fill(truth_empty, math.nan)
+    values["empty_correct"] = _column(scores, "pred_empty").masked_fill(~truth_empty, math.nan)
+    groups = [s.get("group", i) for i, s in enumerate(scores)]
+
+    intervals = bootstrap_intervals(values, groups)
+    summary = {}
+    for name, column in values.items():
+        summary[name] = dict(_mean_and_std(column), ci95=intervals[name])
+    hd95 = values["hd95"]
+    undefined = hd95.isnan()
+    with_diagonal = torch.where(undefined, _column(scores, "diagonal"), hd95)
+    summary["hd95"]["n_undefined"] = int(undefined.sum())
+    summary["hd95"]["mean_with_diagonal"] = with_diagonal.mean().item()
+    summary["intervals"] = dict(draws=DRAWS, seed=SEED, resampled=resampled, groups=len(set(groups)))
     if "bins" in scores[0]:
-        count, probability, true = np.sum([s["bins"] for s in scores], 0)
-        summary["ece"] = float(np.abs(probability - true).sum() / count.sum())
+        summary["ece"] = calibration_error([s["bins"] for s in scores])
+    if len({s.get("class") for s in scores}) > 1:
+        summary["classes"] = summarise_classes(scores, resampled)
     return summary
 
 
-def write_results(out, scores, summary, about):
-    """Write metrics.csv, a row a record, and metrics.json, the summary and `about`."""
-    digits = dict(dsc=6, iou=6, hd95=4, nsd=6, brier=6)
-    rows = [
-        [
-            f"{s[name]:.{digits[name]}f}" if name in digits and name in s else s.get(name, "")
-            for name in COLUMNS
-        ]
-        for s in scores
-    ]
-    write_csv(out / "metrics.csv", [COLUMNS, *rows])
-    write_json(out / "metrics.json", {**summary, **about})
+def summarise_classes(scores, resampled="image"):
+    """Return {"each": {class word: summary of its records}, "mean": {metric: mean over classes}}, for JSON.
 
-
-def _masks_by_stem(folder):
-    root = Path(folder)
-    if not root.is_dir():
-        raise FileNotFoundError(f"There is no folder '{root}'.")
-    found = {}
-    for path in image_files(root):
-        stem = path.relative_to(root).with_suffix("").as_posix()
-        if stem in found:
-            raise ValueError(f"'{found[stem]}' and '{path}' share a stem, so they cannot be told apart.")
-        found[stem] = path
-    return found
-
-
-def score_folders(pred, target, tolerance=2.0, group=None):
-    """Return the scores of two folders of masks, paired by stem.
-
-    tolerance: of NSD, in pixels. group: a pattern that finds a record's group in its mask's name.
-
-    Raises FileNotFoundError or ValueError for masks without a partner, or of another size.
+    A mean comes with std and n. Beside the metrics `pixel_iou`: intersection over union of all pixels of the
+    images that hold the class. Unlike in VOC's mIoU, false positives in other images do not count.
     """
-    predicted, truths = _masks_by_stem(pred), _masks_by_stem(target)
-    lone = sorted(set(predicted) ^ set(truths))
-    if not predicted and not truths:
-        raise ValueError("Both folders hold no masks.")
-    if lone:
-        raise ValueError(f"{len(lone)} masks have no partner in the other folder: {', '.join(lone[:5])}.")
-    scores = []
-    for stem in progress(truths, "scoring", "mask"):
-        files = predicted[stem], truths[stem]
-        masks = [torch.from_numpy(read_mask(file)) for file in files]
-        if masks[0].shape != masks[1].shape:
-            sizes = " and ".join(str(tuple(mask.shape)) for mask in masks)
-            raise ValueError(f"'{files[0]}' and '{files[1]}' differ in size: {sizes} (height, width).")
-        about = dict(image="", mask=files[1].name, group=group_name(stem, group), prompt="")
-        scores.append({**about, **score([tuple(masks)], tolerance)[0]})
-    return scores
+    rows = {}
+    for s in scores:
+        rows.setdefault(s["class"] or "no class", []).append(s)
+    each = {}
+    for word in sorted(rows):
+        both = sum(s["intersection"] for s in rows[word])
+        either = sum(s["union"] for s in rows[word])
+        each[word] = summarise(rows[word], resampled)
+        each[word]["pixel_iou"] = dict(mean=both / max(either, 1))
+    means = {}
+    for name in CLASS_TITLES:
+        values = [summary[name]["mean"] for summary in each.values()]
+        means[name] = _mean_and_std(torch.tensor(np.array(values, float)))  # None becomes nan
+    return dict(each=each, mean=means)
 
 
-def signed_rank(a, b):
-    """Return the two-sided p of the paired scores a and b, and the number of pairs that differ.
-
-    (1.0, 0) where none does. The normal approximation, without continuity correction; for fewer than ten
-    differing pairs it is rough.
-    """
-    d = np.asarray(a, float) - np.asarray(b, float)
-    d = d[d != 0]
-    n = len(d)
-    if not n:
-        return 1.0, 0
-    _, place, ties = np.unique(np.abs(d), return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(ties) - (ties - 1) / 2)[place]  # equal sizes share their mean rank
-    variance = n * (n + 1) * (2 * n + 1) / 24 - (ties**3 - ties).sum() / 48
-    z = (ranks[d > 0].sum() - n * (n + 1) / 4) / math.sqrt(variance)
-    return math.erfc(abs(z) / math.sqrt(2)), n
+def _column(scores, name):
+    """Return one score of all records, float64 `[N]`."""
+    return torch.tensor([s[name] for s in scores], dtype=torch.float64)
 
 
-def difference(a, b):
-    """Return in words how the DSC of two runs' scores of the same records differ."""
-    d = [x["dsc"] - y["dsc"] for x, y in zip(a, b)]
-    ends = bootstrap_intervals({"dsc": d}, [s["group"] for s in a])["dsc"]
-    p, n = signed_rank([s["dsc"] for s in a], [s["dsc"] for s in b])
-    gap = f"{100 * np.mean(d):+.2f} {in_brackets(ends, sign='+')}".rstrip()
-    return f"{gap} points, p = {p:.2g} (signed ranks of {n} pairs that differ)"
+def _mean_and_std(values):
+    """Return mean, population standard deviation and number of the values `[N]` that are not NaN."""
+    defined = values[~values.isnan()]
+    if not len(defined):
+        return dict(mean=None, std=None, n=0)
+    return dict(mean=defined.mean().item(), std=defined.std(correction=0).item(), n=len(defined))
+
+
+def calibration_error(bins):
+    """Return the expected calibration error of the `bins` of several images."""
+    count, probability, true = np.sum(bins, 0)
+    return float(np.abs(probability - true).sum() / count.sum())
+
+
+# In files and in words
+
+
+def write_results(folder, scores, summary, settings):
+    """Write metrics.csv, a row for each record, and metrics.json: summary and settings of the evaluation."""
+    rows = [COLUMNS]
+    for s in scores:
+        row = {name: s.get(name, "") for name in COLUMNS}
+        for name, digits in DIGITS.items():
+            if name in s:
+                row[name] = f"{s[name]:.{digits}f}"
+        rows.append(row.values())
+    write_csv(folder / "metrics.csv", rows)
+    write_json(folder / "metrics.json", {**summary, **settings})
 
 
 def describe(summary):
-    """Return the summary of one evaluation in words, DSC and IoU in per cent."""
-
-    def line(name, s, factor, unit):
-        if not s["n"]:
-            return f"{name:5}     n/a"
-        mean = f"{factor * s['mean']:7.2f} {in_brackets(s.get('ci95'), factor)}".rstrip()
-        return f"{name:5} {mean} +- {factor * s['std']:.2f} {unit}"
-
-    h, empty, nonempty = summary["hd95"], summary["empty_correct"], summary["dsc_nonempty"]
-    pairs = f"{h['n']}/{h['n'] + h['n_undefined']} pairs where it is defined"
-    lines = [line("DSC", summary["dsc"], 100, "%"), line("IoU", summary["iou"], 100, "%")]
-    if "nsd" in summary:
-        lines.append(line("NSD", summary["nsd"], 100, f"% at {summary.get('nsd_tolerance', 2):g} px"))
-    lines.append(line("HD95", h, 1, f"px at original size, over {pairs}"))
-    if h["n_undefined"]:
-        what = f"px with the image's diagonal for the {h['n_undefined']} pairs with one empty mask"
-        lines.append(f"      {h['mean_with_diagonal']:7.2f} {what}")
+    """Return the summary of an evaluation as text; DSC, IoU and NSD in per cent, HD95 in pixels."""
+    hd95 = summary["hd95"]
+    undefined = hd95["n_undefined"]
+    empty = summary["empty_correct"]
+    tolerance = summary.get("nsd_tolerance", 2)
+    pairs = f"{hd95['n']}/{hd95['n'] + undefined} pairs"
+    lines = [
+        _line("DSC", summary["dsc"], 100, "%"),
+        _line("IoU", summary["iou"], 100, "%"),
+        _line("NSD", summary["nsd"], 100, f"% at {tolerance:g} px"),
+        _line("HD95", hd95, 1, f"px at original size, over {pairs} where it is defined"),
+    ]
+    if undefined:
+        lines.append(
+            f"      {hd95['mean_with_diagonal']:7.2f} px with the image's diagonal for the {undefined} pairs "
+            "with one empty mask"
+        )
+    nonempty = summary["dsc_nonempty"]
     if empty["n"]:
-        share = f"{empty['n']} empty ones: {100 * empty['mean']:.1f} % predicted exactly empty"
-        what = f"% over the {nonempty['n']} records whose truth is not empty; {share}"
-        lines.append(line("DSC", nonempty, 100, what))
+        alarms = 100 - 100 * empty["mean"]
+        lines.append(f"False alarms: foreground in {alarms:.1f} % of the {empty['n']} records without any")
+    if empty["n"] and nonempty["n"]:
+        correct = f"{empty['n']} empty ones: {100 * empty['mean']:.1f} % predicted exactly empty"
+        unit = f"% over the {nonempty['n']} records whose truth is not empty; {correct}"
+        lines.append(_line("DSC", nonempty, 100, unit))
     if "ece" in summary:
-        brier, ece = summary["brier"]["mean"], summary["ece"]
-        lines.append(f"Calibration: Brier score {brier:.4f}, expected calibration error {ece:.4f}")
-    about = summary["intervals"]
+        lines.append(
+            f"Calibration: Brier score {summary['brier']['mean']:.4f}, expected calibration error "
+            f"{summary['ece']:.4f}"
+        )
+    intervals = summary["intervals"]
     lines.append(
-        f"[...]: 95 % bootstrap intervals, {about['groups']} groups ({about['resampled']}) drawn "
-        f"{about['draws']:,} times"
+        f"[...]: 95 % bootstrap intervals, {intervals['groups']} groups ({intervals['resampled']}) drawn "
+        f"{intervals['draws']:,} times"
     )
+    if "classes" in summary:
+        lines += describe_classes(summary["classes"])
     return "\n".join(lines)
+
+
+def describe_classes(classes):
+    """Return the lines of a table by class, of `summarise_classes`; in brackets the intervals."""
+    widest = max(map(len, classes["each"]))
+    lines = [" " * widest + "".join(f"{title:>27}" for title in CLASS_TITLES.values())]
+    for word, summary in [*classes["each"].items(), ("mean", classes["mean"])]:
+        row = f"{word:{widest}}"
+        for name in CLASS_TITLES:
+            factor = 1 if name == "hd95" else 100
+            mean = summary[name]["mean"]
+            interval = in_brackets(summary[name].get("ci95"), factor)
+            cell = "n/a" if mean is None else f"{factor * mean:.2f} {interval}".rstrip()
+            row += f"{cell:>27}"
+        lines.append(row)
+    return lines
+
+
+def _line(title, stats, factor, unit):
+    if not stats["n"]:
+        return f"{title:5}     n/a"
+    interval = in_brackets(stats["ci95"], factor)
+    mean = f"{factor * stats['mean']:7.2f} {interval}".rstrip()
+    return f"{title:5} {mean} +- {factor * stats['std']:.2f} {unit}"
+
+
+# Bootstrap intervals
+
+
+DRAWS = 10_000
+SEED = 0
+CHUNK = 1 << 22  # numbers drawn at a time
+
+
+def group_name(name, pattern=None):
+    """Return the group of a record: what `pattern` matches in its image's name, else the name itself."""
+    match = re.search(pattern, name) if pattern else None
+    return match[0] if match else name
+
+
+def group_names(records, pattern=None):
+    """Return the group of each record."""
+    return [group_name(record.name, pattern) for record in records]
+
+
+def in_brackets(ends, factor=100, sign=""):
+    """Format an interval times a factor, "[1.20, 3.40]"; "" for None. sign: "+" prints the sign always."""
+    if ends is None:
+        return ""
+    low, high = ends
+    return f"[{factor * low:{sign}.2f}, {factor * high:{sign}.2f}]"
+
+
+def bootstrap_intervals(values, groups, draws=DRAWS, seed=SEED):
+    """Return {name: [low, high]}, the 95 % bootstrap interval of each mean; None for fewer than two groups.
+
+    values: {name: [N]}, NaN where a record has no value. groups: a name for each record; whole groups are
+    drawn. A mean is the sum over the drawn groups' records by their number, so that large groups count more.
+    """
+    table = np.stack([np.asarray(column, float) for column in values.values()], 1)  # [N, M]
+    unique, group_of = np.unique(groups, return_inverse=True)
+    if len(unique) < 2:
+        return dict.fromkeys(values)
+    sums = np.zeros((len(unique), len(values)))
+    counts = np.zeros_like(sums)
+    np.add.at(sums, group_of, np.nan_to_num(table))
+    np.add.at(counts, group_of, ~np.isnan(table))
+
+    means = np.concatenate(list(_draw_means(sums, counts, draws, seed)))  # [draws, M]
+    intervals = {}
+    for k, name in enumerate(values):
+        intervals[name] = None
+        if counts[:, k].any():
+            intervals[name] = np.nanpercentile(means[:, k], [2.5, 97.5]).tolist()
+    return intervals
+
+
+def _draw_means(sums, counts, draws, seed):
+    """Yield the means `[n, M]` of chunks of draws; sums, counts: of each group's values, `[G, M]`."""
+    rng = np.random.default_rng(seed)
+    n_groups = len(sums)
+    at_a_time = max(1, CHUNK // n_groups)
+    for start in range(0, draws, at_a_time):
+        n = min(at_a_time, draws - start)
+        drawn = rng.integers(0, n_groups, (n, n_groups))
+        drawn += n_groups * np.arange(n)[:, None]  # draw k counts in its own range of bins
+        times = np.bincount(drawn.ravel(), minlength=n * n_groups)
+        times = times.reshape(n, n_groups).astype(float)
+        n_defined = times @ counts
+        yield np.where(n_defined > 0, times @ sums / np.maximum(n_defined, 1), np.nan)
+
+
+def intervals_over_runs(files, metric):
+    """Return the 95 % interval of a metric's mean over records, of each the mean over some runs.
+
+    files: the runs' metrics.csv. Returns None if one is missing, or the records of the runs differ.
+    """
+    if not all(file.is_file() for file in files):
+        return None
+    runs = []
+    groups = {}
+    for file in files:
+        values = {}
+        with open(file, encoding="utf-8", newline="") as text:
+            for row in csv.DictReader(text):
+                record = row["image"], row["mask"]
+                values[record] = float(row[metric])
+                groups[record] = row["group"]
+        runs.append(values)
+    if any(values.keys() != runs[0].keys() for values in runs):
+        return None
+    means = [np.mean([values[record] for values in runs]) for record in runs[0]]  # nan if undefined for one
+    return bootstrap_intervals({metric: means}, [groups[record] for record in runs[0]])[metric]

@@ -1,1 +1,1 @@
-"""Files, processes, the console, devices: what knows nothing of images or networks."""
+"""Files, processes, the console, devices, charts: code that needs no images or networks."""

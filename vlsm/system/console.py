@@ -10,15 +10,15 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-_said = set()  # keys of `say_once`
-# What the system's errors mean for a user; others keep the system's own words.
+_printed = set()  # keys of `say_once`
+# Advice on the system's errors; others keep the system's own words.
 ADVICE = {
-    errno.ENOSPC: "no space is left on the disk: what was written before is whole; free some, and --resume",
-    errno.EROFS: "it lies on a file system that cannot be written; name another folder",
-    errno.ENAMETOOLONG: "its name is longer than file systems take",
-    errno.ENOTDIR: "a file stands where a folder is wanted",
-    errno.EEXIST: "a file stands where a folder is wanted",
-    errno.EISDIR: "a folder stands where a file is wanted",
+    errno.ENOSPC: "no space left on the disk: files written before are whole; free some space, and --resume",
+    errno.EROFS: "the file system is read-only; name another folder",
+    errno.ENAMETOOLONG: "the file name is too long",
+    errno.ENOTDIR: "a file has the name of a folder that is needed",
+    errno.EEXIST: "a file has the name of a folder that is needed",
+    errno.EISDIR: "a folder has the name of a file that is needed",
     errno.EACCES: "permission is denied",
 }
 ADVICE[errno.EDQUOT] = ADVICE[errno.ENOSPC]
@@ -29,17 +29,24 @@ def process_rank():
     return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
 
 
-def say(*lines, **options):
+def say(*lines, **settings):
     """Print, in the first process alone; flushed, so that a log file shows it at once."""
     if not process_rank():
-        print(*lines, flush=True, **options)
+        print(*lines, flush=True, **settings)
 
 
 def say_once(key, line):
-    """Print a line on stderr, unless this process has printed one under the same key."""
-    if key not in _said:
-        _said.add(key)
+    """Print a line on stderr, once a process for each key."""
+    if key not in _printed:
+        _printed.add(key)
         print(line, file=sys.stderr, flush=True)
+
+
+def first_few(texts, most=3):
+    """Join the first `most` texts by commas, with dots in place of the others."""
+    texts = list(texts)
+    dots = ["..."] if len(texts) > most else []
+    return ", ".join(texts[:most] + dots)
 
 
 @contextmanager
@@ -69,34 +76,33 @@ def friendly_errors():
 
 
 def _sentence(error):
-    """Return what to tell the user of an error."""
+    """Return an error as a sentence for the user."""
     if isinstance(error, OSError) and error.errno:
-        said = ADVICE.get(error.errno, (error.strerror or "").lower())
-        return said[:1].upper() + said[1:] + (f" ('{error.filename}')." if error.filename else ".")
+        advice = ADVICE.get(error.errno, error.strerror or "")
+        return advice.capitalize() + (f" ('{error.filename}')." if error.filename else ".")
     return str(error)
 
 
-def progress(work, what, unit="img"):
-    """Return a progress bar over an iterable, or over a number of things to `update`.
+def progress(work, label, unit="img"):
+    """Return a tqdm progress bar over an iterable, or over a number of steps (None: unknown) to `update`.
 
-    There is none where stderr is no terminal, nor in any process but the first.
+    It is hidden if stderr is no terminal, and in every process but the first.
     """
     size = dict(total=work) if work is None or isinstance(work, int) else dict(iterable=work)
     hidden = bool(process_rank()) or not sys.stderr.isatty()
-    return tqdm(**size, desc=what, unit=unit, leave=False, disable=hidden, dynamic_ncols=True)
+    return tqdm(**size, desc=label, unit=unit, leave=False, disable=hidden, dynamic_ncols=True)
 
 
 class Interrupt:
-    """A context in which Ctrl-C and SIGTERM are noted, and acted on by `leave`; a second Ctrl-C stops at
-    once.
-    """
+    """A context in which Ctrl-C and SIGTERM wait for `leave`; a second Ctrl-C stops at once."""
 
     def __enter__(self):
-        self.signal = None
+        self.signal = None  # number of the signal that came
         self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _note(self, number, frame):
+        """Handle a signal: keep its number, and let the next Ctrl-C stop at once."""
         self.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

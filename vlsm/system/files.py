@@ -1,6 +1,6 @@
 """Files that survive a crash: each is written under a temporary name, flushed to disk, then renamed.
 
-JSON and CSV; what may be overwritten; a lock on a folder.
+Also: JSON and CSV, the protection of a user's files from being overwritten, a lock on a folder.
 """
 
 import csv
@@ -16,9 +16,15 @@ import socket
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-HOST = hashlib.blake2b(socket.gethostname().encode(), digest_size=4).hexdigest()
+
+def digest(data, size=8):
+    """Return a hash of bytes as text: `size` bytes of BLAKE2, in hexadecimal digits."""
+    return hashlib.blake2b(data, digest_size=size).hexdigest()
+
+
+HOST = digest(socket.gethostname().encode(), 4)
 TEMPORARY = re.compile(rf"\.vlsm-{HOST}-(\d+)-.*\.tmp")
-LEDGER = ".vlsm-written"  # in a folder: a line for each file that this program wrote there, digest and name
+LEDGER = ".vlsm-written"  # a file in each folder: digest and name of every file that this program wrote there
 FULL = 1 << 20  # bytes; with fewer left, a writer's error without a reason means that the disk is full
 
 
@@ -54,8 +60,8 @@ def atomic_write(path):
 
 
 def temporary_beside(path):
-    """Return a path beside `path` whose name says which process of which machine it belongs to."""
-    short = hashlib.blake2b(os.fsencode(path.name), digest_size=6).hexdigest()
+    """Return a path beside `path` whose name holds the machine and the process."""
+    short = digest(os.fsencode(path.name), 6)  # the name itself may be too long to be lengthened
     return path.with_name(f".vlsm-{HOST}-{os.getpid()}-{short}.tmp")
 
 
@@ -68,28 +74,29 @@ def sweep_temporary(folder):
 
 
 def _is_alive(pid):
+    """Tell whether a process with this number runs on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # another user's
-        return True
+    except PermissionError:  # another user's process
+        pass
     return True
 
 
 def reserve(path, nbytes, offset=0):
-    """Lengthen a file by `nbytes` that are its own on the disk already: a mapped write cannot fail later.
+    """Lengthen a file by `nbytes` of reserved disk space, so that writing to mapped memory cannot fail later.
 
-    Raises OSError where there is no room.
+    Raises OSError, which names `path`, if there is no room.
     """
     with open(path, "r+b") as file:
-        if not hasattr(os, "posix_fallocate"):
-            file.truncate(offset + nbytes)
-        elif nbytes:
-            try:
+        try:
+            if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), offset, nbytes)
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, str(path)) from error
+            else:
+                file.truncate(offset + nbytes)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 # What may be overwritten
@@ -98,60 +105,91 @@ def reserve(path, nbytes, offset=0):
 def check_targets(targets, inputs=(), overwrite=False):
     """Refuse to write over a user's files, before any work is done.
 
-    targets: paths to be written. inputs: paths that are read. overwrite: replace files that this program did
-    not write, too; inputs never. Raises FileExistsError, ValueError for two targets of one name.
+    targets: paths to be written. inputs: paths that are read; they are never replaced. overwrite: replace
+    files that this program did not write, or that were changed since. Raises FileExistsError, or ValueError
+    for two equal targets.
     """
-    targets = [Path(t) for t in targets]
-    twice = next((t for t in targets if len(targets) > len(set(targets)) and targets.count(t) > 1), None)
-    if twice:
-        raise ValueError(f"Several pictures would be written to '{twice}': rename those with equal stems.")
-    read = {os.path.realpath(i) for i in inputs if isinstance(i, (str, Path))}
-    for target in targets:
+    read = {os.path.realpath(file) for file in inputs if isinstance(file, (str, Path))}
+    ledgers = {}
+    seen = set()
+    foreign = []
+    for target in map(Path, targets):
+        if target in seen:
+            raise ValueError(f"Several images would be written to '{target}': rename those with equal stems.")
+        seen.add(target)
         if os.path.realpath(target) in read:
             raise FileExistsError(f"'{target}' is itself read, so it is not written to. Name another folder.")
-    if overwrite:
-        return
-    ledgers = {folder: _ledger(folder) for folder in {t.parent for t in targets}}
-    foreign = [t for t in targets if os.path.lexists(t) and not is_own(t, ledgers[t.parent])]
+        folder = target.parent
+        if folder not in ledgers:
+            ledgers[folder] = _ledger(folder)
+        if not overwrite and os.path.lexists(target) and not _is_own(target, ledgers[folder]):
+            foreign.append(target)
     if foreign:
-        more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
         raise FileExistsError(
-            f"'{foreign[0]}'{more} exists, and was not written by this program, or was changed since. Name "
-            "another place, or pass --overwrite."
+            f"'{foreign[0]}' exists, and was not written by this program, or was changed since. Name another "
+            f"place, or pass --overwrite. ({len(foreign)} such files)"
         )
 
 
 def _ledger(folder):
-    """Return the lines of a folder's ledger."""
+    """Return the set of lines of a folder's ledger."""
     file = folder / LEDGER
-    return set(file.read_text("utf-8", "surrogateescape").splitlines()) if file.is_file() else set()
+    if not file.is_file():
+        return set()
+    return set(file.read_text("utf-8", "surrogateescape").splitlines())
 
 
-def is_own(path, ledger):
+def _is_own(path, ledger):
     """Tell whether a file is as this program wrote it, by the lines of its folder's ledger."""
-    return not path.is_symlink() and path.is_file() and f"{_digest(path)} {path.name}" in ledger
+    if path.is_symlink() or not path.is_file():
+        return False
+    return _ledger_line(path, path.name) in ledger
 
 
-def _digest(path):
-    return hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
+def _ledger_line(path, name):
+    """Return the ledger's line on a file's content, under the name that it has or will have."""
+    return f"{digest(path.read_bytes())} {name}"
 
 
 @contextmanager
 def owned_write(path):
-    """Do as `atomic_write`, and note in the folder's ledger that the file is this program's."""
+    """Write as `atomic_write` does, and add the file's digest to the folder's ledger."""
     path = Path(path)
     with atomic_write(path) as temporary:
         yield temporary
-        line = f"{_digest(temporary)} {path.name}\n".encode(errors="surrogateescape")
+        line = _ledger_line(temporary, path.name) + "\n"
         with open(path.parent / LEDGER, "ab") as ledger:  # short appends of several processes stay whole
-            ledger.write(line)
+            ledger.write(line.encode(errors="surrogateescape"))
+
+
+def delete_owned(folder):
+    """Delete the files below a folder that are as this program wrote them, and then every empty folder.
+
+    Links are neither followed nor deleted. Returns the paths of all files and links that are left.
+    """
+    folder = Path(folder)
+    if folder.is_symlink():
+        return [folder]
+    ledger = _ledger(folder)
+    left = []
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            left += delete_owned(path)
+        elif path.name == LEDGER or _is_own(path, ledger):
+            path.unlink()
+        else:
+            left.append(path)
+    if not is_filled(folder):
+        folder.rmdir()
+    return left
 
 
 @contextmanager
-def locked(folder, what):
+def locked(folder, activity):
     """Hold a folder's lock, which ends with the process at the latest.
 
-    Raises FileExistsError where another process holds it; `what` says what it does then.
+    activity: what a holder does, for the message ("is writing a run into"). Raises FileExistsError if another
+    process holds the lock.
     """
     try:
         import fcntl
@@ -159,19 +197,19 @@ def locked(folder, what):
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)  # the folder itself: nothing of ours is left there
+    handle = os.open(folder, os.O_RDONLY)  # the folder itself, so that no lock file is left
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise FileExistsError(f"Another process {what} '{folder}' at this moment.") from None
+            raise FileExistsError(f"Another process {activity} '{folder}' at this moment.") from None
         yield
     finally:
         os.close(handle)
 
 
 def write_text(path, text, write=owned_write):
-    """Write text in UTF-8 (of file names that are none, the bytes escaped), by `write` or `atomic_write`."""
+    """Write text in UTF-8, other bytes of file names escaped, by `owned_write` or `atomic_write`."""
     with write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
@@ -182,7 +220,7 @@ def write_json(path, value, write=owned_write):
 
 
 def write_csv(path, rows, write=owned_write):
-    """Write rows of values, the first of which are the columns' names."""
+    """Write rows of values as CSV; the first row holds the names of the columns."""
     write_text(path, csv_text(rows), write)
 
 
@@ -194,12 +232,20 @@ def csv_text(rows):
 
 
 def read_json(path, kind=dict, words="a JSON object"):
-    """Read a JSON file that holds a value of type `kind`, which `words` names.
+    """Return the value of type `kind` (in words: `words`) that a JSON file holds.
 
-    Raises ValueError where the file is no JSON or holds another type, FileNotFoundError where there is none.
+    Raises FileNotFoundError if the file is missing, ValueError as `parse_json`.
+    """
+    return parse_json(Path(path).read_bytes(), path, kind, words)
+
+
+def parse_json(data, path, kind=dict, words="a JSON object"):
+    """Return the value of type `kind` (in words: `words`) in the bytes `data` of a JSON file.
+
+    Raises ValueError, which names `path`, if they are no JSON or hold another type.
     """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"'{path}' is not valid JSON ({error}). Was it cut off, or saved as another format?"
@@ -210,22 +256,21 @@ def read_json(path, kind=dict, words="a JSON object"):
 
 
 def field(source, value, *keys, kind=(int, float), words="a number"):
-    """Return what stands under nested keys of a value that was read from `source`.
+    """Return the item under nested keys of a value that was read from `source`.
 
-    Raises ValueError, naming source and keys, where it is missing, of another type or not finite.
+    Raises ValueError, which names source and keys, if it is missing, of another type or not finite.
     """
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
-    unsuited = not isinstance(value, kind) or isinstance(value, bool) and kind is not bool
-    if unsuited or isinstance(value, float) and not math.isfinite(value):
+    infinite = isinstance(value, float) and not math.isfinite(value)
+    other_type = not isinstance(value, kind) or isinstance(value, bool) and kind is not bool
+    if other_type or infinite:
         raise ValueError(f"'{source}': '{'.'.join(keys)}' should be {words}, and is {value!r}.")
     return value
 
 
 def leaves_folder(name):
-    """Tell whether a relative file name from an annotation file or a download leads out of its folder, on any
-    system.
-    """
+    """Tell whether a relative file name leads out of its folder, on any system."""
     path = PurePosixPath(name)
     return path.is_absolute() or ".." in path.parts or "\\" in str(name)
 

@@ -1,11 +1,12 @@
-"""Several processes, one run, as torchrun starts them: how the work is split, and what is summed over all.
+"""Devices, and several processes of one run, as torchrun starts them: their shares of the work, their sums.
 
-A step reduces one buffer of gradients: what is trained is small, and the frozen base needs no traffic.
-Without torchrun every function does what a single process needs.
+A step reduces one buffer of gradients: the trained parameters are few, and frozen ones have no gradients.
+Without torchrun every function works for a single process.
 """
 
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ def join_processes(device):
 
 
 def shut_down():
-    """Wait for the other processes and close the connections, on which their threads may still be reading."""
+    """Wait for the other processes, whose threads may still read from the connections, and close these."""
     if world_size() > 1:
         barrier()
         dist.destroy_process_group()
@@ -43,13 +44,13 @@ def rank():
 
 
 def local_rank():
-    """Return this process's rank on its machine."""
-    return int(os.environ.get("LOCAL_RANK", 0)) if world_size() > 1 else 0
+    """Return this process's rank on its machine; torchrun puts it into the environment."""
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def local_world_size():
     """Return the number of processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if world_size() > 1 else 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
 def barrier():
@@ -71,17 +72,17 @@ def local_first():
 
 
 def own_batches(batches):
-    """Return this process's share of some batches as (index, batch); each batch goes to one process."""
+    """Return the batches of this process as (index, batch); each batch goes to one process."""
     return list(enumerate(batches))[rank() :: world_size()]
 
 
 class Share(NamedTuple):
-    """A part of a batch that this process computes at a time.
+    """The part of a batch that a process computes at a time.
 
-    indices: its rows; where it has none, the batch's first, which then count for nothing. count: how many
-    rows it has. weight: of their mean loss, such that the weighted gradients of a process's parts, summed,
-    and their mean over all processes, are the gradient of the batch's mean loss. part: the slice of the
-    batch. batch_size: rows of the whole batch.
+    indices: its records; a process without any computes the batch's first with weight 0. count: the number
+    of its records. weight: factor on their mean loss; the weighted gradients, summed over a process's parts
+    and averaged over all processes, are the gradient of the batch's mean loss. part: the slice of the batch.
+    batch_size: records of the whole batch.
     """
 
     indices: list
@@ -92,13 +93,15 @@ class Share(NamedTuple):
 
 
 def share_batch(batch, parts=1):
-    """Return this process's `Share`s of a batch, a list of indices: so many parts, one after the other."""
-    shares, size = [], len(batch)
+    """Return this process's `Share`s of a batch, a list of record indices, in so many `parts`."""
+    shares = []
     for k in range(parts):
-        part = slice(rank() + k * world_size(), None, parts * world_size())
-        rows = batch[part]
-        weight = len(rows) * world_size() / size
-        shares.append(Share(rows or batch[:1], len(rows), weight, part if rows else slice(0, 1), size))
+        places = slice(rank() + k * world_size(), None, parts * world_size())
+        count = len(batch[places])
+        if not count:
+            places = slice(0, 1)
+        weight = count * world_size() / len(batch)
+        shares.append(Share(batch[places], count, weight, places, len(batch)))
     return shares
 
 
@@ -122,18 +125,47 @@ def all_reduce_sum(numbers, device):
     return sums.tolist()
 
 
-def all_gather(value, group=None):
-    """Return every process's value, by rank.
-
-    group: a process group of its own, for calls from another thread.
-    """
-    if world_size() == 1:
-        return [value]
-    found = [None] * world_size()
-    dist.all_gather_object(found, value, group)
-    return found
-
-
 def gather_sorted(items):
     """Return the (index, ...) tuples of all processes, sorted by index."""
-    return sorted((item for part in all_gather(items) for item in part), key=lambda item: item[0])
+    if world_size() > 1:
+        items_of = [None] * world_size()  # by rank
+        dist.all_gather_object(items_of, items)
+        items = chain.from_iterable(items_of)
+    return sorted(items, key=lambda item: item[0])
+
+
+# Devices
+
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+
+
+def choose_device(device, amp):
+    """Return (torch.device, autocast dtype or None) for the options `--device` and `--amp`.
+
+    Raises ValueError for a device that is not available, and for fp16 on a CPU.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
+        torch.empty(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # Triton launches on the current one
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {device} is not available ({reason}). Try --device cpu.") from error
+    if amp == "auto":
+        amp = "off"
+        if device.type == "cuda":
+            amp = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if device.type == "cpu" and amp == "fp16":
+        raise ValueError("--amp fp16 needs a GPU; on a CPU use bf16 or off.")
+    return device, AMP_DTYPES[amp]
+
+
+def autocast(device, dtype):
+    """Return the autocast context of a dtype, or one that does nothing for None."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)

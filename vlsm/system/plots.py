@@ -1,147 +1,92 @@
 """Charts of plain numbers, drawn by matplotlib."""
 
-from itertools import cycle
-
-BLUE, ORANGE, PALE = "#1f5ab4", "#dc6e14", "#c8c8d0"
+BLUE = "#1f5ab4"
+ORANGE = "#dc6e14"
+COLOURS = (BLUE, ORANGE, "#3ca050", "#9650aa", "#c8323c", "#5a5a64", "#00a0b4", "#b49614")
 PANEL = (5.6, 3.8)  # inches; 100 dots each
-COLOURS = (
-    "#1f5ab4", "#dc6e14", "#3ca050", "#9650aa", "#c8323c", "#5a5a64", "#00a0b4", "#b49614",
-)  # fmt: skip
 
 
 def _panels(count, across=3):
-    """Return (figure, axes) of `count` panels, `across` in a row; loads matplotlib, which takes a while."""
-    from matplotlib.figure import Figure
+    """Return (figure, axes) of `count` panels, `across` in a row."""
+    from matplotlib.figure import Figure  # takes a while to load
 
     columns = min(across, count)
     rows = -(-count // columns)
     figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows), dpi=100, layout="constrained")
-    axes = [figure.add_subplot(rows, columns, k + 1) for k in range(count)]
-    for axis in axes:
+    axes = []
+    for k in range(count):
+        axis = figure.add_subplot(rows, columns, k + 1)
         axis.grid(True, color="#e6e6ea")
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
+        axes.append(axis)
     return figure, axes
 
 
-def save_figure(figure, path, kind="png"):
+def save_figure(figure, path, file_format="png"):
     """Write a figure as png, pdf or svg, without its date, so that equal figures are equal files."""
-    undated = {"png": dict(Software=None), "pdf": dict(CreationDate=None), "svg": dict(Date=None)}
-    figure.savefig(path, format=kind, metadata=undated[kind])
+    undated = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
+    figure.savefig(path, format=file_format, metadata=undated[file_format])
 
 
 def curves(history, path):
     """Plot loss and DSC against epochs; history: dictionaries with the columns of log.csv."""
-    figure, axes = _panels(2)
+    figure, (loss_axis, dsc_axis) = _panels(2)
     epochs = [row["epoch"] for row in history]
-    panels = (
-        ("loss", "train_loss", "val_loss", 1),
-        ("DSC in %, at the model's size", "train_dsc", "val_dsc", 100),
-    )
-    for axis, (title, train, val, factor) in zip(axes, panels):
-        for label, column, colour in (("training", train, BLUE), ("validation", val, ORANGE)):
-            axis.plot(
-                epochs, [factor * row[column] for row in history], color=colour, label=label, marker="."
-            )
-        axis.set(title=title, xlabel="epoch")
+    for split, label, colour in (("train", "training", BLUE), ("val", "validation", ORANGE)):
+        loss = [row[f"{split}_loss"] for row in history]
+        dsc = [100 * row[f"{split}_dsc"] for row in history]
+        loss_axis.plot(epochs, loss, color=colour, label=label, marker=".")
+        dsc_axis.plot(epochs, dsc, color=colour, label=label, marker=".")
+    loss_axis.set_title("loss")
+    dsc_axis.set_title("DSC in %, at the model's size")
+    for axis in (loss_axis, dsc_axis):
+        axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(frameon=False)
     save_figure(figure, path)
 
 
-def scatter(columns, values, best, faint, title, path, log=()):
-    """Plot `values` against each of some columns, a panel each.
-
-    columns: name -> numbers, or words, which stand side by side. best: index of the point in orange. faint:
-    indices of pale points. log: names with a logarithmic axis.
-    """
-    figure, axes = _panels(len(columns))
-    for axis, (name, xs) in zip(axes, columns.items()):
-        if name in log:
-            axis.set_xscale("log")
-        elif not all(isinstance(x, float) for x in xs):
-            words = sorted(set(xs), key=lambda x: (isinstance(x, str), x))
-            axis.set_xticks(range(len(words)), list(map(str, words)))
-            axis.set_xlim(-0.5, len(words) - 0.5)
-            xs = [words.index(x) for x in xs]
-        for i, (x, y) in enumerate(zip(xs, values)):
-            colour = ORANGE if i == best else PALE if i in faint else BLUE
-            axis.plot(x, y, "o", color=colour, zorder=3 if i == best else 2)
-        axis.set(title=title, xlabel=name)
-    save_figure(figure, path)
+# The report's charts. groups: {data set: {method: its DSC in %, as mean, low and high}};
+# trained: {method: number of trained parameters}.
 
 
-def bars(groups, title, path, kind="png"):
-    """Plot bars with error bars; groups: name -> {label of a bar: something with mean and std, or None}.
-
-    The error bar is the 95 % interval where that is known, else the deviation.
-    """
-    labels = list(dict.fromkeys(label for group in groups.values() for label in group))
+def bars(groups, trained, path, file_format="png"):
+    """Plot DSC as bars, with lines from low to high."""
+    methods = set()
+    for cells in groups.values():
+        methods.update(cells)
+    width = 0.9 / len(methods)
     figure, (axis,) = _panels(1)
-    figure.set_figwidth(max(PANEL[0], 0.8 + len(groups) * (0.3 * len(labels) + 0.3)))
-    width = 0.9 / max(len(labels), 1)
-    for k, (label, colour) in enumerate(zip(labels, cycle(COLOURS))):
-        cells = [(g, group[label]) for g, group in enumerate(groups.values()) if group.get(label)]
-        places = [g + (k - (len(labels) - 1) / 2) * width for g, _ in cells]
-        errors = [_error(cell) for _, cell in cells]
-        axis.bar(
-            places,
-            [cell.mean for _, cell in cells],
-            0.9 * width,
-            yerr=list(zip(*errors)),
-            color=colour,
-            label=label,
-        )
-    crowded = sum(map(len, groups)) > 12 * figure.get_figwidth()
-    turned = dict(rotation=30, ha="right") if crowded else {}
-    axis.set_xticks(range(len(groups)), list(groups), **turned)
+    figure.set_figwidth(max(PANEL[0], 0.8 + len(groups) * (0.3 * len(methods) + 0.3)))
+    for k, method in enumerate(sorted(methods, key=lambda method: (trained[method], method))):
+        heights = {}
+        for place, cells in enumerate(groups.values()):
+            if method in cells:
+                x = place + (k - (len(methods) - 1) / 2) * width
+                heights[x] = cells[method].mean
+                axis.vlines(x, cells[method].low, cells[method].high, color="black", zorder=3)
+        colour = COLOURS[k % len(COLOURS)]
+        axis.bar(list(heights), list(heights.values()), 0.9 * width, color=colour, label=method)
+    crowded = sum(map(len, groups)) > 12 * figure.get_figwidth()  # letters of the names below the axis
+    axis.set_xticks(range(len(groups)), list(groups), rotation=15 if crowded else 0)
     axis.grid(False, axis="x")
-    if len(labels) > 1:
-        figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    axis.set_title(title)
-    save_figure(figure, path, kind)
+    axis.set_title("DSC in %")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    save_figure(figure, path, file_format)
 
 
-def _error(cell):
-    """Return how far an error bar reaches below and above a mean."""
-    if cell.ci95:
-        return max(0, cell.mean - cell.ci95[0]), max(0, cell.ci95[1] - cell.mean)
-    return cell.std or 0, cell.std or 0
-
-
-def against_parameters(groups, path, kind="png"):
-    """Plot DSC against trained parameters, a panel for each data set; groups: name -> [(trained, DSC,
-    label)].
-
-    Points without trained parameters stand at the left border, in orange.
-    """
+def against_parameters(groups, trained, path, file_format="png"):
+    """Plot DSC against trained parameters, a panel for each data set."""
     figure, axes = _panels(len(groups))
-    for axis, (name, points) in zip(axes, groups.items()):
-        trained = [n for n, _, _ in points if n] or [10]
-        left = min(trained) / 3
-        axis.set_xscale("log")
-        axis.set_xlim(left / 1.5, max(trained) * 10)
-        for k, (n, value, label) in enumerate(sorted(points)):
-            axis.plot(n or left, value, "o", color=BLUE if n else ORANGE)
+    for axis, (dataset, cells) in zip(axes, groups.items()):
+        for k, method in enumerate(sorted(cells, key=trained.get)):
+            point = (trained[method], cells[method].mean)
+            axis.plot(*point, "o", color=BLUE)
             offset = (0, 8) if k % 2 else (0, -14)  # neighbours' labels keep clear of each other
-            how = dict(xytext=offset, textcoords="offset points", ha="center", fontsize=8)
-            axis.annotate(label, (n or left, value), **how)
-        axis.margins(y=0.12)
-        axis.set(title=f"{name}: DSC in %", xlabel="trained parameters")
-    save_figure(figure, path, kind)
-
-
-def lines(groups, title, xlabel, path, kind="png"):
-    """Plot means against numbers, a panel for each group; bars reach from the least to the largest y.
-
-    groups: name -> {label of a curve: [(x, [y, ...])]}.
-    """
-    figure, axes = _panels(len(groups))
-    for axis, (name, curves) in zip(axes, groups.items()):
-        for (label, points), colour in zip(curves.items(), cycle(COLOURS)):
-            xs, means = zip(*((x, sum(ys) / len(ys)) for x, ys in points))
-            reach = zip(*((mean - min(ys), max(ys) - mean) for mean, (_, ys) in zip(means, points)))
-            axis.errorbar(xs, means, list(reach), color=colour, label=label, marker="o", capsize=3)
-        axis.set(title=f"{name}: {title}", xlabel=xlabel)
-        axis.legend(frameon=False)
-    save_figure(figure, path, kind)
+            axis.annotate(method, point, offset, textcoords="offset points", ha="center", fontsize=8)
+        axis.set_xscale("symlog", linthresh=1000)  # a method may train no parameters
+        axis.margins(0.2, 0.12)
+        axis.set_title(f"{dataset}: DSC in %")
+        axis.set_xlabel("trained parameters")
+    save_figure(figure, path, file_format)

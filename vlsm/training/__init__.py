@@ -1,1 +1,1 @@
-"""A training run: its options, its state, its folder, what is kept of frozen encoders."""
+"""A training run: its options, its state and folder, and the cache of frozen encoders' output."""

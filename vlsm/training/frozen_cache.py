@@ -1,7 +1,8 @@
-"""What training cannot change is computed once: image features, or those of an image encoder's first blocks;
-text features.
+"""Activation caching: the output of frozen encoders is computed once and read in every later epoch.
 
-Which encoder is frozen is not declared by the tuning methods but found out: its outputs require no gradient.
+Cached are the features of a frozen image encoder, or of its first blocks where training changes later ones,
+and the features of a frozen text encoder. Tuning methods do not declare which encoders they leave frozen: an
+encoder is frozen if its output requires no gradient.
 """
 
 import math
@@ -13,260 +14,233 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from vlsm.data.cache import normalise
 from vlsm.networks.base import FrozenBlocks, ImageFeatures
 from vlsm.system import parallel
 from vlsm.system.console import progress
-from vlsm.system.device import autocast
 from vlsm.system.files import reserve
+from vlsm.system.parallel import autocast
 
-SHARE = 0.5  # of the memory that is free, at most
+SHARE = 0.5  # largest fraction of the free memory or disk that is used
 GB = 1 << 30
 
 
-def free_ram():
-    """Return the bytes of RAM that are free, as Linux and a container's limit have it; 0 where that cannot be
-    read.
-    """
-    free = 0
-    try:
-        with open("/proc/meminfo") as file:
-            fields = dict(line.split(":") for line in file)
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit != "max":
-            free = min(free, int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    except OSError:  # no Linux, or no such limit
-        pass
-    return max(free, 0)
-
-
 def free_bytes(device, folder):
-    """Return the bytes that are free in each tier, fastest first: GPU, RAM, disk."""
-    tiers = {"GPU": torch.cuda.mem_get_info(device)[0]} if device.type == "cuda" else {}
-    tiers["RAM"] = free_ram()
-    parent = next(p for p in (Path(folder).absolute(), *Path(folder).absolute().parents) if p.is_dir())
-    tiers["disk"] = shutil.disk_usage(parent).free if os.access(parent, os.W_OK) else 0
-    return tiers
+    """Return the free bytes of the GPU (0 on a CPU) and of the disk that holds `folder`."""
+    on_gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    folder = Path(folder).absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    on_disk = shutil.disk_usage(folder).free if os.access(folder, os.W_OK) else 0
+    return on_gpu, on_disk
 
 
-class TieredStore:
-    """Tensors of some `shapes` for each of the first `held` of `count` images, spread over the tiers that
-    have room.
+class FeatureStore:
+    """Tensors of some `shapes` for each of the first `held` of `count` images.
 
-    tiers: name -> bytes. On disk float32 is rounded to half precision. What fits nowhere is for the caller to
-    compute again.
+    On the GPU if all fit into `gpu_bytes`, else in a memory-mapped file of at most `disk_bytes`, which the
+    system keeps in RAM as far as there is room. The features of further images must be computed again.
     """
 
-    def __init__(self, count, shapes, dtype, device, tiers, folder):
-        self.device, self.dtype, self.shapes, self.held, self.parts = device, dtype, shapes, 0, {}
-        for tier, free in tiers.items():
-            kind = torch.float16 if tier == "disk" and dtype == torch.float32 else dtype
-            n = min(count - self.held, int(free // (sum(map(math.prod, shapes)) * kind.itemsize)))
-            if n > 0:
-                where = device if tier == "GPU" else torch.device("cpu")
-                sizes = [(n, *shape) for shape in shapes]
-                if tier == "disk":
-                    tensors = [_disk_tensor(size, kind, folder) for size in sizes]
-                else:
-                    tensors = [torch.empty(size, dtype=kind, device=where) for size in sizes]
-                self.parts[tier] = self.held, n, tensors
-                self.held += n
-
-    def nbytes(self):
-        """Return the bytes that each tier holds."""
-        return {
-            tier: sum(t.numel() * t.element_size() for t in kept) for tier, (_, _, kept) in self.parts.items()
-        }
+    def __init__(self, count, shapes, dtype, device, gpu_bytes, disk_bytes, folder):
+        self.device = device
+        bytes_each = sum(map(math.prod, shapes)) * dtype.itemsize
+        self.on_gpu = count * bytes_each <= gpu_bytes
+        self.held = count if self.on_gpu else min(count, int(disk_bytes // bytes_each))
+        self.complete = self.held == count
+        self.nbytes = self.held * bytes_each
+        self.tensors = []
+        for shape in shapes:
+            size = (self.held, *shape)
+            if self.on_gpu:
+                self.tensors.append(torch.empty(size, dtype=dtype, device=device))
+            else:
+                self.tensors.append(mapped_tensor(size, dtype, folder))
 
     def put(self, first, values):
-        """Keep the rows from `first` on, of values `[n, *shape]`, one for each shape."""
-        for start, count, tensors in self.parts.values():
-            low, high = max(first, start), min(first + len(values[0]), start + count)
-            if low < high:
-                for kept, value in zip(tensors, values):
-                    kept[low - start : high - start] = value[low - first : high - first].to(kept)
+        """Write `values`, a tensor `[n, *shape]` for each shape, into the rows from `first` on."""
+        for tensor, value in zip(self.tensors, values):
+            rows = tensor[first : first + len(value)]
+            rows.copy_(value[: len(rows)])
 
     def get(self, rows):
-        """Return `[n, *shape]` for each shape, on the device; rows: int64 on the CPU, all of them below
-        `held`.
-        """
-        out = [torch.empty(len(rows), *shape, dtype=self.dtype, device=self.device) for shape in self.shapes]
-        for start, count, tensors in self.parts.values():
-            mine = ((rows >= start) & (rows < start + count)).nonzero()[:, 0]
-            if len(mine):
-                wanted, at = (rows[mine] - start).to(tensors[0].device), mine.to(self.device)
-                for target, kept in zip(out, tensors):
-                    target.index_copy_(0, at, kept.index_select(0, wanted).to(self.device, self.dtype))
-        return out
+        """Return `[n, *shape]` for each shape, on the device; rows: int64 on the CPU, all below `held`."""
+        return [t.index_select(0, rows.to(t.device)).to(self.device) for t in self.tensors]
 
 
-def _disk_tensor(size, dtype, folder):
-    """Return a tensor backed by a file without a name: it is gone when the program is, however that ends."""
+def mapped_tensor(size, dtype, folder):
+    """Return a tensor in a memory-mapped file without a name, which disappears with the process."""
+    if not math.prod(size):
+        return torch.empty(size, dtype=dtype)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    file, name = tempfile.mkstemp(prefix="activations-", dir=folder)
-    os.close(file)
-    try:
-        reserve(name, math.prod(size) * dtype.itemsize)
-        return torch.from_file(name, shared=True, size=math.prod(size), dtype=dtype).view(size)
-    finally:
-        os.unlink(name)
+    count = math.prod(size)
+    with tempfile.NamedTemporaryFile(prefix="activations-", dir=folder) as file:  # the mapping outlives it
+        reserve(file.name, count * dtype.itemsize)
+        return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(size)
 
 
-def _interleave(first, a, b):
-    """Return `[n + m, ...]`: a `[n, ...]` where `first` (bool `[n + m]`) says so, b `[m, ...]` elsewhere."""
-    out = a.new_empty(len(first), *a.shape[1:])
-    out[first], out[~first] = a, b.to(a.dtype)
-    return out
-
-
-def _tensors(features):
+def tensors_of(features):
     """Return all tensors of `ImageFeatures` or `FrozenBlocks` as one list."""
     if isinstance(features, FrozenBlocks):
         return [features.tokens, *features.activations]
-    return [*features.activations, *([] if features.embedding is None else [features.embedding])]
+    if features.embedding is None:
+        return list(features.activations)
+    return [*features.activations, features.embedding]
+
+
+def interleave(first, a, b):
+    """Return `[n + m, ...]`: a `[n, ...]` where `first` (bool `[n + m]`) is set, b `[m, ...]` elsewhere."""
+    out = a.new_empty(len(first), *a.shape[1:])
+    out[first] = a
+    out[~first] = b.to(a.dtype)
+    return out
 
 
 class FrozenCache:
-    """The features that training cannot change, kept by split and by prompt.
+    """The features that training cannot change, cached by split and by prompt.
 
-    normalise: from uint8 images on the device to pixel values. cache_gb: GB that image features may take in
-    all; 0: none are kept; None: half of what is free in each tier, but in float32 none on disk, which would
-    round them. `images_frozen` and `prompts_frozen` say whether an encoder's output is; `depth`, where the
-    image encoder's is not, how many of its first blocks are.
+    cache_gb: GB for image features in all; 0: none are cached; None: half of the free memory. folder: where
+    the memory-mapped file is made.
+
+    Attributes: `images_frozen` and `prompts_frozen`, whether an encoder is frozen as a whole; `depth`, the
+    number of the image encoder's first blocks that are frozen where it is not.
     """
 
-    def __init__(self, model, tokenizer, normalise, device, dtype, cache_gb=None, folder="."):
-        self.model, self.tokenizer, self.normalise = model, tokenizer, normalise
-        self.device, self.dtype, self.cache_gb, self.folder = device, dtype, cache_gb, folder
-        self.splits, self.stores, self.texts = {}, {}, {}
-        base, tuner, side = model.base, model.tuner, model.base.smallest_side()
-        # sizes of one would be compiled apart
+    def __init__(self, model, device, dtype, cache_gb=None, folder="."):
+        self.model = model
+        self.tokenizer = model.tokenizer()
+        self.device = device
+        self.dtype = dtype
+        self.cache_gb = cache_gb
+        self.folder = folder
+        self.splits = {}
+        self.stores = {}
+        self.texts = {}  # prompt -> its text features, without the batch dimension
+        network = model.network
+        tuner = model.tuner
+        side = network.smallest_side()
+        probe = torch.zeros(1, 3, side, side, device=device)
+        # Gradients show which encoders are trained. Eagerly: a batch of one would be compiled separately
         with torch.enable_grad(), autocast(device, dtype), torch.compiler.set_stance("force_eager"):
             contexts = tuner.contexts()
-            image = base.encode_image(torch.zeros(1, 3, side, side, device=device), tuner, contexts.vision)
-            text = base.encode_prompts(*tokenizer([""]), tuner, contexts.text, image.embedding)
-            blocks = base.encode_blocks(torch.zeros(1, 3, side, side, device=device), tuner, contexts.vision)
-        self.images_frozen = not model.updated_buffers and not any(t.requires_grad for t in _tensors(image))
-        self.depth = 0 if blocks is None or model.updated_buffers or self.images_frozen else blocks.depth
+            image = network.encode_image(probe, tuner, contexts.vision)
+            text = network.encode_prompts(*self.tokenizer([""]), tuner, contexts.text, image.embedding)
+            blocks = network.encode_blocks(probe, tuner, contexts.vision)
+        trained = any(t.requires_grad for t in tensors_of(image))
+        self.images_frozen = not model.updated_buffers and not trained
         self.prompts_frozen = not any(t.requires_grad for t in text)
+        self.depth = 0
+        if blocks is not None and not model.updated_buffers and not self.images_frozen:
+            self.depth = blocks.depth
+        self.keeps_images = (self.images_frozen or self.depth) and cache_gb != 0
 
     # Filling
 
     def add_split(self, name, data, batch_size):
-        """Encode the images of a split once, where they are frozen and there is room.
+        """Encode the images of a split (`CachedSplit`) once, as far as they are frozen and there is room.
 
-        Returns a sentence on what is kept where, or None where nothing is. The order and the batches are
-        fixed, so that a resumed run gets the same bits.
+        The order and the batches are fixed, so that a resumed run gets the same bits. Returns a line of text
+        on the number of cached images and their place, or None if none are cached.
         """
         self.splits[name] = data
-        if not (self.images_frozen or self.depth) or self.cache_gb == 0:
+        if not self.keeps_images:
             return None
-        count = data.image_count
-        first = _tensors(self._encode(data, range(min(batch_size, count))))
+        count = len(data.images)
+        first = tensors_of(self.encode_rows(data, range(min(batch_size, count))))
         shapes = [t.shape[1:] for t in first]
-        dtype = self.dtype or torch.float32
-        store = TieredStore(count, shapes, dtype, self.device, self._budget(), self.folder)
+        store = FeatureStore(
+            count, shapes, self.dtype or torch.float32, self.device, *self.budget(), self.folder
+        )
         self.stores[name] = store
-        store.held = data.min_over_ranks(store.held)
         with progress(store.held, f"encoding {name}") as bar:
             for start in range(0, store.held, batch_size):
                 rows = range(start, min(start + batch_size, store.held))
-                store.put(start, _tensors(self._encode(data, rows)) if start else first)
+                store.put(start, tensors_of(self.encode_rows(data, rows)) if start else first)
                 bar.update(len(rows))
-        return f"{name}: {self._describe(store, count)}"
-
-    def _budget(self):
-        """Return the bytes that a store may take in each tier."""
-        mine = SHARE / parallel.local_world_size()  # the machine's processes share RAM and disk
-        tiers = free_bytes(self.device, self.folder)
-        tiers = {tier: (SHARE if tier == "GPU" else mine) * free for tier, free in tiers.items()}
-        if self.cache_gb is None:
-            if self.dtype is None:
-                tiers.pop("disk", None)
-            return tiers
-        left = self.cache_gb * GB - sum(sum(store.nbytes().values()) for store in self.stores.values())
-        for tier in tiers:
-            tiers[tier] = min(tiers[tier], max(left, 0))
-            left -= tiers[tier]
-        return tiers
-
-    def _describe(self, store, count):
-        where = (
-            f"{n / GB:.2g} GB {'on' if tier == 'disk' else 'in'} {tier}" for tier, n in store.nbytes().items()
+        frozen = "image encoder's output" if self.images_frozen else f"output of {self.depth} image blocks"
+        place = "on the GPU" if store.on_gpu else "in a mapped file"
+        return (
+            f"{name}: the frozen {frozen} is kept for {store.held} of {count} images "
+            f"({store.nbytes / GB:.2g} GB {place})"
         )
-        kept = ", ".join(where) or "no room"
-        rounded = "disk" in store.parts and self.dtype is None
-        note = "; those on disk are rounded to half precision" if rounded else ""
-        what = "image encoder's output" if self.images_frozen else f"output of {self.depth} image blocks"
-        return f"the frozen {what} is kept for {store.held} of {count} images ({kept}){note}"
+
+    def budget(self):
+        """Return the bytes that the next store may take on the GPU, and on the disk."""
+        on_gpu, on_disk = free_bytes(self.device, self.folder)
+        on_gpu = int(SHARE * on_gpu)
+        on_disk = int(SHARE * on_disk / parallel.local_world_size())  # the machine's processes share it
+        if self.cache_gb is None:
+            return on_gpu, on_disk
+        used = sum(store.nbytes for store in self.stores.values())
+        left = int(self.cache_gb * GB) - used
+        return min(on_gpu, left), min(on_disk, left)
 
     @torch.no_grad()
-    def _encode(self, data, rows):
+    def encode_rows(self, data, rows):
+        """Compute the frozen features of a range of images of a `CachedSplit`."""
         images = data.image_range(rows).to(self.device)
         with autocast(self.device, self.dtype):
-            return self._frozen_part(self.normalise(images))
+            return self.encode_frozen(self.normalise(images))
 
-    def _frozen_part(self, pixel_values):
-        base, tuner = self.model.base, self.model.tuner
+    def encode_frozen(self, pixel_values):
+        """Compute the frozen `ImageFeatures`, or `FrozenBlocks`, of `pixel_values` `[B, 3, S, S]`."""
+        network = self.model.network
+        tuner = self.model.tuner
         if self.images_frozen:
-            return base.encode_image(pixel_values, tuner)
-        return base.encode_blocks(pixel_values, tuner, depth=self.depth)
+            return network.encode_image(pixel_values, tuner)
+        return network.encode_blocks(pixel_values, tuner, depth=self.depth)
 
-    def part_for_step(self, pixel_values):
-        """Return what a step takes of kept features, for images `[B, 3, S, S]`; None if nothing is kept."""
-        if not (self.images_frozen or self.depth) or self.cache_gb == 0:
-            return None
-        with torch.no_grad():
-            return self._frozen_part(pixel_values)
-
-    def bytes_kept(self, side):
-        """Return the bytes that are kept of an image of `side` pixels."""
-        with torch.no_grad(), autocast(self.device, self.dtype):
-            kept = self.part_for_step(torch.zeros(1, 3, side, side, device=self.device))
-        itemsize = (self.dtype or torch.float32).itemsize
-        return 0 if kept is None else sum(t.numel() for t in _tensors(kept)) * itemsize
+    def normalise(self, images):
+        """Return the `pixel_values` of images with values from 0 to 255."""
+        return normalise(images, self.model.network.mean, self.model.network.std)
 
     # Reading
 
     def needs_pixels(self, name):
-        """Tell whether batches of a split need their pixels, unless augmentation changes them."""
-        kept = name in self.stores and self.stores[name].held == self.splits[name].image_count
-        return self.model.base.decoder_reads_pixels or not kept
+        """Tell whether batches of a split need their images, unless augmentation changes these."""
+        complete = name in self.stores and self.stores[name].complete
+        return self.model.network.decoder_reads_pixels or not complete
 
-    def lookup(self, name, indices, prompts, pixel_values=None, changed=None):
-        """Return what is kept of some records of a split, as keyword arguments of the model's forward pass.
+    def model_inputs(self, name, indices, images, prompts, changed=None):
+        """Return the arguments of the model's forward pass for records of a split, with cached features.
 
-        pixel_values: `[B, 3, S, S]`, None where `needs_pixels` says so. changed: bool `[B]` on the CPU, the
-        images that augmentation has altered; these, and those that had no room, are encoded here.
+        images: uint8 or float `[B, 3, S, S]` from 0 to 255; None if cached features replace them, see
+        `needs_pixels`. changed: bool `[B]` on the CPU, the images that augmentation has altered; these, and
+        those whose features are not cached, are encoded now.
         """
+        pixel_values = None if images is None else self.normalise(images)
         with autocast(self.device, self.dtype):
-            return dict(
-                image_features=self._image_features(name, indices, pixel_values, changed),
-                text_features=self._text_features(prompts) if self.prompts_frozen else None,
-            )
+            image_features = self.image_features(name, indices, pixel_values, changed)
+            text_features = self.text_features(prompts) if self.prompts_frozen else None
+        return pixel_values, *self.tokenizer(prompts), image_features, text_features
 
-    def _image_features(self, name, indices, pixel_values, changed):
+    def image_features(self, name, indices, pixel_values, changed):
+        """Return the `ImageFeatures` or `FrozenBlocks` of records; None if none of them is cached."""
         if name not in self.stores:
             return None
-        store, data = self.stores[name], self.splits[name]
+        store = self.stores[name]
+        data = self.splits[name]
         rows = torch.as_tensor(data.image_of[indices])
-        kept = rows < store.held if changed is None else (rows < store.held) & ~changed
-        if not kept.any():
+        cached = rows < store.held
+        if changed is not None:
+            cached &= ~changed
+        if not cached.any():
             return None
-        found = store.get(rows[kept])
-        if not kept.all():
-            fresh = _tensors(self._frozen_part(pixel_values[~kept]))
-            found = [_interleave(kept, a, b) for a, b in zip(found, fresh)]
+        tensors = store.get(rows[cached])
+        if not cached.all():
+            fresh = tensors_of(self.encode_frozen(pixel_values[~cached]))
+            tensors = [interleave(cached, a, b) for a, b in zip(tensors, fresh)]
+        size = (data.side, data.side)
         if self.depth:
-            return FrozenBlocks(self.depth, found[0], found[1:], (data.side, data.side))
-        embedding = found.pop() if self.model.tuner.needs_image_embedding else None
-        return ImageFeatures(found, embedding, (data.side, data.side))
+            return FrozenBlocks(self.depth, tensors[0], tensors[1:], size)
+        embedding = tensors.pop() if self.model.tuner.needs_image_embedding else None
+        return ImageFeatures(tensors, embedding, size)
 
-    def _text_features(self, prompts):
-        base, tuner = self.model.base, self.model.tuner
-        # one by one: a prompt's bits shall not depend on its neighbours
-        for prompt in set(prompts) - set(self.texts):
+    def text_features(self, prompts):
+        """Return the text features of prompts; rows of tokens are padded with zeros to the longest."""
+        for prompt in set(prompts) - set(self.texts):  # one by one: bit-identical whatever the batch
             with torch.no_grad():
-                text = base.encode_prompts(*self.tokenizer([prompt]), tuner)
-            self.texts[prompt] = [t[0] for t in text]
-        return tuple(pad_sequence(rows, batch_first=True) for rows in zip(*(self.texts[p] for p in prompts)))
+                features = self.model.network.encode_prompts(*self.tokenizer([prompt]), self.model.tuner)
+            self.texts[prompt] = [t[0] for t in features]
+        by_prompt = [self.texts[prompt] for prompt in prompts]
+        return tuple(pad_sequence(rows, batch_first=True) for rows in zip(*by_prompt))

@@ -1,0 +1,94 @@
+"""The audit of prompts."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import vlsm
+from vlsm.data.cache import CachedSplit, normalise
+from vlsm.data.records import Record
+from vlsm.tools import audit
+
+
+def test_prompts_of_the_audit():
+    texts = ["", "polyp", "two small red round polyp, located in top left of the image"]
+    records = [
+        Record("a.png", "a.png", None, None, {f"p{k}": t for k, t in enumerate(texts)}, "polyp"),
+        Record("b.png", "b.png", None, None, {"p0": "", "p1": "polyp", "p2": "large green polyp"}, "polyp"),
+    ]
+    found = audit.audit_prompts(records, [texts[2], "large green polyp"])
+    assert list(found) == list(audit.CONDITIONS)
+    assert found["right"][0] == texts[2] and found["paraphrase"] == ["polyp", "polyp"]
+    assert found["swapped"] == ["large green polyp", texts[2]]
+    changed = found["contradictory"][0]
+    assert changed.startswith("one large ") and "red" not in changed and "bottom right of" in changed
+    assert found["contradictory"][1] == "small green polyp" and found["class word"] == ["polyp"] * 2
+    assert found["absent object"] == ["a large green cross"] * 2
+    assert audit.audit_prompts(records[:1], ["polyp"])["swapped"] == [None]
+    assert audit.contradict("polyp") is None
+
+
+def test_verdicts():
+    def of(**values):
+        return {kind.replace("_", " "): dict(mean=value) for kind, value in values.items()}
+
+    deaf = audit.verdict(of(right=0.723, swapped=0.719, absent_object=0.7))
+    assert deaf == "This run answers the image, not the text: swapped 71.9, absent object 70.0, right 72.3."
+    assert "but not its attributes" in audit.verdict(of(right=0.8, swapped=0.79, absent_object=0.1))
+    assert "reads its prompt" in audit.verdict(of(right=0.8, swapped=0.3, absent_object=0.1))
+
+
+COLOURS = dict(red=(220, 40, 40), green=(40, 180, 60), blue=(40, 70, 220), yellow=(235, 215, 40))
+
+
+def two_objects(seed):
+    """Return (image uint8 `[96, 96, 3]`, mask of the larger of two objects, a phrase that describes it)."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:96, :96]
+    image = np.full((96, 96, 3), 190) + rng.normal(0, 6, (96, 96, 3))
+    names = rng.permutation(list(COLOURS))
+    shapes = rng.permutation(["circle", "square"])
+    masks = []
+    for name, shape, at, radius in zip(names, shapes, (28, 70), (20, 12)):
+        dy = np.abs(y - rng.integers(28, 68))
+        dx = np.abs(x - at)
+        inside = np.hypot(dy, dx) <= radius if shape == "circle" else np.maximum(dy, dx) <= radius
+        image[inside] = COLOURS[name]
+        masks.append(inside)
+    return image.clip(0, 255).astype(np.uint8), masks[0], f"a {names[0]} {shapes[0]}"
+
+
+def test_the_embedded_base_listens():
+    """On drawn scenes of two objects: the phrase of the larger one, and another scene's phrase."""
+    records = []
+    for i in range(24):
+        image, mask, text = two_objects(i)
+        records.append(Record(f"{i}.png", f"{i}.png", image, mask, {"p1": text}))
+    images = np.stack([r.image.transpose(2, 0, 1) for r in records])
+    data = CachedSplit(
+        records, images, np.stack([r.mask.astype(np.uint8) for r in records]), range(len(records))
+    )
+    model = vlsm.build("clipseg", "mini")
+    tokenizer = model.tokenizer()
+
+    @torch.inference_mode()
+    def logits(images, prompts):
+        return model(normalise(images, model.network.mean, model.network.std), *tokenizer(prompts))
+
+    predictor = SimpleNamespace(device=torch.device("cpu"), logits=logits)
+    found = audit.audit(predictor, data, [r.prompts["p1"] for r in records])
+    assert found["right"]["mean"] - found["swapped"]["mean"] > 0.55
+    assert found["right"]["mean"] - found["contradictory"]["mean"] > 0.6
+    assert audit.verdict(found).startswith("This run reads its prompt")
+
+
+def test_an_audited_run(cli, trained):
+    code, said, err = cli("vlsm.tools.audit", trained)
+    assert code == 0 and cli("evaluate", "--ckpt", trained)[0] == 0, err
+    audited = json.loads((trained / "eval-test" / "audit.json").read_text())
+    scores = json.loads((trained / "eval-test" / "metrics.json").read_text())
+    assert list(audited["prompts"])[0] == "right" and audited["verdict"] in said
+    assert audited["prompts"]["right"]["mean"] == pytest.approx(scores["dsc"]["mean"])

@@ -1,0 +1,180 @@
+"""Statistics of a data set: counts, sizes, mask areas, empty masks, prompts; equal and similar images in two
+splits (leakage).
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import combinations
+
+import numpy as np
+from PIL import Image
+
+from vlsm.data.images import ImageError, read_image, read_mask
+from vlsm.data.records import index_images, prompt_texts
+from vlsm.system.console import first_few, progress
+from vlsm.system.files import digest
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+SHEET_ROWS = 8
+THUMBNAIL = 16  # side in pixels
+ALIKE = 0.99  # correlation of two thumbnails above which the images may be frames of one video
+
+
+@dataclass
+class Summary:
+    """Statistics of a split; every image is read once. areas: fractions of the image."""
+
+    records: int
+    images: int
+    sizes: Counter = field(default_factory=Counter)  # (width, height) -> number of images
+    areas: list = field(default_factory=list)
+    names: dict = field(default_factory=dict)  # digest of the pixels -> name of the image
+    thumbnails: dict = field(default_factory=dict)  # digest of the pixels -> [768]
+    prompts: Counter = field(default_factory=Counter)  # key -> number of records
+    classes: Counter = field(default_factory=Counter)  # class word -> number of records
+    words: list = field(default_factory=list)  # number of words of every prompt
+    unreadable: list = field(default_factory=list)  # names
+
+
+def inspect_splits(splits):
+    """Return {split: Summary} of {split: records}. Unreadable files are counted, not raised."""
+    summaries = {}
+    for split, records in splits.items():
+        first, _ = index_images(records)
+        summary = Summary(len(records), len(first))
+        owners = set(first)
+        for i, record in enumerate(progress(records, f"checking {split}")):
+            try:
+                if i in owners:
+                    _add_image(summary, record)
+                summary.areas.append(float(read_mask(record.mask).mean()))
+            except (ImageError, OSError):
+                summary.unreadable.append(record.name)
+            summary.prompts.update(record.prompts.keys())
+            summary.classes[record.class_word] += 1
+            summary.words += [len(text.split()) for text in prompt_texts(record)]
+        summaries[split] = summary
+    return summaries
+
+
+def _add_image(summary, record):
+    """Add the image of a record to a summary. Raises ImageError or OSError if it cannot be read."""
+    image = read_image(record.image)
+    height, width, _ = image.shape
+    key = digest(image.tobytes(), 16)
+    summary.sizes[width, height] += 1
+    summary.names[key] = record.name
+    summary.thumbnails[key] = _thumbnail(image)
+
+
+def _thumbnail(image):
+    """Return an image's colours on a coarse grid, `[768]` of mean 0 and length 1, or 0 for a single colour.
+
+    The product of two thumbnails is their correlation.
+    """
+    grid = Image.fromarray(image).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    colours = np.asarray(grid, np.float32).ravel()
+    colours -= colours.mean()
+    return colours / max(np.linalg.norm(colours), 1e-6)
+
+
+def shared_images(summary, later):
+    """Return [(name, name in the later split)] of the images that are in both splits."""
+    pairs = []
+    for key, name in summary.names.items():
+        if key in later.names:
+            pairs.append((name, later.names[key]))
+    return pairs
+
+
+def similar_images(summary, earlier):
+    """Return [(name, most similar name in the earlier split)], the most similar first.
+
+    Pairs are correlated above ALIKE. Images that are in both splits are left out.
+    """
+    if not earlier.names:
+        return []
+    names = [earlier.names[key] for key in earlier.thumbnails]
+    pixels = np.stack(list(earlier.thumbnails.values()))  # [n, 768]
+    pairs = []
+    for key, thumbnail in summary.thumbnails.items():
+        correlations = pixels @ thumbnail  # [n]
+        best = correlations.argmax()
+        if key not in earlier.names and correlations[best] > ALIKE:
+            pairs.append((float(correlations[best]), summary.names[key], names[best]))
+    pairs.sort(reverse=True)
+    return [(name, other) for _, name, other in pairs]
+
+
+def describe_splits(name, summaries):
+    """Return the statistics of a data set as text; images in two splits come last."""
+    lines = []
+    for split, summary in summaries.items():
+        lines.append(f"{name} {split}: {summary.records} records of {summary.images} images")
+        lines += _describe(summary)
+    for split, later in combinations(summaries, 2):
+        pairs = shared_images(summaries[split], summaries[later])
+        if pairs:
+            lines.append(
+                f"WARNING: {len(pairs)} images are in {split} and in {later} ({_examples(pairs, '=')}): test "
+                "results would be too good."
+            )
+    for earlier, split in combinations(summaries, 2):
+        pairs = similar_images(summaries[split], summaries[earlier])
+        if pairs:
+            lines.append(
+                f"NOTE: {len(pairs)} of {summaries[split].images} images in {split} look nearly like one in "
+                f"{earlier} ({_examples(pairs, '~')}). If they are frames of one video or of one patient, "
+                "scores on them are too good."
+            )
+    return "\n".join(lines)
+
+
+def _describe(summary):
+    """Return the lines of text on one split."""
+    sizes = [f"{width} x {height} ({n})" for (width, height), n in summary.sizes.most_common()]
+    lines = [f"  sizes: {first_few(sizes, 4) or 'none'}"]
+    areas = np.array(summary.areas)
+    filled = 100 * areas[areas > 0]
+    if len(filled):
+        percent = ", ".join(f"{area:.1f}" for area in np.quantile(filled, QUANTILES))
+        lines.append(f"  mask area in % of the image (5, 25, 50, 75, 95 % of the masks): {percent}")
+    lines.append(f"  empty masks: {len(areas) - len(filled)}")
+    classes = [f"{word} ({n})" for word, n in summary.classes.most_common() if word]
+    if classes:
+        lines.append(f"  classes: {', '.join(classes)}")
+    if summary.prompts:
+        keys = []
+        for key, count in summary.prompts.items():
+            keys.append(key if count == summary.records else f"{key} ({count})")
+        words = f"{np.mean(summary.words):.1f} words on average, {max(summary.words)} at most"
+        lines.append(f"  prompts: {', '.join(keys)}; {words}")
+    if summary.unreadable:
+        lines.append(f"  UNREADABLE: {len(summary.unreadable)} ({first_few(summary.unreadable)})")
+    return lines
+
+
+def _examples(pairs, sign):
+    """Return the first pairs of names as text."""
+    return first_few(name if name == other else f"{name} {sign} {other}" for name, other in pairs)
+
+
+def sheet_rows(splits):
+    """Return rows of a contact sheet, as `figures.sheet` takes them, of records spread over all splits.
+
+    A row: image uint8 `[H, W, 3]`, mask bool `[H, W]`, no predictions, the longest prompt, a caption.
+    """
+    rows = []
+    most = max(1, SHEET_ROWS // len(splits))
+    for split, records in splits.items():
+        places = np.linspace(0, len(records) - 1, min(len(records), most)).round()
+        for i in places.astype(int):
+            record = records[i]
+            try:
+                image = read_image(record.image)
+                mask = read_mask(record.mask)
+            except (ImageError, OSError):
+                continue
+            prompt = max(prompt_texts(record), key=len, default="")
+            rows.append((image, mask, [], prompt, f"{split}: {record.mask_name}"))
+    return rows

@@ -1,0 +1,150 @@
+"""Classes of a user's own folder: of label maps, named by dataset.json, or of a folder of masks for each.
+
+Each class that an image holds becomes a record; the others are the record's absent classes.
+"""
+
+import dataclasses
+import os
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from vlsm.data.images import LABELS_FORM, ImageError, LabelMask, read_labels, read_mask
+from vlsm.data.records import check_texts
+from vlsm.system.console import first_few
+from vlsm.system.files import field, leaves_folder, read_json
+
+READERS = min(16, os.cpu_count() or 1)  # threads
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """The classes of label maps, as a dataset.json names them.
+
+    numbers: {class word: its number in the maps}. ignore: the number of pixels that do not count, or None.
+    prompts: {class word: text, or list of texts}.
+    """
+
+    file: Path
+    numbers: dict
+    ignore: int | None
+    prompts: dict
+
+
+def find_labels(*folders):
+    """Return the `Labels` of the first dataset.json in the folders, or None. Raises as `parse_labels`."""
+    for folder in folders:
+        file = folder / "dataset.json"
+        if file.is_file():
+            return parse_labels(read_json(file), file)
+    return None
+
+
+def parse_labels(content, file):
+    """Return the `Labels` in the content of a dataset.json. Raises ValueError, which names file and key."""
+    numbers = dict(field(file, content, "labels", kind=dict, words=f"an object, as in {LABELS_FORM}"))
+    for word in numbers:
+        number = field(file, content, "labels", word, kind=int, words=f"a class number, as in {LABELS_FORM}")
+        if not 0 <= number <= 65535:
+            raise ValueError(f"'{file}': 'labels.{word}' should be 0 to 65535, and is {number}.")
+        if not word or leaves_folder(word):
+            raise ValueError(f"'{file}': 'labels' names a class '{word}'; it should be a word.")
+    if len(set(numbers.values())) < len(numbers):
+        raise ValueError(f"'{file}': 'labels' gives one number to two classes.")
+    if numbers.pop("background", None) != 0:
+        raise ValueError(f"'{file}': 'labels' should hold \"background\": 0, as in {LABELS_FORM}.")
+    ignore = numbers.pop("ignore", None)
+    if not numbers:
+        raise ValueError(f"'{file}': 'labels' names no class beside the background, as in {LABELS_FORM}.")
+    prompts = {}
+    if "prompts" in content:
+        prompts = field(file, content, "prompts", kind=dict, words="an object of the classes' texts")
+    for word, texts in prompts.items():
+        if word not in numbers:
+            raise ValueError(
+                f"'{file}': 'prompts' has texts for '{word}', which 'labels' does not name; it names "
+                f"{first_few(numbers)}."
+            )
+        check_texts(file, word, texts)
+    return Labels(file, numbers, ignore, prompts)
+
+
+def label_records(records, labels):
+    """Return a record for each class of each label map, from records whose mask is the map's path."""
+    rows = []
+    for record in records:
+        if record.problem:
+            rows.append(record)
+            continue
+        for word, number in labels.numbers.items():
+            row = dataclasses.replace(record, class_word=word, mask_name=f"{word}/{record.mask_name}")
+            row.mask = LabelMask(record.mask, number, labels.ignore)
+            row.prompts = {"p0": "", "p1": labels.prompts.get(word, word)}
+            rows.append(row)
+    return rows
+
+
+def present_records(records, labels=None):
+    """Return the records whose class is in the image, and set `absent` of each; records: of all classes.
+
+    If no image holds a class (healthy controls), all records are returned. Raises ValueError for a number in
+    a map that no label names.
+    """
+    numbers = _numbers_of_files(records)
+    if labels:
+        _refuse_unnamed(numbers, labels)
+    rows = []
+    present = defaultdict(set)  # image's name -> class words
+    for record in records:
+        value = record.mask.value if isinstance(record.mask, LabelMask) else 1
+        in_file = numbers.get(record.files[1])
+        if in_file is None:  # the cache reports why its file cannot be used, with all others
+            rows.append(record)
+        elif value in in_file:
+            rows.append(record)
+            present[record.name].add(record.class_word)
+    words = dict.fromkeys(record.class_word for record in records if record.class_word)
+    for record in rows or records:
+        elsewhere = words.keys() - present[record.name] - {record.class_word}
+        record.absent = tuple(word for word in words if word in elsewhere)
+    return rows or records
+
+
+def _refuse_unnamed(numbers, labels):
+    """Raise ValueError for a number in a map that no label names."""
+    named = {0, labels.ignore, *labels.numbers.values()}
+    for file, in_file in numbers.items():
+        unnamed = sorted(in_file - named)
+        if unnamed:
+            raise ValueError(
+                f"'{labels.file}': 'labels' names no class of number {unnamed[0]}, which '{file}' holds. "
+                '(Pixels that should not count are named "ignore".)'
+            )
+
+
+def _numbers_of_files(records):
+    """Return {mask file: numbers in it} of the files that can be read; of a binary mask: 1, if anywhere."""
+    readers = {}
+    for record in records:
+        if not record.problem:
+            readers[record.files[1]] = read_labels if isinstance(record.mask, LabelMask) else read_mask
+
+    def read(file):
+        try:
+            return file, _numbers_in(file, os.stat(file).st_mtime_ns, readers[file])
+        except (ImageError, OSError):
+            return file, None
+
+    with ThreadPoolExecutor(READERS) as pool:
+        pairs = list(pool.map(read, readers))
+    return {file: numbers for file, numbers in pairs if numbers is not None}
+
+
+@lru_cache(maxsize=1 << 20)  # a folder is read once for each of its splits, and to list them
+def _numbers_in(file, changed, reader):
+    """Return the numbers that a mask or label map, last changed at a time, holds."""
+    counts = np.bincount(reader(file).ravel())
+    return frozenset(counts.nonzero()[0].tolist())

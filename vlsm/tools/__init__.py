@@ -1,0 +1,1 @@
+"""Programs of their own: `python -m vlsm.tools.NAME`. Nothing imports them."""

@@ -1,0 +1,217 @@
+"""Table and charts of the evaluated runs below a folder: a column for each method, means over seeds."""
+
+import re
+import statistics
+from collections import defaultdict, namedtuple
+from pathlib import Path
+
+from vlsm.checkpoint import read_metadata
+from vlsm.results.scores import METRICS, in_brackets, intervals_over_runs
+from vlsm.system import plots
+from vlsm.system.arguments import Parser
+from vlsm.system.console import friendly_errors, say
+from vlsm.system.files import check_targets, csv_text, field, owned_write, read_json, write_text
+
+DAGGER = " †"  # after the name of a method whose figures are a paper's
+TEX = str.maketrans({"%": r"\%", "_": r"\_", "†": r"$^\dagger$", "±": r"$\pm$"})
+NETWORK_PREFIXES = {"clipseg": "", "cris": "CRIS ", "san": "SAN ", "sam3": "SAM3 "}
+
+# An evaluation of a run on its own data set; metrics: the contents of metrics.json, which is `file`
+Run = namedtuple("Run", "dataset label recipe file metrics")
+# A mean in per cent or pixels and its spread, as numbers and as text: the sample deviation of several seeds
+# and the 95 % interval over records (" ± 1.41 [78.20, 83.10]")
+Cell = namedtuple("Cell", "mean low high spread")
+
+
+def method_label(metadata, metrics):
+    """Return a method's name with network, options and evaluation: "dense vl 64", "CRIS full (mirrored)"."""
+    label = NETWORK_PREFIXES[metadata["model"]] + metadata["method"]
+    for option, prefix in (("branches", ""), ("dim", ""), ("prompt_depth", "J")):
+        if option in metadata["options"]:
+            label += f" {prefix}{metadata['options'][option]}"
+    if metadata["reference"]:
+        label += " (published code)"
+    if metrics.get("mirror"):
+        label += " (mirrored)"
+    if metrics.get("ensemble"):
+        label += f" (mean of {len(metrics['ensemble'])})"
+    return label
+
+
+def collect(root, split="test"):
+    """Return the `Run`s below a folder that were evaluated on a split of their own data set.
+
+    Raises ValueError if there are none.
+    """
+    runs = []
+    for file in sorted(Path(root).rglob(f"eval-{split}*/metrics.json")):
+        metrics = read_json(file)
+        checkpoints = metrics.get("ensemble") or [file.parents[1] / "best.safetensors"]
+        if not Path(checkpoints[0]).exists():
+            continue
+        metadata = read_metadata(checkpoints[0])
+        dataset = Path(field(file, metrics, "dataset", kind=str, words="a name")).name
+        recipe = dict(metadata["recipe"], weights=metadata["weights"], image_size=metadata["image_size"])
+        if dataset == Path(metadata["dataset"]).name:
+            runs.append(Run(dataset, method_label(metadata, metrics), recipe, file, metrics))
+    if not runs:
+        raise ValueError(
+            f"Below '{root}' there is no run with eval-{split}/metrics.json. Evaluate the runs first: "
+            "evaluate.py --ckpt RUN."
+        )
+    return runs
+
+
+def group_seeds(runs):
+    """Return ({(data set, label): {seed: run}}, {label: number of trained parameters}).
+
+    The options that differ between runs of one label are added to it. Of several evaluations with one seed
+    the first counts.
+    """
+    groups = defaultdict(dict)
+    trained = {}
+    for run in runs:
+        recipes = [r.recipe for r in runs if (r.dataset, r.label) == (run.dataset, run.label)]
+        label = run.label
+        for option, value in run.recipe.items():
+            if option != "seed" and any(recipe.get(option) != value for recipe in recipes):
+                label += f" ({option} {value})"
+        groups[run.dataset, label].setdefault(run.recipe["seed"], run)
+        trained[label] = field(run.file, run.metrics, "trained", kind=int, words="a whole number")
+    return groups, trained
+
+
+def mean_over_seeds(runs, metric):
+    """Return the `Cell` of runs that differ in their seed; None if the metric is undefined for all."""
+    factor = METRICS[metric][1]
+    summaries = [field(run.file, run.metrics, metric, kind=dict, words="a summary") for run in runs]
+    defined = [summary for summary in summaries if summary["mean"] is not None]
+    if not defined:
+        return None
+    means = [factor * summary["mean"] for summary in defined]
+    mean = statistics.mean(means)
+    if len(means) > 1:
+        std = statistics.stdev(means)
+        interval = intervals_over_runs([run.file.with_name("metrics.csv") for run in runs], metric)
+        return Cell(mean, mean - std, mean + std, f" ± {std:.2f} {in_brackets(interval, factor)}".rstrip())
+    interval = defined[0]["ci95"]
+    if not interval:  # of fewer than two groups of records
+        return Cell(mean, mean, mean, "")
+    low, high = interval
+    return Cell(mean, factor * low, factor * high, f" {in_brackets(interval, factor)}")
+
+
+def tabulate(groups):
+    """Return {(data set, metric): {label: Cell}} of the groups of `group_seeds`."""
+    table = defaultdict(dict)
+    for (dataset, label), runs in groups.items():
+        for metric in METRICS:
+            cell = mean_over_seeds(runs.values(), metric)
+            if cell:
+                table[dataset, metric][label] = cell
+    return table
+
+
+def add_published(table, trained, name):
+    """Add a paper's figures to the table, and its methods to `trained`; return a note that names the paper.
+
+    name: of a file in vlsm/tools/published ("vlsm-adapter"), or the path of a .json file like them:
+    {"source": "A paper", "rows": [{"dataset": "kvasir", "method": "dense vl 64", "trained": 2974464, "dsc":
+    89.1}, ...]}; DSC, IoU and NSD in per cent, unknown values left out. Raises OSError or ValueError.
+    """
+    file = Path(name) if name.endswith(".json") else Path(__file__).parent / "published" / f"{name}.json"
+    paper = read_json(file)
+    for i, row in enumerate(field(file, paper, "rows", kind=list, words="a list")):
+        where = f"{file}, row {i}"
+        dataset = field(where, row, "dataset", kind=str, words="a text")
+        label = field(where, row, "method", kind=str, words="a text") + DAGGER
+        trained[label] = field(where, row, "trained") if "trained" in row else trained.get(label)
+        for metric in METRICS:
+            if metric in row and (dataset, metric) in table:
+                mean = field(where, row, metric)
+                table[dataset, metric][label] = Cell(mean, mean, mean, "")
+    return f"\n{DAGGER.strip()} {field(file, paper, 'source', kind=str, words='a text')}\n"
+
+
+def head_text(label, trained):
+    """Return a column's head: "dense vl 64 (2.97 M)"; the number is left out if it is 0 or unknown."""
+    if not trained:
+        return label
+    return f"{label} ({trained / 1e3:.3g} k)" if trained < 1e6 else f"{label} ({trained / 1e6:.3g} M)"
+
+
+def table_rows(table, trained):
+    """Return rows of texts in markdown, the head first; our best figures are bold, unknown ones empty."""
+    labels = sorted(trained, key=lambda label: (trained[label] is None, trained[label], label))
+    rows = [["data set", "metric", *(head_text(label, trained[label]) for label in labels)]]
+    for (dataset, metric), cells in table.items():
+        title, _, better = METRICS[metric]
+        ours = [cell.mean for label, cell in cells.items() if not label.endswith(DAGGER)]
+        best = f"{better(ours):.2f}"
+        row = [dataset, title]
+        for label in labels:
+            text = ""
+            if label in cells:
+                text = f"{cells[label].mean:.2f}"
+                if text == best and not label.endswith(DAGGER):
+                    text = f"**{text}**"
+                text += cells[label].spread
+            row.append(text)
+        rows.append(row)
+    return rows
+
+
+def format_rows(rows, text_format):
+    """Format rows of texts in markdown, the first of which is the head, as md, csv or tex (with booktabs)."""
+    if text_format == "csv":
+        return csv_text(rows).replace("**", "").replace("±", "+-")
+    if text_format == "md":
+        head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+        return "\n".join([head, "| --- | --- |" + " ---: |" * (len(rows[0]) - 2), *body, ""])
+    head, *body = [" & ".join(row).translate(TEX) + r" \\" for row in rows]
+    begin = r"\begin{tabular}{ll" + "r" * (len(rows[0]) - 2) + "}"
+    lines = [begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", ""]
+    return re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", "\n".join(lines))
+
+
+def main(argv=None):
+    parser = Parser(
+        __doc__,
+        "example:\n  python -m vlsm.tools.report runs --published vlsm-adapter",
+        prog="python -m vlsm.tools.report",
+    )
+    parser.add_argument("folder", metavar="DIR", help="folder of evaluated runs")
+    parser.add_argument("--split", default="test", choices=["train", "val", "test"], help="default: test")
+    parser.add_argument("--format", default="md", choices=["md", "csv", "tex"], help="default: md")
+    parser.add_argument(
+        "--published",
+        metavar="NAME",
+        help="a paper's figures beside ours: vlsm-adapter, tunevlseg, another file of vlsm/tools/published, "
+        "or FILE.json in their form",
+    )
+    parser.add_argument("--out", metavar="DIR", help="folder to write to (default: that of the runs)")
+    parser.add_argument(
+        "--figure-format", default="png", choices=["png", "pdf", "svg"], help="of the charts (default: png)"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace files that this program did not write"
+    )
+    args = parser.parse_args(argv)
+    groups, trained = group_seeds(collect(args.folder, args.split))
+    table = tabulate(groups)
+    dsc = {dataset: dict(cells) for (dataset, metric), cells in table.items() if metric == "dsc"}
+    note = add_published(table, trained, args.published) if args.published else ""
+    text = format_rows(table_rows(table, trained), args.format) + (note if args.format == "md" else "")
+    names = (f"report.{args.format}", f"dsc.{args.figure_format}", f"parameters.{args.figure_format}")
+    files = [Path(args.out or args.folder, name) for name in names]
+    check_targets(files, overwrite=args.overwrite)
+    write_text(files[0], text)
+    for file, draw in zip(files[1:], (plots.bars, plots.against_parameters)):
+        with owned_write(file) as temporary:
+            draw(dsc, trained, temporary, args.figure_format)
+    say(f"{text}\n{sum(map(len, groups.values()))} evaluations. Wrote {', '.join(map(str, files))}")
+
+
+if __name__ == "__main__":
+    with friendly_errors():
+        main()

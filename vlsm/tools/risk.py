@@ -1,0 +1,145 @@
+"""Fit a threshold that keeps the expected false-negative rate (missed foreground) below a level.
+
+It is fitted on the validation split, and its effect is measured on the test split. Writes risk.json into
+eval-SPLIT in the run's folder. Source: Angelopoulos, Bates, Fisch, Lei, Schuster, "Conformal Risk Control"
+(ICLR 2024), section 2.
+"""
+
+import numpy as np
+import torch
+
+from datasets import group_pattern, open_run_split
+from vlsm import metrics
+from vlsm.results.evaluation import add_split_arguments, measure_records, results_folder
+from vlsm.results.predict import load_predictor, logits_at_size
+from vlsm.results.scores import bootstrap_intervals, group_names, in_brackets
+from vlsm.system import parallel
+from vlsm.system.arguments import Parser, add_machine_arguments, number
+from vlsm.system.console import friendly_errors, say
+from vlsm.system.files import write_json
+
+EXAMPLE = "example:\n  python -m vlsm.tools.risk runs/kvasir-dense-64-seed42 fn 0.1"
+THRESHOLDS = np.arange(1, 1000) / 1000
+
+
+def missed_shares(predictor, data, prompts, batch_size=32):
+    """Return the share of each record's true pixels below each of `THRESHOLDS`, `[N, 999]`.
+
+    Records whose truth is empty have nothing to miss and are left out.
+    """
+
+    def missed(i, prompt, logits, truth):
+        truth = truth == 1
+        if not truth.any():
+            return None
+        probability = logits_at_size(logits, truth.shape).sigmoid()
+        of_truth = probability[truth].double().sort().values
+        below = torch.searchsorted(of_truth, torch.tensor(THRESHOLDS, device=truth.device))
+        return (below / len(of_truth)).cpu().numpy()
+
+    rows = measure_records(predictor, data, prompts, batch_size, missed)
+    return np.array(rows).reshape(-1, len(THRESHOLDS))
+
+
+def fit_threshold(missed, level):
+    """Return the largest of `THRESHOLDS` at which the expected share of a new record is at most `level`.
+
+    missed: `[N, 999]`, of records that are exchangeable with the new one. A share is at most 1, so that
+    (sum + 1) / (N + 1) bounds its expectation. Raises ValueError, with the least level, if there is none.
+    """
+    bounds = (missed.sum(0) + 1) / (len(missed) + 1)
+    suitable = np.flatnonzero(bounds <= level)
+    if not len(suitable):
+        raise ValueError(
+            f"fn {level}: {len(missed)} records with foreground allow no level below {bounds[0]:.3f}. Hold "
+            "back more validation records, or choose a higher level."
+        )
+    return float(THRESHOLDS[suitable[-1]])
+
+
+def effect(predictor, data, prompts, threshold, group=None, batch_size=32):
+    """Return {"missed", "dsc", "dsc_at_half": mean, ci95 and n} of a threshold, and of the usual 0.5."""
+    groups = group_names(data.records, group)
+
+    def measure(i, prompt, logits, truth):
+        truth = truth == 1
+        probability = logits_at_size(logits, truth.shape).sigmoid()
+        mask = probability >= threshold
+        half = probability >= 0.5
+        missed = np.nan
+        if truth.any():
+            missed = 1 - mask[truth].sum().item() / truth.sum().item()
+        dsc, dsc_at_half = metrics.dsc([mask, half], [truth, truth]).tolist()
+        return groups[i], missed, dsc, dsc_at_half
+
+    rows = measure_records(predictor, data, prompts, batch_size, measure)
+    row_groups, *columns = zip(*rows)
+    values = dict(zip(("missed", "dsc", "dsc_at_half"), columns))
+    intervals = bootstrap_intervals(values, row_groups)
+    summary = {}
+    for name, column in values.items():
+        n = int(np.isfinite(column).sum())
+        summary[name] = dict(mean=np.nanmean(column), ci95=intervals[name], n=n)
+    return summary
+
+
+def guarantee(level, n):
+    """Return in words what a threshold that was fitted on n records guarantees."""
+    return (
+        f"Of a new record with foreground, exchangeable with the {n} that the threshold was fitted on, the "
+        f"expected share of missed foreground is at most {level:g}. Validation records that also chose the "
+        "checkpoint are exchangeable with new ones only nearly."
+    )
+
+
+def describe(result):
+    """Return a fitted threshold in words."""
+    percent = {}
+    for name, s in result["test"].items():
+        percent[name] = f"{100 * s['mean']:.2f} {in_brackets(s['ci95'])}".rstrip()
+    return (
+        f"Threshold {result['threshold']:.3f} keeps the expected share of missed foreground below "
+        f"{100 * result['level']:g} % (fitted on {result['fitted_on']} validation records).\n"
+        f"Test: missed {percent['missed']} %, DSC {percent['dsc']} % (at 0.5: {percent['dsc_at_half']} %)\n"
+        f"{result['guarantee']}"
+    )
+
+
+def main(argv=None):
+    parser = Parser(__doc__, EXAMPLE, prog="python -m vlsm.tools.risk")
+    parser.add_argument("run", help="run folder or checkpoint")
+    parser.add_argument("risk", choices=["fn"], help="fn: the share of foreground that is missed")
+    parser.add_argument("level", type=number(float, high=0.999, above=0), help="such as 0.1")
+    add_split_arguments(parser)
+    add_machine_arguments(parser)
+    args = parser.parse_args(argv)
+    if args.split == "val":
+        raise ValueError("The threshold is fitted on the validation split; judge it on --split test.")
+
+    predictor = load_predictor(args.run, args.weights, args.device, args.amp, args.kernels, args.compile)
+    metadata = predictor.metadata
+    where = (args.dataset, args.data_root, args.prompts, args.seed, args.cache_dir)
+    held_back, held_back_texts = open_run_split(metadata, "val", *where)
+    test, test_texts = open_run_split(metadata, args.split, *where)
+    group, _ = group_pattern(args.dataset or metadata["dataset"], args.group)
+
+    missed = missed_shares(predictor, held_back, held_back_texts, args.batch_size)
+    threshold = fit_threshold(missed, args.level)
+    result = dict(
+        risk="fn",
+        level=args.level,
+        threshold=threshold,
+        fitted_on=len(missed),
+        guarantee=guarantee(args.level, len(missed)),
+        test=effect(predictor, test, test_texts, threshold, group, args.batch_size),
+    )
+    if not parallel.rank():
+        file = results_folder(args.run, metadata, args.split, args.dataset) / "risk.json"
+        write_json(file, result)
+        say(f"{describe(result)}\nWrote {file}")
+    parallel.shut_down()
+
+
+if __name__ == "__main__":
+    with friendly_errors():
+        main()

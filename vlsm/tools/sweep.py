@@ -1,0 +1,228 @@
+"""Search hyper-parameters by Optuna's TPE: a run of train.py for each trial, in a folder of its own.
+
+The study is a SQLite file beside the trials; an interrupted sweep continues from it.
+"""
+
+import argparse
+import json
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+import train
+from vlsm.methods.search_space import search_space
+from vlsm.model import network_class, read_config
+from vlsm.system.arguments import Parser, number
+from vlsm.system.console import friendly_errors, say
+from vlsm.system.files import atomic_write, field, is_filled, locked, read_json, write_csv, write_json
+from vlsm.training.arguments import method_options, parse_arguments, train_parser
+from vlsm.training.run import Diverged, delete_run
+
+EXAMPLES = """examples:
+  python -m vlsm.tools.sweep --out runs/coop-sweep --trials 20 -- --dataset kvasir --peft coop
+  python -m vlsm.tools.sweep --out runs/coop-sweep --trials 40 --resume
+  python -m vlsm.tools.sweep --out runs/dims --space space.json -- --dataset demo --peft dense
+what follows -- goes to train.py; an option given there is not searched. A space is a JSON file such as
+  {"lr": {"low": 1e-5, "high": 5e-3, "log": true}, "dim": [16, 64], "dims": [[8, 16, 32], [32, 16, 8]]}"""
+
+
+def choose_space(values, words):
+    """Return the search space of the method, without the options that train.py's command line gives.
+
+    values: all options by name. words: the command line.
+    """
+    _, _, config = read_config(values["model"], values["weights"])
+    network = network_class(values["model"])
+    space = search_space(values["peft"], network, config, values["reference"], method_options(values))
+    parser = train_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    for name in vars(parser.parse_args(words)):
+        space.pop(name, None)
+    return space
+
+
+def make_distributions(optuna, space):
+    """Return {name: Optuna's distribution} of a space; Optuna checks the values.
+
+    Raises ValueError for an entry without a meaning, and for a space without entries.
+    """
+    known = {action.dest for action in train_parser()._actions}
+    if not space:
+        raise ValueError("Nothing is left to search: every hyper-parameter was given as an option.")
+    distributions = {}
+    for name, entry in space.items():
+        try:
+            if name not in known:
+                raise ValueError("train.py has no such option")
+            if isinstance(entry, list):  # Optuna has no choices that are lists
+                choices = [json.dumps(choice) if isinstance(choice, list) else choice for choice in entry]
+                distributions[name] = optuna.distributions.CategoricalDistribution(choices)
+            elif isinstance(entry["low"], int) and isinstance(entry["high"], int):
+                distributions[name] = optuna.distributions.IntDistribution(**entry)
+            else:
+                distributions[name] = optuna.distributions.FloatDistribution(**entry)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"The search space's '{name}' should be a list of choices, or an interval such as "
+                f'{{"low": 1e-5, "high": 1e-2, "log": true}}; it is {entry} ({error}).'
+            ) from None
+    return distributions
+
+
+def open_study(optuna, file, new):
+    """Return the study in a file. Raises ValueError if it is missing though not `new`, or is no study."""
+    if not new and (not file.is_file() or not file.stat().st_size):
+        raise ValueError(
+            f"'{file}', which holds the trials of this sweep, is missing or empty. Start again with another "
+            "--out."
+        )
+    try:
+        study = optuna.create_study(
+            storage=f"sqlite:///{file.absolute()}", study_name="sweep", direction="maximize",
+            load_if_exists=True, pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=5),
+        )  # fmt: skip
+        study.get_trials()
+    except Exception as error:  # of SQLAlchemy, alembic or Optuna
+        raise ValueError(
+            f"'{file}' is no study that Optuna can read ({type(error).__name__}). The runs beside it are "
+            "whole; start the search again with another --out."
+        ) from error
+    return study
+
+
+def next_trial(optuna, study, distributions, count, seed):
+    """Return the trial that was interrupted, else a new one, or None after `count` trials."""
+    trials = study.get_trials()
+    for trial in trials:
+        if trial.state == optuna.trial.TrialState.RUNNING:
+            return optuna.trial.Trial(study, trial._trial_id)
+    if len(trials) >= count:
+        return None
+    # a sampler for each trial: its draws depend on the trial's number, not on earlier interruptions
+    study.sampler = optuna.samplers.TPESampler(
+        seed=1000 * seed + len(trials), multivariate=True, n_startup_trials=min(10, -(-count // 2))
+    )
+    return study.ask(distributions)
+
+
+def run_trial(optuna, study, trial, words, folder, by_loss):
+    """Train with a trial's parameters, to its end or to where the median prunes it.
+
+    words: train.py's command line for all trials. by_loss: score a run by its last validation loss, as the
+    published sweep does, not by its best DSC.
+    """
+    words = [*words, f"--out={folder}"]
+    for name, value in trial.params.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, str) and value.startswith("["):
+            words += [flag, *map(str, json.loads(value))]
+        else:
+            words.append(f"{flag}={value}")
+    if (folder / "config.json").is_file():
+        words.append("--resume")
+    elif is_filled(folder):  # killed before its first file was whole
+        delete_run(folder)
+
+    def score(history):
+        """Return the value of a run so far, which the study maximises."""
+        return -history[-1]["val_loss"] if by_loss else max(row["val_dsc"] for row in history)
+
+    def report_epochs(run):
+        """Report the epochs that the study lacks: also those between its last report and an interruption."""
+        reported = study.trials[trial.number].intermediate_values  # by epoch
+        for epoch in range(len(reported) + 1, len(run.history) + 1):
+            trial.report(score(run.history[:epoch]), epoch)
+        trial.set_user_attr("val_dsc", run.best)
+        trial.set_user_attr("epochs", len(run.history))
+
+    def after_epoch(run):
+        report_epochs(run)
+        if trial.should_prune():
+            raise optuna.TrialPruned
+
+    try:
+        run = train.main(words, after_epoch)
+        report_epochs(run)
+        study.tell(trial, score(run.history))
+    except optuna.TrialPruned:
+        say("pruned: below the median of the trials before it")
+        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+    except (ValueError, torch.OutOfMemoryError) as error:
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        if not isinstance(error, (Diverged, torch.OutOfMemoryError)):  # a mistake, which others would repeat
+            raise
+        say(f"failed: {error}")
+
+
+def trial_folder(out, trial):
+    return out / f"trial-{trial.number:03d}"
+
+
+def report(study, out):
+    """Print a table of the trials, best first, and write it to sweep.csv.
+
+    Raises ValueError if no trial finished an epoch.
+    """
+    trials = [trial for trial in study.get_trials() if "val_dsc" in trial.user_attrs]
+    if not trials:
+        raise ValueError("No trial finished an epoch; the lines above say why.")
+    trials.sort(key=lambda trial: -trial.user_attrs["val_dsc"])
+    table = [["trial", "state", "val_dsc", "epochs", *trials[0].params]]
+    for trial in trials:
+        dsc = f"{100 * trial.user_attrs['val_dsc']:.2f}"
+        row = [f"{trial.number:03d}", trial.state.name.lower(), dsc, str(trial.user_attrs["epochs"])]
+        table.append(row + [f"{v:.3g}" if isinstance(v, float) else str(v) for v in trial.params.values()])
+    write_csv(out / "sweep.csv", table, atomic_write)
+    for row in table:
+        say("  ".join(cell.rjust(12) for cell in row))
+    best = study.best_trial if any(trial.state.name == "COMPLETE" for trial in trials) else trials[0]
+    say(f"Wrote {out / 'sweep.csv'}. The best: python evaluate.py --ckpt {trial_folder(out, best)}")
+
+
+def main(argv=None):
+    parser = Parser(__doc__.splitlines()[0], EXAMPLES, prog="python -m vlsm.tools.sweep")
+    parser.add_argument("--out", required=True, type=Path, help="folder of the sweep")
+    parser.add_argument("--trials", type=number(int, 1), default=20, help="runs in all (default 20)")
+    parser.add_argument("--space", metavar="FILE.json", help="search space (default: the paper's Table 2)")
+    parser.add_argument("--resume", action="store_true", help="continue the sweep in --out")
+    parser.add_argument("train", nargs="*", metavar="-- OPTIONS", help="options of train.py")
+    args = parser.parse_args(argv)
+    if find_spec("optuna") is None:
+        raise ValueError("A sweep needs Optuna: pip install optuna")
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    file = args.out / "config.json"
+    words = args.train
+    if args.resume:
+        config = read_json(file)
+        words = field(file, config, "arguments", kind=list, words="the arguments of a sweep")
+        space = field(file, config, "space", kind=dict, words="the space of a sweep")
+    elif is_filled(args.out):
+        raise FileExistsError(f"'{args.out}' exists and is not empty. Use --resume, or another --out.")
+    values = vars(parse_arguments(words))
+    if not args.resume:
+        space = read_json(args.space) if args.space else choose_space(values, words)
+    distributions = make_distributions(optuna, space)
+    with locked(args.out, "is writing a sweep into"):
+        write_json(file, dict(arguments=words, space=space), atomic_write)
+        study = open_study(optuna, args.out / "study.db", new=not args.resume)
+        while trial := next_trial(optuna, study, distributions, args.trials, values["seed"]):
+            say(f"\ntrial {trial.number + 1} of {args.trials}: {trial.params}")
+            try:
+                run_trial(optuna, study, trial, words, trial_folder(args.out, trial), values["reference"])
+            except SystemExit:  # interrupted
+                say(f"Continue the sweep with: python -m vlsm.tools.sweep --out {args.out} --resume")
+                raise
+        report(study, args.out)
+
+
+if __name__ == "__main__":
+    with friendly_errors():
+        main()

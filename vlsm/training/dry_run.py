@@ -1,0 +1,74 @@
+"""Measure the memory that a run needs, in real training steps on the device that would train."""
+
+import re
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from vlsm.system.parallel import autocast
+
+GB = 1 << 30
+CARDS = (8, 16, 24, 80)  # GB
+
+
+def reset_peak(device):
+    """Begin to measure the peak of memory anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):  # not on Linux: the peak is that of the whole process so far
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(device):
+    """Return the bytes allocated on a GPU, or resident in RAM, at the peak since `reset_peak`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    with suppress(OSError):
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
+
+
+def run_step(model, cache, optimizer, criterion, side, batch):
+    """Run one training step on `batch` images of `side` pixels."""
+    device = cache.device
+    images = torch.zeros(batch, 3, side, side, dtype=torch.uint8, device=device)
+    target = torch.zeros(batch, 1, side, side, dtype=torch.uint8, device=device)
+    prompts = ["one small red object, located in top left of the image"] * batch
+    pixel_values, input_ids, attention_mask, _, text_features = cache.model_inputs("", [], images, prompts)
+    with autocast(device, cache.dtype):
+        image_features = None
+        if cache.keeps_images:
+            with torch.no_grad():
+                image_features = cache.encode_frozen(pixel_values)
+        logits = model(pixel_values, input_ids, attention_mask, image_features, text_features)
+    criterion(logits, target).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def describe_memory(model, cache, optimizer, criterion, side):
+    """Return lines on the memory of weights and of each image, and the largest batch for some cards.
+
+    The steps change the model.
+    """
+    model.train()
+    least = 2 if model.updated_buffers else 1  # the statistics of a batch need two values
+    peaks = []
+    for batch in (least, least, least + 1):  # the first one allocates the optimizer's state
+        reset_peak(cache.device)
+        run_step(model, cache, optimizer, criterion, side, batch)
+        peaks.append(peak_bytes(cache.device))
+    each = max(peaks[2] - peaks[1], 1)  # bytes an image
+    fixed = max(peaks[1] - least * each, 0)
+    batches = []
+    for size in CARDS:
+        batches.append(f"{size} GB: {max(0, (size * GB - fixed) // each)}")
+    return (
+        f"memory, measured in two steps: {fixed / GB:.2f} GB for weights and the like, {each / GB:.3f} GB "
+        f"for each image of a step\nlargest --batch-size (with --accumulate, of a part): {', '.join(batches)}"
+    )

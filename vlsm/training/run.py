@@ -1,0 +1,380 @@
+"""A training run: its folder, history and checkpoints, and how it is resumed."""
+
+import json
+import math
+import platform
+import re
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from vlsm.checkpoint import load_state, save_state, save_tuned
+from vlsm.system import parallel, plots
+from vlsm.system.console import first_few, say
+from vlsm.system.files import (
+    atomic_write,
+    delete_owned,
+    digest,
+    is_filled,
+    locked,
+    read_json,
+    sweep_temporary,
+    write_csv,
+    write_json,
+)
+
+PROGRESS = 1e-4  # by which the monitored value must improve
+COLUMNS = (
+    "epoch", "train_loss", "train_dsc", "val_loss", "val_dsc", "val_iou", "lr", "seconds",
+    "images_per_second",
+)  # fmt: skip
+# The files that `Run` writes into its folder; those of evaluations are in their folder's ledger.
+FILES = (
+    "config.json", "best.safetensors", "last.safetensors", "log.csv", "curves.png", "state.pt",
+    "tensorboard/events.out.tfevents.*",
+)  # fmt: skip
+
+
+class Run:
+    """A run in progress.
+
+    dtype: of autocast, or None. metadata: the run's data, recipe and versions, for config.json and the
+    checkpoints, see `describe_run`. monitor: "dsc" or "loss", the validation metric for early stopping.
+
+    Attributes: `history`, a row of log.csv for each epoch; `best`, the best validation DSC; `stalled`, the
+    epochs since the monitored metric last improved by `PROGRESS`; `mark`, its value then (of the loss,
+    negated).
+    """
+
+    def __init__(self, out, model, optimizer, scheduler, dtype, metadata, monitor="dsc"):
+        self.out = Path(out)
+        self.model = model
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        self.metadata = metadata
+        self.monitor = monitor
+        self.history = []
+        self.best = -1.0
+        self.improved = False  # whether the last epoch has the best validation DSC
+        self.stalled = 0
+        self.mark = -math.inf
+        self.gradients_checked = False
+        self.writer = None  # TensorBoard's
+
+    @property
+    def device(self):
+        """Return the device of the model."""
+        return next(self.model.parameters()).device
+
+    @property
+    def next_epoch(self):
+        """Return the number of the next epoch; the first one is 1."""
+        return len(self.history) + 1
+
+    def start(self, settings, resume=False, overwrite=False, changed_data=False, tensorboard=False):
+        """Continue the run in its folder, or make the folder with its config.json.
+
+        settings: the options for config.json. changed_data: continue with other records. Raises
+        ValueError for a run that cannot continue.
+        """
+        if resume and (self.out / "state.pt").is_file():
+            if not changed_data:
+                check_records(self.out, self.metadata["records"])
+            self.resume()
+            best = f"best validation DSC {100 * self.best:.2f}"
+            say(f"Resuming '{self.out}' after epoch {len(self.history)} ({best})")
+        if parallel.rank():
+            return
+        make_folder(self.out, settings, self.metadata, overwrite)  # only once the saved state matches
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder = str(self.out / "tensorboard")  # rows of an epoch that was not saved are purged
+            self.writer = SummaryWriter(folder, purge_step=self.next_epoch, flush_secs=20)
+
+    # An epoch
+
+    def end_epoch(self, **row):
+        """Add a row to the log, and lower the learning rate if the validation loss stalls.
+
+        Returns the row as a line of text; a star marks the best validation DSC so far.
+        """
+        self.history.append(row)
+        self.scheduler.step(row["val_loss"])
+        self.improved = row["val_dsc"] > self.best
+        self.best = max(self.best, row["val_dsc"])
+        value = row["val_dsc"] if self.monitor == "dsc" else -row["val_loss"]
+        if value > self.mark + PROGRESS:
+            self.stalled = 0
+            self.mark = value
+        else:
+            self.stalled += 1
+        line = f"loss {row['train_loss']:.4f}  DSC {100 * row['train_dsc']:.2f}  "
+        line += f"val loss {row['val_loss']:.4f}  val DSC {100 * row['val_dsc']:.2f}  "
+        line += f"IoU {100 * row['val_iou']:.2f}  lr {row['lr']:.1e}  {row['images_per_second']:.3g} img/s"
+        return line + ("  *" if self.improved else "")
+
+    def save(self):
+        """Write every file of the run, in the first process alone.
+
+        state.pt comes last: until it is written, a resumed run repeats this epoch and writes the same files.
+        """
+        if parallel.rank():
+            return
+        self.save_checkpoint("last")
+        if self.improved:
+            self.save_checkpoint("best")
+        table = [COLUMNS]
+        for row in self.history:
+            table.append([row[name] for name in COLUMNS])
+        write_csv(self.out / "log.csv", table, atomic_write)
+        with atomic_write(self.out / "curves.png") as temporary:
+            plots.curves(self.history, temporary)
+        if self.writer:
+            for name in COLUMNS[1:]:
+                self.writer.add_scalar(name, self.history[-1][name], len(self.history))
+        save_state(self.out / "state.pt", self.state())
+
+    def save_checkpoint(self, name):
+        """Write the tuned tensors with the run's metadata, in the first process alone."""
+        if parallel.rank():
+            return
+        best = self.best if self.history else None
+        path = self.out / f"{name}.safetensors"
+        save_tuned(path, self.model, **self.metadata, best_val_dsc=best, epoch=len(self.history))
+
+    def refuse_nonfinite(self, loss, description):
+        """Raise Diverged for a loss of nan or infinity, before anything of that epoch is written."""
+        if math.isfinite(loss):
+            return
+        saved = "No epoch was finished."
+        if self.history:
+            saved = f"The last good state, after epoch {len(self.history)}, is kept in '{self.out}'."
+        lr = self.optimizer.param_groups[0]["lr"]
+        raise Diverged(
+            f"The {description} became {loss}, at learning rate {lr:.3g}. {saved} Try a smaller --lr, or "
+            "--amp off."
+        )
+
+    def describe_saved(self):
+        """Return a sentence on which epoch is saved, and how to continue."""
+        saved = f"epoch {len(self.history)} is saved" if self.history else "no epoch was finished yet"
+        return f"{saved}. Continue with: python train.py --out {self.out} --resume"
+
+    # Resuming
+
+    def state(self):
+        """Return the content of state.pt: all that resuming needs besides config.json."""
+        on_gpu = self.device.type == "cuda"
+        return dict(
+            tuned=self.model.tuned_state_dict(),
+            base=self.model.info["fingerprint"],
+            rng=torch.get_rng_state(),
+            cuda_rng=torch.cuda.get_rng_state(self.device) if on_gpu else None,
+            optimizer=self.optimizer.state_dict(),
+            scheduler=self.scheduler.state_dict(),
+            scaler=self.scaler.state_dict(),
+            history=self.history,
+            best=self.best,
+            stalled=self.stalled,
+            mark=self.mark,
+        )
+
+    def resume(self):
+        """Continue from state.pt. Raises ValueError if it belongs to another base."""
+        state = load_state(self.out / "state.pt")
+        if not isinstance(state, dict) or not set(self.state()) <= set(state):
+            raise ValueError(
+                f"'{self.out / 'state.pt'}' is not the state of a run. Start again with --overwrite."
+            )
+        if state["base"] != self.model.info["fingerprint"]:
+            raise ValueError(
+                f"The run in '{self.out}' was started on another base than '{self.model.info['weights']}'. "
+                "Pass its own with --weights."
+            )
+        self.model.load_tuned(state["tuned"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.history = state["history"]
+        self.best = state["best"]
+        self.stalled = state["stalled"]
+        self.mark = state["mark"]
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+
+
+# The folder
+
+
+@contextmanager
+def held_folder(out, resume=False, overwrite=False):
+    """Check a run's folder in every process, and hold its lock in the first while the run writes there.
+
+    Raises FileExistsError or ValueError before any work is done, see `check_folder`.
+    """
+    out = Path(out)
+    if parallel.rank():
+        check_folder(out, resume, overwrite)
+        yield
+        return
+    created = not out.exists()
+    try:
+        with locked(out, "is writing a run into"):
+            check_folder(out, resume, overwrite)
+            yield
+    finally:
+        if created and out.is_dir() and not is_filled(out):  # the run ended before its first file
+            out.rmdir()
+
+
+def check_folder(out, resume, overwrite):
+    """Refuse a folder that holds another run, or other files.
+
+    Raises FileExistsError, or ValueError for a run that cannot continue.
+    """
+    if not is_filled(out):
+        return
+    if resume:
+        if (out / "log.csv").is_file() and not (out / "state.pt").is_file():
+            raise ValueError(
+                f"'{out}' has a log.csv and no state.pt, so the run in it cannot continue where it stopped. "
+                "Put state.pt back, or start again with --overwrite."
+            )
+        return
+    if not overwrite:
+        raise FileExistsError(
+            f"'{out}' exists and is not empty. Use --resume to continue that run, --overwrite to delete it, "
+            "or another --out."
+        )
+    config = out / "config.json"
+    if not config.is_file() or not isinstance(read_json(config).get("options"), dict):
+        raise FileExistsError(
+            f"'{out}' holds no run of this program (config.json is missing or is not the config.json of a "
+            "run), so --overwrite does not delete it. Use another --out."
+        )
+
+
+def make_folder(out, settings, metadata, overwrite=False):
+    """Make a run's folder with its config.json; with `overwrite`, delete the run that is there first."""
+    if overwrite and is_filled(out):
+        delete_run(out)
+    out.mkdir(parents=True, exist_ok=True)
+    sweep_temporary(out)  # of a run that was killed while writing
+    write_json(out / "config.json", dict(options=settings, **metadata), atomic_write)
+
+
+def delete_run(out):
+    """Delete the files that a run and its evaluations wrote, and no others; print which files stay.
+
+    Links are removed, not followed.
+    """
+    for pattern in FILES:
+        for file in out.glob(pattern):
+            if file.is_file() or file.is_symlink():
+                file.unlink()
+    for folder in out.glob("eval-*"):
+        if folder.is_dir():
+            delete_owned(folder)
+    events = out / "tensorboard"
+    if events.is_dir() and not is_filled(events):
+        events.rmdir()
+    left = sorted(path.name for path in out.iterdir())
+    if left:
+        say(f"'{out}' also holds {first_few(left, 5)}; this stays.")
+
+
+# The metadata of a run
+
+
+def describe_run(model, data, side, settings, recipe_fields):
+    """Return the metadata of a run: data set, image size, normalisation, recipe, versions.
+
+    data: {split: `CachedSplit`}. side: of the images, in pixels. settings: all options by name.
+    """
+    words = set()
+    for split in data.values():
+        words.update(record.class_word for record in split.records if record.class_word)
+    return dict(
+        dataset=settings["dataset"],
+        data_root=settings["data_root"],
+        split_seed=settings["split_seed"],
+        prompts=settings["prompts"],
+        image_size=side,
+        mean=model.network.mean,
+        std=model.network.std,
+        recipe={name: settings[name] for name in recipe_fields},
+        versions=dict(python=platform.python_version(), torch=torch.__version__),
+        class_words=sorted(words),
+        records={name: fingerprint_records(split.records) for name, split in data.items()},
+    )
+
+
+def fingerprint_records(records):
+    """Return 16 hex digits of the names and prompts of records."""
+    rows = json.dumps([[record.name, record.mask_name, record.prompts] for record in records])
+    return digest(rows.encode())
+
+
+def check_records(out, fingerprints):
+    """Raise ValueError if the records differ from those of the run in `out`."""
+    stored = read_json(out / "config.json").get("records")
+    if stored not in (None, fingerprints):
+        raise ValueError(
+            f"The data set's records have changed since the run in '{out}' began (added, removed, renamed or "
+            "with other prompts). Put them back, or continue with --changed-data."
+        )
+
+
+# The first step's gradients
+
+
+# Parameters whose gradient is zero at the start by construction: a key bias shifts all scores of a query
+# alike, which softmax ignores; the first matrix of a LoRA update learns nothing before the second is not 0.
+ZERO_AT_START = re.compile(r"k_proj\.bias$|\.(q|k|v|out)\.down\.weight$")
+
+
+class Diverged(ValueError):
+    """A loss that is not finite."""
+
+
+def check_gradients(model):
+    """Check that each trained tensor has a finite gradient and no frozen one has any; returns a line on it.
+
+    model: a `VLSM` after a backward pass. Raises ValueError if a gradient is missing, not finite, or on a
+    frozen tensor.
+    """
+    tuned = model.tuned_parameters()
+    published = model.info["reference"]  # published code trains some tensors that nothing reads
+    broken = []
+    zero = []
+    for name, parameter in tuned.items():
+        gradient = parameter.grad
+        if gradient is None:
+            (zero if published else broken).append(name)
+        elif not gradient.isfinite().all():
+            broken.append(name)
+        elif not gradient.any() and not ZERO_AT_START.search(name):
+            zero.append(name)
+    trained = {id(parameter) for parameter in tuned.values()}
+    frozen = 0
+    leaking = []
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in trained:
+            frozen += 1
+            if parameter.grad is not None:
+                leaking.append(name)
+    if broken or leaking:
+        raise ValueError(
+            f"First step: {len(broken)} trained tensors without a finite gradient ({first_few(broken)}), "
+            f"{len(leaking)} frozen ones with one ({first_few(leaking)}). Training would be wrong; "
+            "please report this."
+        )
+    counts = f"{len(tuned) - len(zero)} of {len(tuned)} trained tensors finite and non-zero"
+    line = f"gradients at the first step: {counts}, 0 of {frozen} frozen ones have any"
+    if zero:
+        line += f"; ZERO, so not learning yet: {first_few(zero, 4)}"
+    return line
