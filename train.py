@@ -16,9 +16,8 @@ import datasets
 import kernels
 from vlsm.data.augment import augment
 from vlsm.data.cache import chunks, device_batches
-from vlsm.data.images import IGNORED
 from vlsm.data.records import choose_prompt
-from vlsm.metrics import dsc, iou
+from vlsm.metrics import counted_pixels, dsc, iou
 from vlsm.model import build
 from vlsm.networks.weights import image_side, is_random
 from vlsm.system import parallel
@@ -149,7 +148,7 @@ def train_epoch(
                 loss = criterion(logits, masks)
                 run.scaler.scale(loss * share.weight).backward()
                 # a rank without records of this batch has computed one, with weight and count 0
-                predicted, truth = counted_pixels(logits.detach(), masks)
+                predicted, truth = counted_pixels(logits.detach()[:, 0] > 0, masks[:, 0])
                 scores = dsc(predicted, truth)[: share.count]
                 share_loss = loss.detach().double() * share.count
                 sums += torch.stack([share_loss, scores.sum()])
@@ -185,12 +184,6 @@ def optimizer_step(run, loss, clip):
     run.scaler.update()
 
 
-def counted_pixels(logits, masks):
-    """Return prediction and truth, bool `[B, H, W]`, both False where the mask `[B, 1, H, W]` is ignored."""
-    predicted = (logits > 0) & (masks != IGNORED)
-    return predicted[:, 0], masks[:, 0] == 1  # bool: of other types the metrics check the values, which waits
-
-
 @torch.no_grad()
 def validate(model, data, cache, criterion, seed, prompt_mode, batch_size):
     """Return (loss, DSC, IoU), means over the validation records at the model's size."""
@@ -207,7 +200,7 @@ def validate(model, data, cache, criterion, seed, prompt_mode, batch_size):
         with autocast(cache.device, cache.dtype):
             logits = model(*inputs)  # [B, 1, S, S]
         loss_sum = criterion(logits, masks).double() * len(indices)
-        predicted, truth = counted_pixels(logits, masks)
+        predicted, truth = counted_pixels(logits[:, 0] > 0, masks[:, 0])
         scores = torch.stack([dsc(predicted, truth), iou(predicted, truth)], 1)
         rows.append((number, loss_sum, scores))
     # read from the device only now: every reading waits for it

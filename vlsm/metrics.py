@@ -67,6 +67,14 @@ def nsd(pred, target, tolerance=2.0):
     return _joined([_nsd(p, t, tolerance) for p, t in _checked_pairs(pred, target)])
 
 
+def counted_pixels(pred, target):
+    """Return bool masks and their target as bool tensors, both False where the target is 255 (ignored).
+
+    The metrics take them as they are; of a uint8 target they check the values, for which the device waits.
+    """
+    return pred & (target != IGNORED), target == 1
+
+
 def _checked_pairs(pred, target):
     """Return pairs of bool `[n, H, W]` tensors: one pair for tensors, pairs of n = 1 for lists."""
     if len(pred) != len(target):

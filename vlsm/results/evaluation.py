@@ -12,13 +12,13 @@ from vlsm.data.cache import chunks, default_cache, prefetch
 from vlsm.data.images import read_target
 from vlsm.results.predict import (
     clean_mask,
-    logits_at_size,
-    mask_at_size,
     mask_target,
+    masks_at_size,
     save_png,
     save_probability,
 )
 from vlsm.results.scores import calibration_counts, group_names, score
+from vlsm.segment import enlarge
 from vlsm.system import parallel
 from vlsm.system.arguments import number
 from vlsm.system.console import progress
@@ -154,19 +154,19 @@ def evaluate_prompts(
     def measure(i, prompt, logits, truth):
         """Return the scores of record i; write its mask and probabilities if folders are given."""
         record = data.records[i]
-        enlarged = logits_at_size(logits, truth.shape)
-        mask = mask_at_size(logits, truth.shape, upsample)
+        enlarged = enlarge(logits, truth.shape)  # [1, H, W]
+        mask = masks_at_size(logits, enlarged, upsample)[0]
         if keep_largest or min_area:
             cleaned = clean_mask(mask.cpu().numpy(), keep_largest, min_area)
             mask = torch.from_numpy(cleaned).to(mask.device)
         if mask_folder:
             save_png(mask, mask_target(mask_folder, record.mask_name))
         if probability_folder:
-            save_probability(enlarged, mask_target(probability_folder, record.mask_name))
+            save_probability(enlarged[0], mask_target(probability_folder, record.mask_name))
         row = dict(image=record.name, mask=record.mask_name, group=groups[i], prompt=prompt)
         row["class"] = record.class_word or ""
         row.update(score(mask, truth, tolerance))
-        row.update(calibration_counts(enlarged.sigmoid(), truth))
+        row.update(calibration_counts(enlarged[0].sigmoid(), truth))
         if keep_masks:
             row["packed_mask"] = np.packbits(mask.cpu().numpy())
         return row

@@ -143,24 +143,19 @@ def logits_at_size(logits, shape):
     return enlarge(logits, shape)[0]
 
 
-def mask_at_size(logits, shape, upsample="logits"):
-    """Return the bool mask `[h, w]` of logits `[1, S, S]` at the original `shape`, see `masks_at_size`."""
-    return masks_at_size(logits, shape, upsample)[0]
+def masks_at_size(logits, enlarged, upsample="logits", bound=0.0, exclusive=False):
+    """Return bool masks `[P, h, w]` at the original size, of logits `[P, S, S]` and the same `enlarged`.
 
-
-def masks_at_size(logits, shape, upsample="logits", bound=0.0, exclusive=False):
-    """Return bool masks `[P, h, w]` of logits `[P, S, S]` at the original `shape`: where they exceed `bound`.
-
-    upsample: "logits": enlarge bilinearly, then threshold; "mask": threshold, then enlarge. exclusive: a
-    pixel is of the largest logit alone.
+    bound: masks are where the logits exceed it. upsample: "logits": threshold the enlarged logits; "mask":
+    threshold, then enlarge. exclusive: a pixel is of the largest logit alone.
     """
     if upsample == "logits":
-        logits = enlarge(logits, shape)
+        logits = enlarged
     masks = logits > bound
     if exclusive:
         masks &= F.one_hot(logits.argmax(0), len(logits)).movedim(-1, 0).bool()
     if upsample == "mask":
-        masks = F.interpolate(masks[None].float(), shape, mode="nearest-exact")[0] > 0
+        masks = F.interpolate(masks[None].float(), enlarged.shape[1:], mode="nearest-exact")[0] > 0
     return masks
 
 
@@ -208,8 +203,7 @@ class MaskWriter:
     One prompt: NAME.png, a mask of 0 and 255; several: the same in a folder for each. label_map: instead
     NAME.png with class numbers, and dataset.json, which names them. probability_folder: also write the
     probabilities, as 16-bit PNGs. overlays: also write NAME.overlay.png. threshold: of the probability.
-    keep_largest, min_area: as in `clean_mask`. Raises ValueError for prompts
-    that cannot be told apart.
+    keep_largest, min_area: as in `clean_mask`. Raises ValueError for prompts that cannot be told apart.
     """
 
     def __init__(
@@ -239,11 +233,11 @@ class MaskWriter:
 
     def write(self, name, image, logits):
         """Write the files of an image uint8 `[H, W, 3]` from its logits `[P, S, S]`."""
-        shape = image.shape[:2]
-        for folder, enlarged in zip(self.probability_folders, enlarge(logits, shape)):
-            save_probability(enlarged, mask_target(folder, name))
+        enlarged = enlarge(logits, image.shape[:2])
+        for folder, of_prompt in zip(self.probability_folders, enlarged):
+            save_probability(of_prompt, mask_target(folder, name))
         exclusive = self.label_file is not None
-        masks = masks_at_size(logits, shape, self.upsample, self.bound, exclusive).cpu().numpy()
+        masks = masks_at_size(logits, enlarged, self.upsample, self.bound, exclusive).cpu().numpy()
         masks = np.stack([clean_mask(mask, self.keep_largest, self.min_area) for mask in masks])
         if exclusive:
             colours = class_colours(len(masks))

@@ -30,8 +30,7 @@ def score(prediction, truth, tolerance=2.0):
     truth: bool, or uint8 with 255 where pixels are ignored. tolerance: of NSD, in pixels. `diagonal`: of the
     image, in pixels. `intersection`, `union`: in pixels.
     """
-    prediction = prediction & (truth != metrics.IGNORED)
-    truth = truth == 1
+    prediction, truth = metrics.counted_pixels(prediction, truth)
     batch = prediction[None], truth[None]
     return dict(
         dsc=metrics.dsc(*batch).item(),

@@ -12,8 +12,9 @@ from vlsm import metrics
 from vlsm.data.describe import COLOURS, NUMBERS
 from vlsm.data.records import prompt_texts
 from vlsm.results.evaluation import add_split_arguments, measure_prompts, results_folder
-from vlsm.results.predict import load_predictor, mask_at_size
+from vlsm.results.predict import load_predictor, masks_at_size
 from vlsm.results.scores import bootstrap_intervals, group_names, in_brackets
+from vlsm.segment import enlarge
 from vlsm.system import parallel
 from vlsm.system.arguments import Parser, add_machine_arguments
 from vlsm.system.console import friendly_errors, say
@@ -93,7 +94,7 @@ def audit(predictor, data, right, seed=0, group=None, upsample="logits", batch_s
         truth = truth == 1
         if not truth.any():
             return None
-        mask = mask_at_size(logits, truth.shape, upsample)
+        mask = masks_at_size(logits, enlarge(logits, truth.shape), upsample)[0]
         dsc = metrics.dsc(mask[None], truth[None]).item()
         return groups[i], prompt, dsc, mask.sum().item(), truth.sum().item()
 
