@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from vlsm.data.classes import find_labels, label_records, present_records
 from vlsm.data.images import LabelMask, image_files
-from vlsm.data.records import DataError, Record, choose_prompt, class_word, read_annotations
+from vlsm.data.records import DataError, Record, choose_prompt, class_word, mark_absent, read_annotations
 from vlsm.system.console import first_few, friendly_errors, say
 from vlsm.system.files import check_targets, digest, owned_write
 
@@ -78,11 +78,11 @@ def records(dataset, split, data_root="data", split_seed=0):
     if dataset == "demo":
         from vlsm.mini import demo
 
-        return demo.records(split)
+        return mark_absent(demo.records(split))
     root, source = _locate(dataset, data_root)
     if source:
-        return _annotated_records(root, split, source)
-    return _folder_records(root, split, split_seed)
+        return mark_absent(_annotated_records(root, split, source))
+    return mark_absent(_folder_records(root, split, split_seed))
 
 
 def available_splits(dataset, data_root="data", split_seed=0):

@@ -10,12 +10,27 @@ from pathlib import Path
 import numpy as np
 
 from datasets import group_pattern, open_run_split
+from vlsm.data.images import LabelMask
+from vlsm.data.negatives import ABSENT_SETS, absent_prompts, unused_words
 from vlsm.data.records import choose_prompt
-from vlsm.results.evaluation import add_split_arguments, evaluate_prompts, results_folder
+from vlsm.results.evaluation import (
+    add_split_arguments,
+    confusion_matrix,
+    evaluate_prompts,
+    results_folder,
+)
 from vlsm.results.figures import draw_cases
 from vlsm.results.gallery import page_files, write_gallery
 from vlsm.results.predict import MaskWriter, load_ensemble, mask_target, predict_folder
-from vlsm.results.scores import METRICS, RESULT_FILES, describe, summarise, write_results
+from vlsm.results.scores import (
+    METRICS,
+    RESULT_FILES,
+    describe,
+    summarise,
+    summarise_label_maps,
+    summarise_values,
+    write_results,
+)
 from vlsm.segment import prompt_notice
 from vlsm.system import parallel
 from vlsm.system.arguments import Parser, add_machine_arguments, number
@@ -184,7 +199,12 @@ def evaluate_run(args, checkpoints):
 
     check_outputs(args, data.records, out)
     prompts = args.prompts or metadata["prompts"]
-    scores, summary = score_prompts(args, predictor, data, {"": texts}, settings["dataset"])[""]
+    prompt_sets = {"": texts}
+    if metadata["recipe"].get("negatives"):
+        words = unused_words(predictor.vocabulary(), data.records, texts, held_out=True)
+        prompt_sets |= absent_prompts(data.records, texts, words, settings["seed"])
+    scores, summary = score_prompts(args, predictor, data, prompt_sets, settings["dataset"])[""]
+    summary |= score_label_maps(args, predictor, data, texts)
     if not parallel.rank():
         write_results(out, scores, summary, dict(prompts=prompts, **settings))
         say(f"{settings['dataset']} {args.split}, {len(scores)} records, prompts: {prompts}")
@@ -210,12 +230,44 @@ def score_prompts(args, predictor, data, prompt_sets, dataset):
         probability_folder=args.save_probabilities,
         keep_largest=args.keep_largest,
         min_area=args.min_area,
+        alarm_sets=ABSENT_SETS,
     )
+    alarms = {}
+    for name in ABSENT_SETS:
+        rows = scores_of.pop(name, None)
+        if rows:
+            alarms[name] = summarise_values([row["alarm"] for row in rows], [row["group"] for row in rows])
     results = {}
     for name, scores in scores_of.items():
         summary = dict(summarise(scores, group_in_words), nsd_tolerance=args.nsd_tolerance)
+        if alarms:
+            summary["alarms"] = alarms
         results[name] = scores, summary
     return results
+
+
+def score_label_maps(args, predictor, data, texts):
+    """Return {"label_maps": summary} of a split of label maps, else {}; texts: the records' prompts.
+
+    Without a prompt of its own a class cannot be told from another: then {}, too.
+    """
+    words = {}
+    for record in data.records:
+        if not isinstance(record.mask, LabelMask):
+            return {}
+        words[record.mask.value] = record.class_word
+    if len(set(texts)) < len(words):
+        return {}
+    counts = confusion_matrix(
+        predictor,
+        data,
+        texts,
+        args.batch_size,
+        upsample=args.upsample,
+        keep_largest=args.keep_largest,
+        min_area=args.min_area,
+    )
+    return dict(label_maps=summarise_label_maps(counts, [words[number] for number in sorted(words)]))
 
 
 def check_outputs(args, records, out):

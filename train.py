@@ -16,8 +16,9 @@ import datasets
 import kernels
 from vlsm.data.augment import augment
 from vlsm.data.cache import chunks, device_batches
+from vlsm.data.negatives import Negatives, add_empty_masks, unused_words
 from vlsm.data.records import choose_prompt
-from vlsm.metrics import counted_pixels, dsc, iou
+from vlsm.metrics import counted_pixels, dsc, iou, is_alarm
 from vlsm.model import build
 from vlsm.networks.weights import image_side, is_random
 from vlsm.system import parallel
@@ -35,6 +36,8 @@ LOOK_EVERY = 20  # steps between two readings of the sums on the device: each wa
 def main(argv=None, after_epoch=None):
     """Train one run; after each epoch, call `after_epoch(run)`. Returns the `Run`, or None for --dry-run."""
     args = parse_arguments(argv)  # on --resume the stored values went through the same parser
+    if args.negatives is None:
+        args.negatives = 0 if args.dataset in datasets.DATASETS else 1  # the papers' recipes have none
     device = parallel.join_processes(args.device)
     device, dtype = choose_device(device, args.amp)
     if args.batch_size < parallel.world_size():
@@ -58,7 +61,7 @@ def main(argv=None, after_epoch=None):
     scheduler = ReduceLROnPlateau(optimizer, "min", args.lr_factor, args.lr_patience)
     cache = FrozenCache(model, device, dtype, args.cache_gb, args.cache_dir)
     if args.dry_run:
-        say(describe_memory(model, cache, optimizer, criterion, side))
+        say(describe_memory(model, cache, optimizer, criterion, side, args.negatives))
         return None
     with held_folder(args.out, args.resume, args.overwrite):
         parallel.barrier()  # every rank checks the folder before rank 0 writes
@@ -72,13 +75,15 @@ def main(argv=None, after_epoch=None):
             if description:
                 say(description)
             data[split].move_to(device)
+        negatives = choose_negatives(args.negatives, args.prompts, data, cache.tokenizer)
         with Interrupt() as interrupt:
-            train_epochs(args, run, data, cache, criterion, interrupt, after_epoch)
-    say(f"Best validation DSC {100 * run.best:.2f}. Evaluate it with: python evaluate.py --ckpt {run.out}")
+            train_epochs(args, run, data, cache, negatives, criterion, interrupt, after_epoch)
+    command = f"python evaluate.py --ckpt {run.out}"
+    say(f"Best epoch: validation DSC {100 * run.best:.2f}. Evaluate it with: {command}")
     return run
 
 
-def train_epochs(args, run, data, cache, criterion, interrupt, after_epoch=None):
+def train_epochs(args, run, data, cache, negatives, criterion, interrupt, after_epoch=None):
     """Train to the last epoch, or until validation stalls; save the run after each epoch."""
     for epoch in range(run.next_epoch, args.epochs + 1):
         if epoch > args.min_epochs and run.stalled >= args.patience:
@@ -87,18 +92,20 @@ def train_epochs(args, run, data, cache, criterion, interrupt, after_epoch=None)
         began = time.perf_counter()
         lr = run.optimizer.param_groups[0]["lr"]
         loss, train_dsc = train_epoch(
-            run, data["train"], cache, criterion, epoch, args.epochs, args.seed, args.prompts,
-            args.batch_size, args.accumulate, args.augment, args.clip, interrupt,
+            run, data["train"], cache, negatives["train"], criterion, epoch, args.epochs, args.seed,
+            args.prompts, args.batch_size, args.accumulate, args.augment, args.clip, interrupt,
         )  # fmt: skip
         seconds = time.perf_counter() - began
-        val_loss, val_dsc, val_iou = validate(
-            run.model, data["val"], cache, criterion, args.seed, args.prompts, args.batch_size
-        )
+        val_loss, val_dsc, val_iou, val_alarms = validate(
+            run.model, data["val"], cache, negatives["val"], criterion, args.seed, args.prompts,
+            args.batch_size,
+        )  # fmt: skip
         run.refuse_nonfinite(val_loss, f"validation loss after epoch {epoch}")
         speed = len(data["train"]) / seconds
         line = run.end_epoch(
             epoch=epoch, train_loss=loss, train_dsc=train_dsc, val_loss=val_loss, val_dsc=val_dsc,
-            val_iou=val_iou, lr=lr, seconds=round(seconds, 2), images_per_second=round(speed, 3),
+            val_iou=val_iou, val_alarms=val_alarms, lr=lr, seconds=round(seconds, 2),
+            images_per_second=round(speed, 3),
         )  # fmt: skip
         run.save()
         say(f"epoch {epoch:3d}/{args.epochs}  {line}")
@@ -108,8 +115,8 @@ def train_epochs(args, run, data, cache, criterion, interrupt, after_epoch=None)
 
 
 def train_epoch(
-    run, data, cache, criterion, epoch, epochs, seed, prompt_mode, batch_size, accumulate, augmented, clip,
-    interrupt,
+    run, data, cache, negatives, criterion, epoch, epochs, seed, prompt_mode, batch_size, accumulate,
+    augmented, clip, interrupt,
 ):  # fmt: skip
     """Train on every record of `data` once; returns (loss, DSC), means over the records.
 
@@ -142,13 +149,16 @@ def train_epoch(
                     generator = torch.Generator().manual_seed(epoch_seed * SEED_STEP + k * batch_size)
                     images, masks, changed = augment(images, masks, generator, share.batch_size, share.part)
                 prompts = [choose_prompt(records[i], prompt_mode, seed, epoch, i) for i in indices]
+                prompts = negatives.beside(prompts, indices, seed, epoch)  # P texts an image, the first right
+                masks = add_empty_masks(masks, negatives.count)  # [B * P, 1, S, S]
                 inputs = cache.model_inputs("train", indices, images, prompts, changed)
                 with autocast(device, cache.dtype):
-                    logits = model(*inputs)  # [B, 1, S, S]
+                    logits = model(*inputs)  # [B * P, 1, S, S]
                 loss = criterion(logits, masks)
                 run.scaler.scale(loss * share.weight).backward()
                 # a rank without records of this batch has computed one, with weight and count 0
-                predicted, truth = counted_pixels(logits.detach()[:, 0] > 0, masks[:, 0])
+                P = 1 + negatives.count
+                predicted, truth = counted_pixels(logits.detach()[::P, 0] > 0, masks[::P, 0])
                 scores = dsc(predicted, truth)[: share.count]
                 share_loss = loss.detach().double() * share.count
                 sums += torch.stack([share_loss, scores.sum()])
@@ -185,30 +195,39 @@ def optimizer_step(run, loss, clip):
 
 
 @torch.no_grad()
-def validate(model, data, cache, criterion, seed, prompt_mode, batch_size):
-    """Return (loss, DSC, IoU), means over the validation records at the model's size."""
+def validate(model, data, cache, negatives, criterion, seed, prompt_mode, batch_size):
+    """Return (loss, DSC, IoU, share of false alarms), means over the validation records at the model's size.
+
+    The loss is of right prompts and negatives alike, as in training. Without negatives the share is None.
+    """
     model.eval()
     records = data.records
     order = list(range(len(records)))
     shares = parallel.own_batches(chunks(order, batch_size))
     parts = [indices for _, indices in shares]
     batches = device_batches(data, parts, cache.device, cache.needs_pixels("val"))
-    rows = []  # for each batch: its number, its records' summed loss, their DSC and IoU `[B, 2]`
+    rows = []  # for each batch: its number, its records' summed loss, their DSC, IoU and alarms `[B, 3]`
     for (number, _), (indices, images, masks) in zip(shares, batches):
         prompts = [choose_prompt(records[i], prompt_mode, seed, i) for i in indices]
+        prompts = negatives.beside(prompts, indices, seed)
+        masks = add_empty_masks(masks, negatives.count)
         inputs = cache.model_inputs("val", indices, images, prompts)
         with autocast(cache.device, cache.dtype):
-            logits = model(*inputs)  # [B, 1, S, S]
+            logits = model(*inputs)  # [B * P, 1, S, S]
         loss_sum = criterion(logits, masks).double() * len(indices)
         predicted, truth = counted_pixels(logits[:, 0] > 0, masks[:, 0])
-        scores = torch.stack([dsc(predicted, truth), iou(predicted, truth)], 1)
+        P = 1 + negatives.count
+        alarms = is_alarm(predicted).view(-1, P)[:, 1:].sum(1, dtype=torch.float64)  # [B]
+        predicted, truth = predicted[::P], truth[::P]
+        scores = torch.stack([dsc(predicted, truth), iou(predicted, truth), alarms], 1)
         rows.append((number, loss_sum, scores))
     # read from the device only now: every reading waits for it
     rows = [(number, loss_sum.cpu(), scores.cpu()) for number, loss_sum, scores in rows]
     _, loss_sums, scores = zip(*parallel.gather_sorted(rows))
     loss = sum(loss_sums) / len(records)
-    means = torch.cat(scores).mean(0)
-    return loss.item(), *means.tolist()
+    dsc_mean, iou_mean, alarms = torch.cat(scores).mean(0).tolist()
+    alarms = alarms / negatives.count if negatives.count else None
+    return loss.item(), dsc_mean, iou_mean, alarms
 
 
 def describe_model(model):
@@ -243,6 +262,22 @@ def open_data(args, splits, side):
     counts = ", ".join(f"{len(split)} {name}" for name, split in data.items())
     say(f"{args.dataset}: {counts} records at {side} x {side}")
     return data
+
+
+def choose_negatives(count, prompt_mode, data, tokenizer):
+    """Return the `Negatives` of each split, {split: Negatives}, and print what they are."""
+    records = []
+    for split in data.values():
+        records += split.records
+    words = unused_words(tokenizer.words(), records, [prompt_mode])
+    if count and not words:
+        raise ValueError("The prompts use every word of the tokenizer's vocabulary; use --negatives 0.")
+    if count:
+        say(
+            f"--negatives {count}: beside each right prompt, {count} of what is not in the image, with an "
+            f"empty mask: absent classes, if any, and {len(words):,} words that no prompt uses"
+        )
+    return {name: Negatives(split.records, prompt_mode, words, count) for name, split in data.items()}
 
 
 def save_untrained(args, model, side):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import datasets
 from vlsm.data import cache
-from vlsm.data.images import mask_image
+from vlsm.data.images import mask_image, read_mask
 from vlsm.networks.base import IMAGENET_MEAN, IMAGENET_STD
 from vlsm.system.console import friendly_errors
 
@@ -130,7 +130,9 @@ def write_demo(root):
         entries = []
         for record in datasets.records("demo", split):
             Image.fromarray(record.image).save(root / "images" / record.name)
-            mask_image(record.mask).save(root / "masks" / record.mask_name)
+            file = root / "masks" / record.mask_name
+            file.parent.mkdir(exist_ok=True)
+            mask_image(read_mask(record.mask)).save(file)
             entries.append(dict(img_name=record.name, mask_name=record.mask_name, prompts=record.prompts))
         (root / "anns" / f"{split}.json").write_text(json.dumps(entries, indent=1))
 

@@ -68,7 +68,7 @@ def test_merged_weights_are_a_plain_clipseg(cli, quick, folder, tmp_path, method
     from transformers import CLIPSegForImageSegmentation
 
     options = without_dim(quick)
-    more = [] if method == "none" else ["--lr", 5e-3]
+    more = [] if method == "none" else ["--lr", 5e-3, "--negatives", 0]
     assert cli("train", *options, "--peft", method, "--epochs", 2, *more)[0] == 0
     code, said, err = cli("vlsm.tools.merge", tmp_path / "run", tmp_path / "merged")
     assert code == 0 and "transformers loads it" in said, err

@@ -40,7 +40,8 @@ def test_from_label_maps_to_label_maps(cli, scans, tmp_path):
     code, said, err = cli("train", "--dataset", scans, *small, "--epochs", 12, "--lr", 3e-3, "--out", run)
     assert code == 0, err
     assert f"{12 + 8} train, {4 + 2} val, {4 + 2} test records" in said, "a record for each class in an image"
-    code, said, err = cli("evaluate", "--ckpt", run, "--save-masks", tmp_path / "masks", "--prompts", "class")
+    options = ["--save-masks", tmp_path / "masks", "--prompts", "class"]
+    code, table_text, err = cli("evaluate", "--ckpt", run, *options)
     assert code == 0, err
     classes = json.loads((run / "eval-test" / "metrics.json").read_text())["classes"]
     assert set(classes["each"]) == {"disk", "square"} and classes["each"]["disk"]["dsc"]["n"] == 4
@@ -58,7 +59,20 @@ def test_from_label_maps_to_label_maps(cli, scans, tmp_path):
     assert code == 0, err
     names = json.loads((tmp_path / "maps" / "dataset.json").read_text())["labels"]
     assert names == {"background": 0, "disk": 1, "square": 2}
-    assert set(np.unique(np.asarray(Image.open(tmp_path / "maps" / "0.png")))) <= {0, 1, 2}
+    counts = np.zeros((3, 3))
+    for i in range(4):
+        truth = np.asarray(Image.open(scans / "test" / "masks" / f"{i}.png"))
+        predicted = np.asarray(Image.open(tmp_path / "maps" / f"{i}.png"))
+        for true in range(3):
+            for number in range(3):
+                counts[true, number] += ((truth == true) & (predicted == number)).sum()
+    iou = counts.diagonal() / (counts.sum(0) + counts.sum(1) - counts.diagonal())
+    label_maps = json.loads((run / "eval-test" / "metrics.json").read_text())["label_maps"]
+    assert label_maps["iou"] == pytest.approx(dict(background=iou[0], disk=iou[1], square=iou[2]))
+    assert (
+        label_maps["miou"] == pytest.approx(iou.mean()) and f"mIoU    {100 * iou.mean():.2f} %" in table_text
+    )
+    assert counts.sum() == 4 * 40 * 57, "the strip to ignore counts in no class"
 
 
 def test_a_wrong_dataset_json_is_a_sentence(cli, scans, tmp_path):

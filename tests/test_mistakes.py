@@ -130,7 +130,7 @@ def test_state_that_would_execute_is_refused(cli, trained, tmp_path):
         (["--dataset", "kvasirr"], "neither known (demo, kvasir, clinicdb"),
         (["--dataset", "kvasir"], "There is no folder 'data/kvasir_polyp'"),
         (["--peft", "lora9"], "Choose one of: none, decoder, full, dense, shallow"),
-        (["--prompts", "p77"], "Known here: p0, p1, p2"),
+        (["--prompts", "p77"], "Known here: p0, p1; or"),
         (["--dim", "0"], "--dim 0 leaves an adapter without a hidden unit"),
         (["--branches", "x"], "--branches 'x' is not known"),
         (["--peft", "decoder", "--dim", "4"], "takes no options; it has no dim"),

@@ -146,7 +146,8 @@ def test_segment_is_as_many_passes(trained, model, encodings, mirror, members):
             for tensor in other.tuner.parameters():
                 tensor.add_(0.05)
         predictor = Ensemble([predictor, predictor_of(other, mirror)])
-    images = torch.randint(0, 255, (2, 3, 48, 48), dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 255, (2, 3, 48, 48), dtype=torch.uint8, generator=generator)
     prompts = [*PROMPTS, "disk on the left"]
     found = predictor.segment(images, prompts)
     assert encodings == [2] * members * (1 + mirror) and found.shape == (2, 4, 48, 48)
@@ -217,7 +218,7 @@ def test_label_maps(segment, model, tmp_path):
     assert json.loads((out / "dataset.json").read_text()) == {"labels": names}
     picture = Image.open(out / "x.png")
     assert picture.mode == "P" and picture.size == (60, 44) and (out / "x.overlay.png").is_file()
-    assert picture.getpalette()[:9] == [0, 0, 0, 230, 159, 0, 86, 180, 233]
+    assert picture.getpalette()[:9] == [0, 0, 0, 0, 114, 178, 230, 159, 0]
     labels = model.predict(tmp_path / "photos" / "x.png", list(names)[1:], threshold=0.3)
     assert (np.asarray(picture) == labels).mean() > 0.999 and labels.any()
     assert segment(*options)[0] == 0, "our own files are replaced"
@@ -294,4 +295,4 @@ def test_names_and_colours(tmp_path):
     assert prompt_folders("out", ["..", "a/../b"])[0].name == "prompt"
     assert len(prompt_folders("out", ["x" * 300, "y"])[0].name) <= 60
     colours = class_colours(16)
-    assert len(set(map(tuple, colours))) == 16 and colours[0].tolist() == [230, 159, 0]
+    assert len(set(map(tuple, colours))) == 16 and colours[1].tolist() == [230, 159, 0]

@@ -1,5 +1,6 @@
 """Runs that are stopped, killed, and go on: bit for bit what one run would have been."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,7 +9,7 @@ import time
 
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT, rows, same_tensors
+from tests.conftest import ROOT, rows, same_tensors, without_dim
 
 
 def test_four_epochs_are_two_and_two(cli, quick, tmp_path):
@@ -26,6 +27,31 @@ def test_four_epochs_are_two_and_two(cli, quick, tmp_path):
         return [{k: v for k, v in r.items() if k not in timed} for r in rows(path)]
 
     assert strip(whole / "log.csv") == strip(parts / "log.csv")
+
+
+def test_negatives_with_frozen_encoders_resume_bit_for_bit(cli, quick, tmp_path):
+    """The features of negatives are not kept, so they do not depend on what was drawn before."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = [*without_dim(["--negatives", 2, "--peft", "decoder", *quick[:-1]])]
+    code, out, err = cli("train", *options, whole, "--epochs", 4)
+    assert code == 0 and "--negatives 2: beside each right prompt" in out and "false alarms" in out, err
+    assert cli("train", *options, parts, "--epochs", 2)[0] == 0
+    assert cli("train", "--out", parts, "--resume", "--negatives", 1)[0] == 2, "it would be another run"
+    assert cli("train", "--out", parts, "--resume", "--epochs", 4)[0] == 0
+    assert same_tensors(whole / "last.safetensors", parts / "last.safetensors")
+
+
+def test_a_run_of_before_there_were_negatives_goes_on_without(cli, quick, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for out, epochs in ((whole, 2), (parts, 1)):
+        assert cli("train", *quick[:-1], out, "--negatives", 0, "--epochs", epochs)[0] == 0
+    file = parts / "config.json"
+    config = json.loads(file.read_text())
+    del config["options"]["negatives"], config["recipe"]["negatives"]
+    file.write_text(json.dumps(config))
+    code, out, err = cli("train", "--out", parts, "--resume", "--epochs", 2)
+    assert code == 0 and "--negatives" not in out, err
+    assert same_tensors(whole / "last.safetensors", parts / "last.safetensors")
 
 
 def test_equal_seeds_give_equal_runs_and_others_do_not(cli, quick, tmp_path):

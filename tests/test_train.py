@@ -18,22 +18,21 @@ import vlsm
 from tests.conftest import ROOT, rows, same_tensors, without_dim
 from vlsm.methods.registry import METHODS
 from vlsm.system import plots
-from vlsm.training.run import Run
+from vlsm.training.run import Run, selection_score
 
 
 def test_a_run_from_training_to_pictures(cli, quick, tmp_path, folder):
     run = tmp_path / "run"
-    code, out, err = cli("train", *quick, "--epochs", 3, "--augment")
+    code, out, err = cli("train", *quick, "--epochs", 5, "--augment")
     assert code == 0, err
     assert "parameters are trained" in out and "48 of 48 trained tensors finite and non-zero, 0 of" in out
-    assert out.count("epoch ") == 3 and "img/s" in out
+    assert out.count("  val DSC ") == 5 and "img/s" in out and out.count("  false alarms ") == 5
     for name in ("best.safetensors", "last.safetensors", "state.pt", "log.csv", "config.json", "curves.png"):
         assert (run / name).is_file(), name
     assert not list(run.glob(".*.tmp")), "no temporary file is left"
     log = rows(run / "log.csv")
-    assert [r["epoch"] for r in log] == ["1", "2", "3"] and float(log[2]["train_loss"]) < float(
-        log[0]["train_loss"]
-    )
+    assert [r["epoch"] for r in log] == list("12345")
+    assert float(log[4]["train_loss"]) < float(log[0]["train_loss"])
     assert Image.open(run / "curves.png").size == (1120, 380)
     with safe_open(run / "best.safetensors", "pt") as file:
         about = {k: json.loads(v) for k, v in file.metadata().items()}
@@ -43,7 +42,7 @@ def test_a_run_from_training_to_pictures(cli, quick, tmp_path, folder):
         and about["image_size"] == 48
     )
     assert about["weights"] == "mini" and len(about["fingerprint"]) == 16 and about["recipe"]["seed"] == 42
-    best = max(log, key=lambda r: float(r["val_dsc"]))
+    best = max(log, key=lambda r: float(r["val_dsc"]) * (1 - float(r["val_alarms"]) / 2))
     assert about["best_val_dsc"] == pytest.approx(float(best["val_dsc"])) and about["epoch"] == int(
         best["epoch"]
     )
@@ -197,12 +196,17 @@ def test_each_paper_has_its_recipe(cli, quick, folder, tmp_path):
 def test_what_is_monitored_is_what_must_progress(monitor, stalled, best):
     plateau = SimpleNamespace(step=lambda loss: None)
     run = Run("nowhere", vlsm.build("clipseg", "mini"), None, plateau, None, {}, monitor)
+    rest = dict(train_loss=1, train_dsc=0, val_iou=0, lr=1, images_per_second=1)
     for dsc, loss in ((0.5, 1.0), (0.6, 0.99995), (0.7, 1.2)):
-        run.end_epoch(
-            train_loss=1, train_dsc=0, val_dsc=dsc, val_loss=loss, val_iou=0, lr=1, images_per_second=1
-        )
+        run.end_epoch(val_dsc=dsc, val_loss=loss, val_alarms=None, **rest)
         assert run.improved == best
     assert run.stalled == stalled and run.best == 0.7
+    run.end_epoch(val_dsc=0.9, val_loss=1.3, val_alarms=0.6, **rest)
+    assert not run.improved and run.best == 0.7, "a model that answers any word is not better"
+    assert "false alarms 0.0 %" in run.end_epoch(val_dsc=0.71, val_loss=1.4, val_alarms=0, **rest)
+    assert run.improved and run.best == 0.71
+    nothing = selection_score(dict(val_dsc=0, val_alarms=0))
+    assert selection_score(dict(val_dsc=0.1, val_alarms=1)) > nothing, "an empty mask for all is worse yet"
 
 
 def test_dry_run_prints_the_counts_and_writes_nothing(cli, quick, tmp_path):
@@ -295,7 +299,7 @@ def test_curves_of_any_values_are_drawn(tmp_path, values):
     plots.curves(
         [dict(epoch=e, **dict.fromkeys(keys, v)) for e, v in enumerate(values, 1)], tmp_path / "c.png"
     )
-    pixels, orange = np.asarray(Image.open(tmp_path / "c.png"))[..., :3], (0xDC, 0x6E, 0x14)
+    pixels, orange = np.asarray(Image.open(tmp_path / "c.png"))[..., :3], (0xE6, 0x9F, 0x00)
     assert all((half == orange).all(2).any() for half in np.split(pixels[40:340, 55:1105], 2, 1))
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 import kernels
 
+ALARM = 1e-3  # a mask of what is not there that covers more of the image is a false alarm
 IGNORED = 255  # of a uint8 target: the pixel counts as background in prediction and target
 
 
@@ -65,6 +66,11 @@ def nsd(pred, target, tolerance=2.0):
     if not tolerance >= 0:
         raise ValueError(f"The tolerance of NSD is a distance in pixels, 0 or more; it is {tolerance}.")
     return _joined([_nsd(p, t, tolerance) for p, t in _checked_pairs(pred, target)])
+
+
+def is_alarm(masks):
+    """Tell which masks bool `[N, H, W]` of what is not there are false alarms, bool `[N]`."""
+    return masks.flatten(1).double().mean(1) > ALARM
 
 
 def counted_pixels(pred, target):

@@ -23,7 +23,7 @@ from kernels import dice_bce_loss
 from kernels.dice_bce import dice_bce_torch
 from tests.bench.published import published_network
 from vlsm.data.cache import device_batches, normalise, open_split
-from vlsm.data.images import mask_image
+from vlsm.data.images import mask_image, read_mask
 from vlsm.networks import transformer
 from vlsm.networks.base import IMAGENET_MEAN, IMAGENET_STD
 from vlsm.system.parallel import autocast
@@ -210,11 +210,11 @@ def training_records(bench, folder):
     if bench.dataset != "demo":
         return records
     on_disk = []
-    for record in records:
-        image = folder / f"image_{record.name}"
-        mask = folder / f"mask_{record.mask_name}"
+    for i, record in enumerate(records):
+        image = folder / f"image_{i}.png"
+        mask = folder / f"mask_{i}.png"
         Image.fromarray(record.image).save(image)
-        mask_image(record.mask).save(mask)
+        mask_image(read_mask(record.mask)).save(mask)
         on_disk.append(replace(record, image=image, mask=mask))
     return on_disk
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -344,28 +345,27 @@ def test_cache_in_parallel_equals_one_thread(folder, monkeypatch):
 
 
 def test_demo_is_the_same_for_ever_and_varied():
-    a, b = demo.record(0, 5), demo.record(0, 5)
-    assert (a.image == b.image).all() and a.prompts == b.prompts
-    sample = [demo.record(0, i) for i in range(40)]
-    empty = [r for r in sample if not r.mask.any()]
-    assert 1 <= len(empty) <= 10 and all(
-        "polyp" in r.prompts["p6"] and not r.prompts["p6"].startswith("no") for r in empty
-    )
-    assert set(sample[0].prompts) == {f"p{i}" for i in range(10)} and isinstance(
-        sample[0].prompts["p8"], list
-    )
-    assert len({r.prompts["p5"] for r in sample}) > 15
+    for a, b in zip(demo.image_records(5), demo.image_records(5), strict=True):
+        assert (a.image == b.image).all() and (a.mask.file == b.mask.file).all() and a.prompts == b.prompts
+    images = [demo.image_records(i) for i in range(40)]
+    contents = Counter(tuple(record.class_word for record in records) for records in images)
+    assert set(contents) == {("polyp",), ("instrument",), ("polyp", "instrument")}
+    assert min(contents.values()) > 5
+    sample = sum(images, [])
+    assert all(read_mask(record.mask).any() for record in sample)
+    for record in sample:
+        assert record.prompts == {"p0": "", "p1": demo.PROMPTS[record.class_word]}
+        assert all(record.class_word in text for text in record.prompts["p1"])
 
 
 def test_the_demo_as_files_reads_back(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "COUNTS", dict(train=4, val=2, test=2))
     write_demo(tmp_path / "out")
     for split in ("train", "val", "test"):
-        ours, files = demo.records(split), datasets.records(str(tmp_path / "out"), split)
-        assert all(
-            (a.image == read_image(b.image)).all() and (a.mask == read_mask(b.mask)).all()
-            for a, b in zip(ours, files)
-        )
+        ours, files = datasets.records("demo", split), datasets.records(str(tmp_path / "out"), split)
+        for a, b in zip(ours, files, strict=True):
+            assert (a.image == read_image(b.image)).all() and (read_mask(a.mask) == read_mask(b.mask)).all()
+            assert a.class_word == b.class_word and a.absent == b.absent
         assert [a.prompts for a in ours] == [b.prompts for b in files]
 
 

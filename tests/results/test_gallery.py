@@ -47,9 +47,9 @@ def test_files_and_data(tmp_path):
     assert data["records"][0]["scores"][0] == dict(dsc=0.0, hd95=None, missed=True, alarm=False)
     assert data["records"][1]["empty"] and data["records"][1]["scores"][1]["alarm"]
     layer = np.asarray(Image.open(tmp_path / "g" / "thumbs" / "00001-d0.png").convert("RGBA"))
-    assert layer[0, 0].tolist() == [255, 140, 30, 255], "too much, where the truth is empty"
+    assert layer[0, 0].tolist() == [230, 159, 0, 255], "too much, where the truth is empty"
     layer = np.asarray(Image.open(tmp_path / "g" / "thumbs" / "00000-d0.png").convert("RGBA"))
-    assert layer[10, 10].tolist() == [240, 50, 70, 255] and layer[0, 0, 3] == 0, "missed; and nothing"
+    assert layer[10, 10].tolist() == [0, 114, 178, 255] and layer[0, 0, 3] == 0, "missed; and nothing"
 
 
 def browse(page, fragment=""):

@@ -9,6 +9,7 @@ import torch
 
 import vlsm
 from vlsm.data.cache import CachedSplit, normalise
+from vlsm.data.negatives import ABSENT_SETS
 from vlsm.data.records import Record
 from vlsm.tools import audit
 
@@ -19,26 +20,41 @@ def test_prompts_of_the_audit():
         Record("a.png", "a.png", None, None, {f"p{k}": t for k, t in enumerate(texts)}, "polyp"),
         Record("b.png", "b.png", None, None, {"p0": "", "p1": "polyp", "p2": "large green polyp"}, "polyp"),
     ]
-    found = audit.audit_prompts(records, [texts[2], "large green polyp"])
-    assert list(found) == list(audit.CONDITIONS)
+    found = audit.audit_prompts(records, [texts[2], "large green polyp"], ["bone"])
+    assert list(found) == [*audit.CONDITIONS, *ABSENT_SETS]
     assert found["right"][0] == texts[2] and found["paraphrase"] == ["polyp", "polyp"]
     assert found["swapped"] == ["large green polyp", texts[2]]
     changed = found["contradictory"][0]
     assert changed.startswith("one large ") and "red" not in changed and "bottom right of" in changed
     assert found["contradictory"][1] == "small green polyp" and found["class word"] == ["polyp"] * 2
-    assert found["absent object"] == ["a large green cross"] * 2
-    assert audit.audit_prompts(records[:1], ["polyp"])["swapped"] == [None]
+    assert found["absent word"] == ["bone"] * 2 and found["absent class"] == [None] * 2
+    in_prompt = [texts[2].replace("polyp", "bone"), "large green bone"]
+    assert found["absent word in the prompt"] == in_prompt
+    assert audit.audit_prompts(records[:1], ["polyp"], ["bone"])["swapped"] == [None]
     assert audit.contradict("polyp") is None
 
 
 def test_verdicts():
-    def of(**values):
-        return {kind.replace("_", " "): dict(mean=value) for kind, value in values.items()}
+    def verdict(absent_class, absent_word, in_the_prompt, nonsense=0.1, n=60, found=1):
+        summaries = {
+            name: dict(dsc=dict(mean=0), alarms=dict(mean=share), n=n)
+            for name, share in zip(ABSENT_SETS, (absent_class, absent_word, in_the_prompt))
+        }
+        for name, dsc in (("right", 0.723), ("nonsense", nonsense)):
+            summaries[name] = dict(dsc=dict(mean=dsc), alarms=dict(mean=found), n=n)
+        return audit.verdict(summaries)
 
-    deaf = audit.verdict(of(right=0.723, swapped=0.719, absent_object=0.7))
-    assert deaf == "This run answers the image, not the text: swapped 71.9, absent object 70.0, right 72.3."
-    assert "but not its attributes" in audit.verdict(of(right=0.8, swapped=0.79, absent_object=0.1))
-    assert "reads its prompt" in audit.verdict(of(right=0.8, swapped=0.3, absent_object=0.1))
+    assert verdict(0, 0.01, 0.02) == (
+        "This run listens: it refuses what is not there (images with a mask: absent class 0.0 %, absent word "
+        "1.0 %, absent word in the prompt 2.0 %)."
+    )
+    assert verdict(0, 0, 0, found=0.2).startswith("This run mostly gives no mask for the right prompt")
+    assert verdict(0.9, 0.98, 0.98).startswith("This run gives a mask for a word of what is not there (")
+    assert "refuses an absent word, but not an absent word in the prompt (" in verdict(0, 0.01, 0.8)
+    assert "but not an absent class or an absent word in the prompt (" in verdict(0.3, 0.01, 0.8)
+    deaf = verdict(0, 0, 0, nonsense=0.7)
+    assert deaf.endswith("; nonsense scores like the right prompt (DSC 70.0 and 72.3).")
+    assert verdict(0, 0, 0, n=12).endswith("; of 12 records alone, so this is uncertain.")
 
 
 COLOURS = dict(red=(220, 40, 40), green=(40, 180, 60), blue=(40, 70, 220), yellow=(235, 215, 40))
@@ -78,11 +94,11 @@ def test_the_embedded_base_listens():
     def logits(images, prompts):
         return model(normalise(images, model.network.mean, model.network.std), *tokenizer(prompts))
 
-    predictor = SimpleNamespace(device=torch.device("cpu"), logits=logits)
+    predictor = SimpleNamespace(device=torch.device("cpu"), logits=logits, vocabulary=tokenizer.words)
     found = audit.audit(predictor, data, [r.prompts["p1"] for r in records])
-    assert found["right"]["mean"] - found["swapped"]["mean"] > 0.55
-    assert found["right"]["mean"] - found["contradictory"]["mean"] > 0.6
-    assert audit.verdict(found).startswith("This run reads its prompt")
+    dsc = {condition: summary["dsc"]["mean"] for condition, summary in found.items()}
+    assert dsc["right"] - dsc["swapped"] > 0.55 and dsc["right"] - dsc["contradictory"] > 0.6
+    assert found["right"]["alarms"]["mean"] > 0.95 > 0.1 + found["contradictory"]["alarms"]["mean"]
 
 
 def test_an_audited_run(cli, trained):
@@ -91,4 +107,6 @@ def test_an_audited_run(cli, trained):
     audited = json.loads((trained / "eval-test" / "audit.json").read_text())
     scores = json.loads((trained / "eval-test" / "metrics.json").read_text())
     assert list(audited["prompts"])[0] == "right" and audited["verdict"] in said
-    assert audited["prompts"]["right"]["mean"] == pytest.approx(scores["dsc"]["mean"])
+    assert audited["prompts"]["right"]["dsc"]["mean"] == pytest.approx(scores["dsc"]["mean"])
+    for name, alarms in scores["alarms"].items():
+        assert audited["prompts"][name]["alarms"]["mean"] == pytest.approx(alarms["mean"])

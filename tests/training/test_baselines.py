@@ -129,7 +129,8 @@ def test_reference_runs(cli, arguments, tmp_path):
         code, _, err = cli("evaluate", "--ckpt", tmp_path / model)
         assert code == 0, err
     code, _, err = cli(
-        "train", *arguments("cris", "--reference", "--batch-size", 23, "--epochs", 1, out="single")
+        "train",
+        *arguments("cris", "--reference", "--batch-size", 23, "--epochs", 1, "--negatives", 0, out="single"),
     )
     assert code == 2 and "this batch holds one image" in err
 

@@ -132,6 +132,32 @@ def test_logits_and_gradients_are_those_of_the_model(tmp_path, monkeypatch, meth
     assert not list(tmp_path.glob("activations-*")), "the file must have no name while it is in use"
 
 
+@pytest.mark.parametrize("method", ["shallow", "decoder", "dense", "cocoop", "vpt"])
+def test_several_prompts_of_an_image_are_those_of_the_model(tmp_path, method):
+    """Only the first prompt of each image is kept; what was kept before changes no bit."""
+    f, data = wrap(method, tmp_path, 1), split()
+    f.add_split("train", data, 4)
+    indices = [5, 0, 9]
+    prompts = [
+        "red disk",
+        "bone",
+        "one small red bone",
+        "a polyp",
+        "red disk",
+        "cell",
+        "red disk",
+        "",
+        "x y z",
+    ]
+    pixels = data.batch(indices)[0]
+    want = f.model(normalise(pixels), *f.tokenizer(prompts))
+    got = cached_logits(f, "train", indices, prompts, pixels)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    assert set(f.texts) == ({"red disk", "a polyp"} if f.prompts_frozen else set())
+    f.text_features(["cell", "x y z"], ["cell", "x y z"]) if f.prompts_frozen else None
+    assert torch.equal(got, cached_logits(f, "train", indices, prompts, pixels))
+
+
 def test_a_budget_holds_for_all_splits_together(tmp_path):
     data = split()
     image = 3 * 17 * 128 * 4

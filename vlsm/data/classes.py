@@ -1,11 +1,10 @@
 """Classes of a user's own folder: of label maps, named by dataset.json, or of a folder of masks for each.
 
-Each class that an image holds becomes a record; the others are the record's absent classes.
+Each class that an image holds becomes a record.
 """
 
 import dataclasses
 import os
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -88,7 +87,7 @@ def label_records(records, labels):
 
 
 def present_records(records, labels=None):
-    """Return the records whose class is in the image, and set `absent` of each; records: of all classes.
+    """Return the records whose class is in the image; records: of all classes.
 
     If no image holds a class (healthy controls), all records are returned. Raises ValueError for a number in
     a map that no label names.
@@ -97,19 +96,12 @@ def present_records(records, labels=None):
     if labels:
         _refuse_unnamed(numbers, labels)
     rows = []
-    present = defaultdict(set)  # image's name -> class words
     for record in records:
         value = record.mask.value if isinstance(record.mask, LabelMask) else 1
         in_file = numbers.get(record.files[1])
-        if in_file is None:  # the cache reports why its file cannot be used, with all others
+        # if the file cannot be used, the cache reports why, with all others
+        if in_file is None or value in in_file:
             rows.append(record)
-        elif value in in_file:
-            rows.append(record)
-            present[record.name].add(record.class_word)
-    words = dict.fromkeys(record.class_word for record in records if record.class_word)
-    for record in rows or records:
-        elsewhere = words.keys() - present[record.name] - {record.class_word}
-        record.absent = tuple(word for word in words if word in elsewhere)
     return rows or records
 
 

@@ -22,6 +22,10 @@ COLOURS = {
     "gray": (130, 125, 125),
 }  # fmt: skip
 
+# The words with which prompts describe what they name, whatever that is
+ATTRIBUTES = {*COLOURS, *NUMBERS, *" ".join(LOCATIONS).split(), "small", "medium", "large"}
+ATTRIBUTES |= {"circle", "oval", "round", "irregular"}
+
 
 def components(mask):
     """Return the 4-connected components of a bool mask, as a list of bool masks, the largest first.

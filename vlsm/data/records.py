@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ class Record:
     prompts: dict = dataclasses.field(default_factory=dict)  # key (p0..p9) -> text, or list of texts
     class_word: str | None = None
     problem: str | None = None  # why it cannot be used, if that is known before its files are read
-    absent: tuple = ()  # the data set's other class words, as far as known, that are not in the image
+    absent: tuple = ()  # class words of the split that are not in the image
 
     @property
     def files(self):
@@ -64,6 +65,20 @@ def index_images(records):
             first.append(i)
         image_of.append(rows[key])
     return first, image_of
+
+
+def mark_absent(records):
+    """Set `absent` of each record of a split: the class words of which its image has no record."""
+    present = defaultdict(set)  # image -> class words in lower case, as the tokenizer reads them
+    words = {}  # class word in lower case -> as it is written
+    for record in records:
+        if record.class_word:
+            words[record.class_word.casefold()] = record.class_word
+            present[source_key(record.image)].add(record.class_word.casefold())
+    for record in records:
+        missing = sorted(words.keys() - present[source_key(record.image)])
+        record.absent = tuple(words[word] for word in missing)
+    return records
 
 
 def source_key(source):

@@ -1,13 +1,14 @@
-"""The demo data set: colonoscopy-like images generated from a seed, with masks and prompts in MedVLSM's form.
+"""The demo data set: colonoscopy-like images generated from a seed, of polyps and of an instrument's tip.
 
-Images are float32 `[H, W, 3]` in 0..1 while they are painted. A signed field `[H, W]` is positive inside a
-shape. The order of random draws is fixed: another order would be another data set.
+Masks are label maps, and prompts are given for each class, as in a dataset.json. Images are float32
+`[H, W, 3]` in 0..1 while they are painted. A signed field `[H, W]` is positive inside a shape. The order of
+random draws is fixed: another order would be another data set.
 """
 
 import numpy as np
 from PIL import Image
 
-from vlsm.data.describe import describe
+from vlsm.data.images import LabelMask
 from vlsm.data.records import Record
 
 SHAPE = (112, 128)  # height, width
@@ -15,14 +16,17 @@ ASPECT = SHAPE[1] / SHAPE[0]
 _ROWS, _COLUMNS = np.mgrid[: SHAPE[0], : SHAPE[1]].astype(np.float32)
 Y = (_ROWS + 0.5) / SHAPE[0]  # pixel centres [H, W], in units of the height
 X = (_COLUMNS + 0.5) / SHAPE[0]
-COUNTS = {"train": 240, "val": 48, "test": 60}
-DESCRIPTIONS = (
-    "a growth of tissue that projects from the wall",
-    "a small lump in the lining of the colon",
-    "an abnormal bumpy mass on the mucosa",
-)
+COUNTS = {"train": 200, "val": 40, "test": 60}
+# What a dataset.json beside the label maps would hold
+LABELS = {"polyp": 1, "instrument": 2}
+PROMPTS = {
+    "polyp": ["polyp", "a polyp", "the polyp on the wall of the colon"],
+    "instrument": ["instrument", "an instrument", "the tip of an instrument"],
+}
+CONTENTS = {"polyp": 0.4, "instrument": 0.25, "polyp, instrument": 0.35}  # shares of the images
 # Mean colours of polyps, which vary between patients: pink, red, pale, brown, yellowish.
 TINTS = ((0.86, 0.52, 0.5), (0.74, 0.25, 0.22), (0.9, 0.8, 0.74), (0.5, 0.3, 0.2), (0.85, 0.68, 0.4))
+METAL = ((0.62, 0.64, 0.68), (0.45, 0.48, 0.52), (0.75, 0.76, 0.74))
 MUCOSA = ((0.78, 0.45, 0.35), (0.7, 0.36, 0.3), (0.82, 0.56, 0.42))
 VESSEL = (0.6, 0.18, 0.16)
 LUMEN = (0.1, 0.05, 0.04)
@@ -32,38 +36,46 @@ SURROUND = (0.03, 0.03, 0.035)
 
 
 def records(split):
-    """Return the records of a split, pixels in memory; always the same ones."""
-    first = 0
-    for name, count in COUNTS.items():
-        if name == split:
-            break
-        first += count
-    return [record(0, index) for index in range(first, first + COUNTS[split])]
+    """Return the records of a split, pixels in memory."""
+    names = list(COUNTS)
+    first = sum(COUNTS[name] for name in names[: names.index(split)])
+    rows = []
+    for index in range(first, first + COUNTS[split]):
+        rows += image_records(index)
+    return rows
 
 
-def record(seed, index):
-    """Return the record of one image.
-
-    About one in twelve shows no polyp: its mask is empty, and its prompts describe one that is absent.
-    """
-    rng = np.random.default_rng([seed, index, 11])
-    bare = mucosa(rng)
-    image = bare.copy()
-    polyps = []
-    count = rng.choice([1, 2, 3], p=[0.7, 0.2, 0.1])
-    for _ in range(count):
-        field = place(rng, polyps)
-        if field is not None:
-            polyps.append(field)
-            paint_polyp(rng, image, field)
-    mask = np.any([field > 0 for field in polyps], 0)
-    prompts = describe(to_uint8(image), mask, "polyp", DESCRIPTIONS)
-    if rng.random() < 1 / 12:
-        image = bare
-        mask = np.zeros_like(mask)
-    image = finish(rng, image)
+def image_records(index):
+    """Return a record for each class in an image: they share its label map."""
+    image, labels = draw(np.random.default_rng([0, index, 11]))
     name = f"demo_{index:04d}.png"
-    return Record(name, name, image, mask, prompts, "polyp")
+    rows = []
+    for word, number in LABELS.items():
+        if (labels == number).any():
+            prompts = {"p0": "", "p1": PROMPTS[word]}
+            rows.append(Record(name, f"{word}/{name}", image, LabelMask(labels, number), prompts, word))
+    return rows
+
+
+def draw(rng):
+    """Return an image uint8 `[H, W, 3]` and its label map uint8 `[H, W]`."""
+    image = mucosa(rng)
+    labels = np.zeros(SHAPE, np.uint8)
+    content = rng.choice(list(CONTENTS), p=list(CONTENTS.values()))
+    if "polyp" in content:
+        polyps = []
+        count = rng.choice([1, 2, 3], p=[0.7, 0.2, 0.1])
+        for _ in range(count):
+            field = place(rng, polyps)
+            if field is not None:
+                polyps.append(field)
+                paint_polyp(rng, image, field)
+                labels[field > 0] = LABELS["polyp"]
+    if "instrument" in content:
+        field, across = instrument(rng)
+        paint_instrument(rng, image, field, across)
+        labels[field > 0] = LABELS["instrument"]  # it lies over the polyps
+    return finish(rng, image), labels
 
 
 def mucosa(rng):
@@ -144,6 +156,31 @@ def paint_polyp(rng, image, field):
     surface = (field / 0.012 / 2 + 0.5).clip(0, 1)
     opacity = rng.uniform(0.85, 1)
     blend(image, tint * channels(light), surface * opacity)
+
+
+def instrument(rng):
+    """Return the signed field of a rod that comes in from the image's border, and the distance from its
+    axis."""
+    angle = rng.uniform(0, 2 * np.pi)
+    radius = rng.uniform(0.045, 0.075)
+    tip_y = rng.uniform(0.3, 0.7)
+    tip_x = rng.uniform(0.3, 0.7) * ASPECT
+    dy = Y - tip_y
+    dx = X - tip_x
+    along = dx * np.cos(angle) + dy * np.sin(angle)
+    across = dy * np.cos(angle) - dx * np.sin(angle)
+    beyond_tip = along.clip(max=0)  # the tip is round
+    return radius - np.hypot(across, beyond_tip), across
+
+
+def paint_instrument(rng, image, field, across):
+    """Paint a rod of metal: bright along its axis, dark towards its sides, with a thin shadow."""
+    shadow = bell(field.clip(max=0) / 0.03)
+    blend(image, SHADOW, 0.45 * shadow)
+    metal = np.array(METAL[rng.integers(len(METAL))])
+    light = 0.55 + 0.6 * bell(across / field.max() / 0.6) + 0.05 * noise(rng, 16, octaves=2)
+    surface = (field / 0.012 / 2 + 0.5).clip(0, 1)
+    blend(image, metal * channels(light), surface)
 
 
 def finish(rng, image):

@@ -10,6 +10,7 @@ from tokenizers.models import BPE
 from vlsm.system.console import say_once
 
 START, END = "<|startoftext|>", "<|endoftext|>"
+WORD_END = "</w>"  # ends the tokens that end a word
 # Words, single digits and runs of other signs; English contractions apart (CLIP's rule).
 WORDS = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
 
@@ -33,7 +34,7 @@ def read_tokenizer(folder):
     vocab = folder / "vocab.json"
     merges = folder / "merges.txt"
     if vocab.is_file() and merges.is_file():
-        return clip_bpe(BPE.from_file(str(vocab), str(merges), end_of_word_suffix="</w>", unk_token=END))
+        return clip_bpe(BPE.from_file(str(vocab), str(merges), end_of_word_suffix=WORD_END, unk_token=END))
     whole = folder / "tokenizer.json"
     if not whole.is_file():
         raise FileNotFoundError(
@@ -80,6 +81,11 @@ class Tokenizer:
             )
             ids = ids[: self.limit - 2]
         return [self.start, *ids, self.end]
+
+    def words(self):
+        """Return the vocabulary's whole words of three letters and more, sorted."""
+        whole = [token.removesuffix(WORD_END) for token in self.fast.get_vocab() if token.endswith(WORD_END)]
+        return sorted(word for word in whole if len(word) > 2 and word.isascii() and word.isalpha())
 
     def __call__(self, prompts):
         """Encode B prompts: (input_ids, attention_mask), both int64 `[B, T]` on the CPU."""

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,14 +10,10 @@ import numpy as np
 import torch
 
 from vlsm.data.cache import chunks, default_cache, prefetch
-from vlsm.data.images import read_target
-from vlsm.results.predict import (
-    clean_mask,
-    mask_target,
-    masks_at_size,
-    save_png,
-    save_probability,
-)
+from vlsm.data.images import read_labels, read_target
+from vlsm.data.records import index_images
+from vlsm.metrics import counted_pixels, is_alarm
+from vlsm.results.predict import mask_target, masks_at_size, save_png, save_probability
 from vlsm.results.scores import calibration_counts, group_names, score
 from vlsm.segment import enlarge
 from vlsm.system import parallel
@@ -83,12 +80,11 @@ def results_folder(checkpoint, metadata, split, dataset=None, suffixes=()):
 
 
 def predictions(predictor, data, prompt_sets, batch_size):
-    """Yield (index, set's name, prompt, logits `[1, S, S]`, truth uint8 `[H, W]`), on the device.
+    """Yield (index, {set's name: (prompt, logits `[1, S, S]`)}, truth uint8 `[H, W]`), on the device.
 
-    truth: 0, 1, and 255 where pixels are ignored.
-
-    prompt_sets: {name: a text for each record, or None to leave the record out}. An image is encoded once for
-    the prompts of all sets. Several processes share the records.
+    truth: 0, 1, and 255 where pixels are ignored. prompt_sets: {name: a text for each record, or None to
+    leave the record out}. An image is encoded once for the prompts of all sets. Several processes share the
+    records.
     """
     texts_of = list(zip(*prompt_sets.values()))  # record -> its text in each set
     wanted = [i for i, texts in enumerate(texts_of) if any(text is not None for text in texts)]
@@ -107,26 +103,27 @@ def predictions(predictor, data, prompt_sets, batch_size):
                 texts += [text or "" for text in texts_of[i]]
             logits = predictor.logits(images, texts).unflatten(0, (len(batch), -1))  # [B, P, 1, S, S]
             for i, mask, of_image in zip(batch, masks, logits):
-                truth = torch.from_numpy(mask).to(predictor.device)
+                outputs = {}
                 for name, text, of_text in zip(prompt_sets, texts_of[i], of_image):
                     if text is not None:
-                        yield i, name, text, of_text, truth
+                        outputs[name] = text, of_text
+                yield i, outputs, torch.from_numpy(mask).to(predictor.device)
             bar.update(len(batch))
 
 
 def measure_prompts(predictor, data, prompt_sets, batch_size, measure):
-    """Return {name: measure(index, prompt, logits `[1, S, S]`, truth `[H, W]`) of each record, in order}.
+    """Return {name: measure(name, index, prompt, logits `[1, S, S]`, truth `[H, W]`) of each record, in
+    order}.
 
-    truth: uint8, 255 where pixels are ignored.
-
-    prompt_sets: {name: a text for each record, or None}. Results that are None are left out. Several
-    processes share the records; each gets all results.
+    truth: uint8, 255 where pixels are ignored. prompt_sets: {name: a text for each record, or None}. Results
+    that are None are left out. Several processes share the records; each gets all results.
     """
     results = []
-    for index, name, prompt, logits, truth in predictions(predictor, data, prompt_sets, batch_size):
-        result = measure(index, prompt, logits, truth)
-        if result is not None:
-            results.append((index, name, result))
+    for index, outputs, truth in predictions(predictor, data, prompt_sets, batch_size):
+        for name, (prompt, logits) in outputs.items():
+            result = measure(name, index, prompt, logits, truth)
+            if result is not None:
+                results.append((index, name, result))
     by_name = {name: [] for name in prompt_sets}
     for _, name, result in parallel.gather_sorted(results):
         by_name[name].append(result)
@@ -134,31 +131,37 @@ def measure_prompts(predictor, data, prompt_sets, batch_size, measure):
 
 
 def measure_records(predictor, data, prompts, batch_size, measure):
-    """Return what `measure_prompts` does of one set of prompts, as a list."""
-    return measure_prompts(predictor, data, {"": prompts}, batch_size, measure)[""]
+    """Return what `measure_prompts` does of one set of prompts, as a list; measure: without the name."""
+
+    def measure_one(_, *arguments):
+        return measure(*arguments)
+
+    return measure_prompts(predictor, data, {"": prompts}, batch_size, measure_one)[""]
 
 
 def evaluate_prompts(
     predictor, data, prompt_sets, tolerance=2.0, upsample="logits", batch_size=32, group=None,
     keep_masks=False, mask_folder=None, probability_folder=None, keep_largest=False, min_area=0,
+    alarm_sets=(),
 ):  # fmt: skip
     """Return {name: the scores of a split's records, a dictionary for each} of some sets of prompts.
 
     prompt_sets: {name: a text for each record}. tolerance: of NSD, in pixels. group: a pattern, as in
     `group_names`. keep_masks: add the predicted mask as `packed_mask`. mask_folder, probability_folder: where
     to write the predicted masks as 0/255 PNGs, and the probabilities as 16-bit PNGs. keep_largest, min_area:
-    clean the masks, as `clean_mask` says.
+    clean the masks, as `clean_mask` says. alarm_sets: names of sets that ask for what is not in the images,
+    whose scores are `alarm` and `group` alone.
     """
     groups = group_names(data.records, group)
 
-    def measure(i, prompt, logits, truth):
+    def measure(name, i, prompt, logits, truth):
         """Return the scores of record i; write its mask and probabilities if folders are given."""
         record = data.records[i]
         enlarged = enlarge(logits, truth.shape)  # [1, H, W]
-        mask = masks_at_size(logits, enlarged, upsample)[0]
-        if keep_largest or min_area:
-            cleaned = clean_mask(mask.cpu().numpy(), keep_largest, min_area)
-            mask = torch.from_numpy(cleaned).to(mask.device)
+        mask = masks_at_size(logits, enlarged, upsample, keep_largest=keep_largest, min_area=min_area)[0]
+        if name in alarm_sets:
+            counted, _ = counted_pixels(mask, truth)
+            return dict(group=groups[i], alarm=is_alarm(counted[None]).item())
         if mask_folder:
             save_png(mask, mask_target(mask_folder, record.mask_name))
         if probability_folder:
@@ -177,3 +180,49 @@ def evaluate_prompts(
 def evaluate_split(predictor, data, prompts, **settings):
     """Return the scores of a split's records; prompts: a text for each. settings: of `evaluate_prompts`."""
     return evaluate_prompts(predictor, data, {"": prompts}, **settings)[""]
+
+
+# Label maps
+
+
+def class_prompts(records, prompts):
+    """Return {class number: a text for the first record of each image, None for others}.
+
+    An image that holds the class has its right prompt; one without it gets another image's prompt for it.
+    """
+    first, image_of = index_images(records)
+    texts_of = defaultdict(dict)  # class number -> {image: text}
+    for record, image, prompt in zip(records, image_of, prompts):
+        texts_of[record.mask.value][image] = prompt
+    prompt_sets = {}
+    for value in sorted(texts_of):
+        texts = texts_of[value]
+        others = list(texts.values())
+        prompt_sets[value] = [None] * len(records)
+        for image, i in enumerate(first):
+            prompt_sets[value][i] = texts.get(image, others[i % len(others)])
+    return prompt_sets
+
+
+def confusion_matrix(predictor, data, prompts, batch_size=32, **settings):
+    """Return how many pixels of each true class are of each predicted one, int64 `[C + 1, C + 1]`.
+
+    data: a split of label maps. Rows: the background, then the split's classes by their numbers; columns: the
+    same, predicted. Each image is asked for all C classes; a pixel is of the most probable one, if that
+    exceeds 0.5. Ignored pixels do not count. prompts: the records' right ones. settings: of `masks_at_size`.
+    """
+    records = data.records
+    prompt_sets = class_prompts(records, prompts)
+    index_of = np.zeros(1 << 16, np.int64)  # class number -> row
+    index_of[list(prompt_sets)] = range(1, 1 + len(prompt_sets))
+    side = 1 + len(prompt_sets)
+    counts = np.zeros(side**2, np.int64)
+    for i, outputs, _ in predictions(predictor, data, prompt_sets, batch_size):
+        numbers = read_labels(records[i].mask.file)
+        logits = torch.cat([of_class for _, of_class in outputs.values()])  # [C, S, S]
+        masks = masks_at_size(logits, enlarge(logits, numbers.shape), exclusive=True, **settings)
+        predicted = (masks.int().argmax(0) + 1) * masks.any(0)
+        codes = side * index_of[numbers] + predicted.cpu().numpy()
+        counts += np.bincount(codes[numbers != records[i].mask.ignore], minlength=side**2)
+    counts = parallel.all_reduce_sum(counts.tolist(), predictor.device)
+    return np.array(counts, np.int64).reshape(side, side)

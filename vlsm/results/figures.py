@@ -5,16 +5,23 @@ import textwrap
 import numpy as np
 
 from vlsm.data.images import read_image, read_mask
+from vlsm.system import plots
 from vlsm.system.files import owned_write
-from vlsm.system.plots import save_figure
 
-GREEN, CYAN = (40, 200, 90), (0, 200, 255)
 INK, GREY = "#1e1e23", "#5a5a64"
 # sizes of a sheet in inches: an image's width, space between images, height of the titles, of a line of text
 CELL, GAP, HEAD, LINE = 2.2, 0.08, 0.28, 0.17
-LETTERS = 15  # letters of a prompt in an inch, at 8.5 points
+LETTERS = 15  # characters of a prompt in an inch, at 8.5 points
 PROMPT_LINES = 3
 DPI = 150
+
+
+def rgb(colour):
+    """Return a colour "#rrggbb" as its red, green and blue from 0 to 255."""
+    return tuple(bytes.fromhex(colour[1:]))
+
+
+TRUTH, PREDICTION = rgb(plots.GREEN), rgb(plots.SKY)
 
 
 def overlay(image, mask, colour):
@@ -60,7 +67,7 @@ def draw_cases(path, records, runs, count, file_format="png"):
         image = read_image(records[i].image)
         truth = read_mask(records[i].mask)
         masks = [unpack_mask(scores[i], truth.shape) for scores in runs.values()]
-        caption = f"{rank}: DSC {100 * first[i]['dsc']:.1f}   {first[i]['image']}"
+        caption = f"{rank}: DSC {100 * first[i]['dsc']:.1f}   {first[i]['image']}   {first[i]['class']}"
         rows.append((image, truth, masks, first[i]["prompt"], caption))
     with owned_write(path) as temporary:
         sheet(rows, temporary, list(runs), file_format)
@@ -87,8 +94,8 @@ def sheet(rows, path, names=("prediction",), file_format="png"):
         write(GAP + k * (CELL + GAP), GAP, title, 10, "bold")
     y = HEAD
     for image, truth, predictions, prompt, caption in rows:
-        panels = [image, overlay(image, truth, GREEN)]
-        panels += [overlay(image, mask, CYAN) for mask in predictions]
+        panels = [image, overlay(image, truth, TRUTH)]
+        panels += [overlay(image, mask, PREDICTION) for mask in predictions]
         bottom = y + CELL * image.shape[0] / image.shape[1]
         for k, panel in enumerate(panels):
             left = GAP + k * (CELL + GAP)
@@ -101,7 +108,7 @@ def sheet(rows, path, names=("prediction",), file_format="png"):
         y += LINE + GAP
     axes.set(xlim=(0, width), ylim=(y, 0))
     figure.set_size_inches(width, y)
-    save_figure(figure, path, file_format)
+    plots.save_figure(figure, path, file_format)
 
 
 def wrap(prompt, width):

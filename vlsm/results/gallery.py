@@ -7,13 +7,14 @@ import numpy as np
 from PIL import Image
 
 from vlsm.data.images import read_image, read_mask
-from vlsm.results.figures import CYAN, GREEN, unpack_mask
+from vlsm.results.figures import PREDICTION, TRUTH, rgb, unpack_mask
+from vlsm.system import plots
 from vlsm.system.console import progress
 from vlsm.system.files import owned_write, write_text
 
 SIDE = 360  # of the small images, at most
 TEMPLATE = Path(__file__).with_name("gallery.html")
-DIFFERENCE = ((255, 140, 30), (240, 50, 70), GREEN)  # false positive, false negative, true positive
+DIFFERENCE = (rgb(plots.ORANGE), rgb(plots.BLUE), TRUTH)  # false positive, false negative, true positive
 
 
 def page_files(folder):
@@ -34,6 +35,7 @@ def write_gallery(folder, records, runs, title):
             dict(
                 id=f"{i:05}",
                 image=record.name,
+                class_word=record.class_word or "",
                 width=width,
                 height=height,
                 empty=scores[0]["target_empty"],
@@ -59,10 +61,10 @@ def _write_images(stem, record, scores):
     with owned_write(stem.with_suffix(".jpg")) as temporary:
         small.save(temporary, format="JPEG", quality=85)
 
-    layers = {"truth": (truth, [GREEN])}
+    layers = {"truth": (truth, [TRUTH])}
     for k, score in enumerate(scores):
         mask = unpack_mask(score, truth.shape)
-        layers[f"p{k}"] = mask, [CYAN]
+        layers[f"p{k}"] = mask, [PREDICTION]
         layers[f"d{k}"] = mask + 2 * truth.astype(np.uint8), DIFFERENCE
     for name, (codes, colours) in layers.items():
         layer = Image.fromarray(codes.astype(np.uint8)).resize((width, height), Image.NEAREST)

@@ -13,21 +13,19 @@ from scipy import ndimage
 from vlsm.checkpoint import load
 from vlsm.data.cache import chunks
 from vlsm.data.images import EXTENSIONS, ImageError, image_files, mask_image, read_image
-from vlsm.results.figures import CYAN, overlay
+from vlsm.results.figures import PREDICTION, overlay, rgb
 from vlsm.segment import enlarge, image_logits, logit_of, to_batch
 from vlsm.system import parallel
 from vlsm.system.console import progress
 from vlsm.system.files import check_targets, owned_write, write_json
 from vlsm.system.parallel import choose_device
+from vlsm.system.plots import COLOURS
 
 SIDES = re.compile(r"\b(left|right|Left|Right)\b")
 OTHER_SIDE = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
 READERS = 4  # threads that read images
 UNSAFE = re.compile(r"[^\w-]+")  # in a folder's name
 LONGEST_NAME = 60  # letters of a folder's name
-# Okabe and Ito's colours, which the colour-blind tell apart
-COLOURS = "e69f00 56b4e9 009e73 f0e442 0072b2 d55e00 cc79a7"
-OKABE_ITO = np.frombuffer(bytes.fromhex(COLOURS), np.uint8).reshape(-1, 3)
 
 
 def load_predictor(
@@ -69,6 +67,10 @@ class Predictor:
         self.size = model.metadata["image_size"]
         self.trained, self.total = model.count_parameters()
 
+    def vocabulary(self):
+        """Return the whole words of the tokenizer's vocabulary."""
+        return self.model.tokenizer().words()
+
     def logits(self, images, prompts):
         """Return float32 logits `[B * P, 1, S, S]` of uint8 images `[B, 3, S, S]` and B * P prompts.
 
@@ -95,6 +97,7 @@ class Ensemble(Predictor):
 
     def __init__(self, predictors):
         first = predictors[0]
+        self.model = first.model
         self.predictors = predictors
         self.metadata = first.metadata
         self.size = first.size
@@ -143,11 +146,14 @@ def logits_at_size(logits, shape):
     return enlarge(logits, shape)[0]
 
 
-def masks_at_size(logits, enlarged, upsample="logits", bound=0.0, exclusive=False):
+def masks_at_size(
+    logits, enlarged, upsample="logits", bound=0.0, exclusive=False, keep_largest=False, min_area=0
+):
     """Return bool masks `[P, h, w]` at the original size, of logits `[P, S, S]` and the same `enlarged`.
 
     bound: masks are where the logits exceed it. upsample: "logits": threshold the enlarged logits; "mask":
-    threshold, then enlarge. exclusive: a pixel is of the largest logit alone.
+    threshold, then enlarge. exclusive: a pixel is of the largest logit alone. keep_largest, min_area: clean
+    the masks, as `clean_mask` says.
     """
     if upsample == "logits":
         logits = enlarged
@@ -156,6 +162,9 @@ def masks_at_size(logits, enlarged, upsample="logits", bound=0.0, exclusive=Fals
         masks &= F.one_hot(logits.argmax(0), len(logits)).movedim(-1, 0).bool()
     if upsample == "mask":
         masks = F.interpolate(masks[None].float(), enlarged.shape[1:], mode="nearest-exact")[0] > 0
+    if keep_largest or min_area:
+        cleaned = [clean_mask(mask, keep_largest, min_area) for mask in masks.cpu().numpy()]
+        masks = torch.from_numpy(np.stack(cleaned)).to(masks.device)
     return masks
 
 
@@ -164,8 +173,6 @@ def clean_mask(mask, keep_largest=False, min_area=0):
 
     Pixels that touch at a side or a corner are of one piece.
     """
-    if not keep_largest and not min_area:
-        return mask
     pieces, _ = ndimage.label(mask, np.ones((3, 3)))
     areas = np.bincount(pieces.ravel())
     areas[0] = 0  # background
@@ -237,8 +244,8 @@ class MaskWriter:
         for folder, of_prompt in zip(self.probability_folders, enlarged):
             save_probability(of_prompt, mask_target(folder, name))
         exclusive = self.label_file is not None
-        masks = masks_at_size(logits, enlarged, self.upsample, self.bound, exclusive).cpu().numpy()
-        masks = np.stack([clean_mask(mask, self.keep_largest, self.min_area) for mask in masks])
+        cleaning = self.keep_largest, self.min_area
+        masks = masks_at_size(logits, enlarged, self.upsample, self.bound, exclusive, *cleaning).cpu().numpy()
         if exclusive:
             colours = class_colours(len(masks))
             numbers = np.arange(1, len(masks) + 1, dtype=np.uint8)[:, None, None]
@@ -247,7 +254,7 @@ class MaskWriter:
             self.save(mask_target(self.mask_folders[0], name), labels, image, masks, colours)
         else:
             for folder, mask in zip(self.mask_folders, masks):
-                self.save(mask_target(folder, name), mask_image(mask), image, [mask], [CYAN])
+                self.save(mask_target(folder, name), mask_image(mask), image, [mask], [PREDICTION])
 
     def save(self, target, picture, image, masks, colours):
         """Write a mask or a label map and, if asked for, its overlay."""
@@ -282,8 +289,9 @@ def prompt_folders(folder, prompts):
 
 def class_colours(count):
     """Return the colours of `count` classes, uint8 `[count, 3]`; from the eighth on they are darker."""
-    rounds, places = np.divmod(np.arange(count), len(OKABE_ITO))
-    return (OKABE_ITO[places] * 0.6 ** rounds[:, None]).astype(np.uint8)
+    palette = np.array([rgb(colour) for colour in COLOURS])
+    rounds, places = np.divmod(np.arange(count), len(palette))
+    return (palette[places] * 0.6 ** rounds[:, None]).astype(np.uint8)
 
 
 def predict_folder(predictor, source, writer, batch_size=32, overwrite=False):

@@ -3,6 +3,7 @@
 import csv
 import math
 import re
+from collections import defaultdict
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ METRICS = {
     "hd95": ("HD95 px", 1, min),
     "nsd": ("NSD %", 100, max),
 }
-CLASS_TITLES = dict(dsc="DSC %", iou="IoU %", hd95="HD95 px", nsd="NSD %", pixel_iou="pixel IoU %")
+NO_CLASS = "no class"  # stands for the class word of records without one
 BINS = 15  # of probabilities, for the calibration error
 RESULT_FILES = ("metrics.csv", "metrics.json")
 
@@ -28,7 +29,7 @@ def score(prediction, truth, tolerance=2.0):
     """Return the scores of a bool prediction `[H, W]` against its true mask, a dictionary.
 
     truth: bool, or uint8 with 255 where pixels are ignored. tolerance: of NSD, in pixels. `diagonal`: of the
-    image, in pixels. `intersection`, `union`: in pixels.
+    image, in pixels.
     """
     prediction, truth = metrics.counted_pixels(prediction, truth)
     batch = prediction[None], truth[None]
@@ -40,9 +41,28 @@ def score(prediction, truth, tolerance=2.0):
         diagonal=math.hypot(*truth.shape),
         target_empty=not truth.any().item(),
         pred_empty=not prediction.any().item(),
-        intersection=(prediction & truth).sum().item(),
-        union=(prediction | truth).sum().item(),
     )
+
+
+def summarise_values(values, groups):
+    """Return mean, std, n and `ci95` of numbers, NaN where there is none, for JSON."""
+    column = torch.tensor(values, dtype=torch.float64)
+    return dict(_mean_and_std(column), ci95=bootstrap_intervals({"": column}, groups)[""])
+
+
+def summarise_label_maps(counts, words):
+    """Return {"miou", "iou": {class: IoU}} of a confusion matrix `[C + 1, C + 1]`, as VOC does.
+
+    words: of the C classes. The mean is over the background and all classes that any pixel is, or is
+    predicted to be.
+    """
+    both = counts.diagonal()
+    either = counts.sum(0) + counts.sum(1) - both
+    iou = {}
+    for word, intersection, union in zip(["background", *words], both.tolist(), either.tolist()):
+        if union:
+            iou[word] = intersection / union
+    return dict(miou=sum(iou.values()) / len(iou), iou=iou)
 
 
 def calibration_counts(probability, truth):
@@ -100,23 +120,25 @@ def summarise(scores, resampled="image"):
 def summarise_classes(scores, resampled="image"):
     """Return {"each": {class word: summary of its records}, "mean": {metric: mean over classes}}, for JSON.
 
-    A mean comes with std and n. Beside the metrics `pixel_iou`: intersection over union of all pixels of the
-    images that hold the class. Unlike in VOC's mIoU, false positives in other images do not count.
+    A mean comes with std and n.
     """
-    rows = {}
+    rows = defaultdict(list)
     for s in scores:
-        rows.setdefault(s["class"] or "no class", []).append(s)
-    each = {}
-    for word in sorted(rows):
-        both = sum(s["intersection"] for s in rows[word])
-        either = sum(s["union"] for s in rows[word])
-        each[word] = summarise(rows[word], resampled)
-        each[word]["pixel_iou"] = dict(mean=both / max(either, 1))
+        rows[s["class"] or NO_CLASS].append(s)
+    each = {word: summarise(rows[word], resampled) for word in sorted(rows)}
     means = {}
-    for name in CLASS_TITLES:
+    for name in METRICS:
         values = [summary[name]["mean"] for summary in each.values()]
         means[name] = _mean_and_std(torch.tensor(np.array(values, float)))  # None becomes nan
     return dict(each=each, mean=means)
+
+
+def class_summaries(metrics):
+    """Return {"": the contents of a metrics.json, ": polyp": what it says of a class, for each class}."""
+    summaries = {"": metrics}
+    for word, summary in metrics.get("classes", {}).get("each", {}).items():
+        summaries[f": {word}"] = dict(summary, trained=metrics.get("trained"), word=word)
+    return summaries
 
 
 def _column(scores, name):
@@ -175,7 +197,7 @@ def describe(summary):
     nonempty = summary["dsc_nonempty"]
     if empty["n"]:
         alarms = 100 - 100 * empty["mean"]
-        lines.append(f"False alarms: foreground in {alarms:.1f} % of the {empty['n']} records without any")
+        lines.append(f"Empty masks: foreground in {alarms:.1f} % of the {empty['n']} records without any")
     if empty["n"] and nonempty["n"]:
         correct = f"{empty['n']} empty ones: {100 * empty['mean']:.1f} % predicted exactly empty"
         unit = f"% over the {nonempty['n']} records whose truth is not empty; {correct}"
@@ -192,21 +214,26 @@ def describe(summary):
     )
     if "classes" in summary:
         lines += describe_classes(summary["classes"])
+    if "label_maps" in summary:
+        miou = 100 * summary["label_maps"]["miou"]
+        lines.append(f"mIoU  {miou:7.2f} % of label maps, background included, over the images with a class")
+    for name, alarms in summary.get("alarms", {}).items():
+        interval = in_brackets(alarms["ci95"])
+        lines.append(f"False alarms {100 * alarms['mean']:.1f} {interval} % of {alarms['n']} prompts: {name}")
     return "\n".join(lines)
 
 
 def describe_classes(classes):
     """Return the lines of a table by class, of `summarise_classes`; in brackets the intervals."""
     widest = max(map(len, classes["each"]))
-    lines = [" " * widest + "".join(f"{title:>27}" for title in CLASS_TITLES.values())]
+    lines = [" " * widest + "".join(f"{title:>26}" for title, _, _ in METRICS.values())]
     for word, summary in [*classes["each"].items(), ("mean", classes["mean"])]:
         row = f"{word:{widest}}"
-        for name in CLASS_TITLES:
-            factor = 1 if name == "hd95" else 100
+        for name, (_, factor, _) in METRICS.items():
             mean = summary[name]["mean"]
             interval = in_brackets(summary[name].get("ci95"), factor)
             cell = "n/a" if mean is None else f"{factor * mean:.2f} {interval}".rstrip()
-            row += f"{cell:>27}"
+            row += f"{cell:>26}"
         lines.append(row)
     return lines
 
@@ -285,11 +312,14 @@ def _draw_means(sums, counts, draws, seed):
         yield np.where(n_defined > 0, times @ sums / np.maximum(n_defined, 1), np.nan)
 
 
-def intervals_over_runs(files, metric):
-    """Return the 95 % interval of a metric's mean over records, of each the mean over some runs.
+def intervals_over_runs(runs, metric):
+    """Return the 95 % interval of a metric's mean over records; a record's value is its mean over the runs.
 
-    files: the runs' metrics.csv. Returns None if one is missing, or the records of the runs differ.
+    runs: their `file` is a metrics.json beside the metrics.csv, their `metrics` one of `class_summaries`.
+    Returns None if a metrics.csv is missing, or the records of the runs differ.
     """
+    files = [run.file.with_name("metrics.csv") for run in runs]
+    words = {run.metrics.get("word") for run in runs}  # one, of the records' class; None: all records
     if not all(file.is_file() for file in files):
         return None
     runs = []
@@ -298,6 +328,8 @@ def intervals_over_runs(files, metric):
         values = {}
         with open(file, encoding="utf-8", newline="") as text:
             for row in csv.DictReader(text):
+                if not words & {None, row.get("class") or NO_CLASS}:
+                    continue
                 record = row["image"], row["mask"]
                 values[record] = float(row[metric])
                 groups[record] = row["group"]

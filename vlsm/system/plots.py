@@ -1,8 +1,9 @@
 """Charts of plain numbers, drawn by matplotlib."""
 
-BLUE = "#1f5ab4"
-ORANGE = "#dc6e14"
-COLOURS = (BLUE, ORANGE, "#3ca050", "#9650aa", "#c8323c", "#5a5a64", "#00a0b4", "#b49614")
+# Okabe and Ito's colours, which the colour-blind tell apart
+ORANGE, SKY, GREEN, YELLOW = "#e69f00", "#56b4e9", "#009e73", "#f0e442"
+BLUE, VERMILION, PURPLE = "#0072b2", "#d55e00", "#cc79a7"
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, YELLOW)
 PANEL = (5.6, 3.8)  # inches; 100 dots each
 
 

@@ -6,17 +6,18 @@ from collections import defaultdict, namedtuple
 from pathlib import Path
 
 from vlsm.checkpoint import read_metadata
-from vlsm.results.scores import METRICS, in_brackets, intervals_over_runs
+from vlsm.results.scores import METRICS, class_summaries, in_brackets, intervals_over_runs
 from vlsm.system import plots
 from vlsm.system.arguments import Parser
 from vlsm.system.console import friendly_errors, say
 from vlsm.system.files import check_targets, csv_text, field, owned_write, read_json, write_text
 
 DAGGER = " †"  # after the name of a method whose figures are a paper's
-TEX = str.maketrans({"%": r"\%", "_": r"\_", "†": r"$^\dagger$", "±": r"$\pm$"})
+TEX = str.maketrans({"%": r"\%", "&": r"\&", "_": r"\_", "†": r"$^\dagger$", "±": r"$\pm$"})
 NETWORK_PREFIXES = {"clipseg": "", "cris": "CRIS ", "san": "SAN ", "sam3": "SAM3 "}
 
-# An evaluation of a run on its own data set; metrics: the contents of metrics.json, which is `file`
+# An evaluation of a run on its own data set, or on one class of it ("kvasir: polyp"); metrics: the contents
+# of metrics.json, which is `file`, or what that says of the class
 Run = namedtuple("Run", "dataset label recipe file metrics")
 # A mean in per cent or pixels and its spread, as numbers and as text: the sample deviation of several seeds
 # and the 95 % interval over records (" ± 1.41 [78.20, 83.10]")
@@ -51,9 +52,15 @@ def collect(root, split="test"):
             continue
         metadata = read_metadata(checkpoints[0])
         dataset = Path(field(file, metrics, "dataset", kind=str, words="a name")).name
-        recipe = dict(metadata["recipe"], weights=metadata["weights"], image_size=metadata["image_size"])
+        recipe = {
+            "negatives": 0,  # runs of earlier versions had none
+            **metadata["recipe"],
+            "weights": metadata["weights"],
+            "image_size": metadata["image_size"],
+        }
         if dataset == Path(metadata["dataset"]).name:
-            runs.append(Run(dataset, method_label(metadata, metrics), recipe, file, metrics))
+            for suffix, summary in class_summaries(metrics).items():
+                runs.append(Run(dataset + suffix, method_label(metadata, metrics), recipe, file, summary))
     if not runs:
         raise ValueError(
             f"Below '{root}' there is no run with eval-{split}/metrics.json. Evaluate the runs first: "
@@ -92,13 +99,12 @@ def mean_over_seeds(runs, metric):
     mean = statistics.mean(means)
     if len(means) > 1:
         std = statistics.stdev(means)
-        interval = intervals_over_runs([run.file.with_name("metrics.csv") for run in runs], metric)
+        interval = intervals_over_runs(runs, metric)
         return Cell(mean, mean - std, mean + std, f" ± {std:.2f} {in_brackets(interval, factor)}".rstrip())
     interval = defined[0]["ci95"]
     if not interval:  # of fewer than two groups of records
         return Cell(mean, mean, mean, "")
-    low, high = interval
-    return Cell(mean, factor * low, factor * high, f" {in_brackets(interval, factor)}")
+    return Cell(mean, factor * interval[0], factor * interval[1], f" {in_brackets(interval, factor)}")
 
 
 def tabulate(groups):
@@ -146,8 +152,7 @@ def table_rows(table, trained):
     rows = [["data set", "metric", *(head_text(label, trained[label]) for label in labels)]]
     for (dataset, metric), cells in table.items():
         title, _, better = METRICS[metric]
-        ours = [cell.mean for label, cell in cells.items() if not label.endswith(DAGGER)]
-        best = f"{better(ours):.2f}"
+        best = f"{better(cell.mean for label, cell in cells.items() if not label.endswith(DAGGER)):.2f}"
         row = [dataset, title]
         for label in labels:
             text = ""
@@ -166,9 +171,9 @@ def format_rows(rows, text_format):
     if text_format == "csv":
         return csv_text(rows).replace("**", "").replace("±", "+-")
     if text_format == "md":
-        head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+        head, *body = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
         return "\n".join([head, "| --- | --- |" + " ---: |" * (len(rows[0]) - 2), *body, ""])
-    head, *body = [" & ".join(row).translate(TEX) + r" \\" for row in rows]
+    head, *body = [" & ".join(cell.translate(TEX) for cell in row) + r" \\" for row in rows]
     begin = r"\begin{tabular}{ll" + "r" * (len(rows[0]) - 2) + "}"
     lines = [begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", ""]
     return re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", "\n".join(lines))
@@ -209,7 +214,8 @@ def main(argv=None):
     for file, draw in zip(files[1:], (plots.bars, plots.against_parameters)):
         with owned_write(file) as temporary:
             draw(dsc, trained, temporary, args.figure_format)
-    say(f"{text}\n{sum(map(len, groups.values()))} evaluations. Wrote {', '.join(map(str, files))}")
+    evaluations = {run.file for runs in groups.values() for run in runs.values()}
+    say(f"{text}\n{len(evaluations)} evaluations. Wrote {', '.join(map(str, files))}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from PIL import Image
 from datasets import open_run_split
 from vlsm.data.cache import default_cache
 from vlsm.data.images import mask_image, read_image
-from vlsm.results.figures import CYAN, overlay
+from vlsm.results.figures import PREDICTION, overlay
 from vlsm.results.predict import load_predictor, logits_at_size
 from vlsm.segment import prompt_notice, to_batch
 from vlsm.system.arguments import Parser, number
@@ -56,7 +56,7 @@ def segment(runs, path, image, prompt, threshold):
     predictor = runs.get(path)
     probability = foreground_probability(predictor, image, prompt)
     mask = probability >= threshold
-    tinted = Image.fromarray(overlay(image, mask, CYAN))
+    tinted = Image.fromarray(overlay(image, mask, PREDICTION))
     grey = Image.fromarray((255 * probability).round().astype(np.uint8))
     share = f"{100 * mask.mean():.1f} % of the image; highest probability {probability.max():.3f}"
     notice = prompt_notice(predictor.metadata, [prompt])

@@ -18,7 +18,7 @@ from vlsm.system.arguments import Parser, number
 from vlsm.system.console import friendly_errors, say
 from vlsm.system.files import atomic_write, field, is_filled, locked, read_json, write_csv, write_json
 from vlsm.training.arguments import method_options, parse_arguments, train_parser
-from vlsm.training.run import Diverged, delete_run
+from vlsm.training.run import Diverged, delete_run, selection_score
 
 EXAMPLES = """examples:
   python -m vlsm.tools.sweep --out runs/coop-sweep --trials 20 -- --dataset kvasir --peft coop
@@ -130,7 +130,7 @@ def run_trial(optuna, study, trial, words, folder, by_loss):
 
     def score(history):
         """Return the value of a run so far, which the study maximises."""
-        return -history[-1]["val_loss"] if by_loss else max(row["val_dsc"] for row in history)
+        return -history[-1]["val_loss"] if by_loss else max(map(selection_score, history))
 
     def report_epochs(run):
         """Report the epochs that the study lacks: also those between its last report and an interruption."""

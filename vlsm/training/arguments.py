@@ -31,12 +31,14 @@ ADAPTER_RATES = dict(dense=1e-3, telescopic=1e-3, shallow=3e-4, lora=1e-3, decod
 LEARNER_RATE = 2e-4
 NETWORK_RATES = {"cris": 1e-4, "san": 3e-4, "sam3": 1e-4}  # of full and decoder
 COOP_INIT = "a photo of a"
-DEMO_EPOCHS = 40  # of --dataset demo, which is small
+BATCH_SIZE = 32
+DEMO_RECIPE = dict(epochs=19, batch_size=12, negatives=2)  # of --dataset demo, which is small
 
 # The options that a checkpoint's metadata holds as its recipe.
 RECIPE_FIELDS = (
     "epochs", "min_epochs", "patience", "monitor", "batch_size", "lr", "weight_decay", "lr_factor",
     "lr_patience", "clip", "dice_weight", "bce_weight", "ce", "augment", "amp", "limit_train", "seed",
+    "negatives",
 )  # fmt: skip
 # Options of one start of the program, which are not written to config.json.
 OF_THE_START = ("out", "resume", "overwrite", "changed_data", "dry_run")
@@ -74,6 +76,13 @@ def add_data_arguments(add):
         "--prompts",
         help="random (default: a key from p1.. each time), class (default of the prompt learners), a key "
         'such as p6, or a text: "a polyp"',
+    )
+    add(
+        "--negatives",
+        type=number(int, 0, 100),
+        metavar="N",
+        help="beside each right prompt, train on N of what is not in the image, with an empty mask (default "
+        "1; demo 2; 0 for the papers' data sets, whose recipes have none)",
     )
     add(
         "--image-size",
@@ -134,7 +143,7 @@ def add_recipe_arguments(add):
         return f"default {ADAPTER_RECIPE[name]} [{LEARNER_RECIPE[name]}]"
 
     epochs = number(int, 1, 10**6)
-    add("--epochs", type=epochs, help=f"at most so many ({default('epochs')}; demo {DEMO_EPOCHS})")
+    add("--epochs", type=epochs, help=f"at most so many ({default('epochs')}; demo {DEMO_RECIPE['epochs']})")
     add("--min-epochs", type=number(int, 0), help=f"at least so many ({default('min_epochs')})")
     add(
         "--patience",
@@ -144,9 +153,10 @@ def add_recipe_arguments(add):
     add(
         "--monitor",
         choices=["dsc", "loss"],
-        help=f"validation metric for early stopping ({default('monitor')})",
+        help=f"validation metric for early stopping; false alarms lower dsc ({default('monitor')})",
     )
-    add("--batch-size", type=number(int, 1, 10**6), default=32, help="images a step (default 32)")
+    in_demo = f"demo {DEMO_RECIPE['batch_size']}"
+    add("--batch-size", type=number(int, 1, 10**6), help=f"images a step (default {BATCH_SIZE}; {in_demo})")
     rates = ", ".join(f"{method} {rate:g}" for method, rate in ADAPTER_RATES.items() if rate)
     add("--lr", type=number(float, 0), help=f"learning rate of AdamW (default: {rates} [{LEARNER_RATE:g}])")
     add("--weight-decay", type=number(float, 0), help=f"of AdamW ({default('weight_decay')})")
@@ -248,8 +258,9 @@ def recipe(model, peft, dataset, reference, context=None):
     # TuneVLSeg's own code computes the cross entropy as its paper says
     defaults["ce"] = "reference" if reference and not learner else "logits"
     defaults["weights"] = network_class(model).default_weights
+    defaults["batch_size"] = BATCH_SIZE
     if dataset == "demo":
-        defaults["epochs"] = DEMO_EPOCHS
+        defaults.update(DEMO_RECIPE)
         if model == "clipseg":
             defaults["weights"] = "mini"
     if context is None and {"coop", "cocoop"} & set(names):
@@ -305,6 +316,7 @@ def read_stored(parser, out):
     stored = read_json(file).get("options")
     if not isinstance(stored, dict) or not {"dataset", "peft"} <= set(stored):
         raise ValueError(f"'{file}' is not the config.json of a run: 'options' should name dataset and peft.")
+    stored = {"negatives": 0, **stored}  # runs of earlier versions had none
     values = {}
     for action in parser._actions:  # options of older versions are not among these, and are ignored
         name = action.dest

@@ -33,13 +33,15 @@ def peak_bytes(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
 
 
-def run_step(model, cache, optimizer, criterion, side, batch):
-    """Run one training step on `batch` images of `side` pixels."""
+def run_step(model, cache, optimizer, criterion, side, negatives, batch):
+    """Run one training step on `batch` images of `side` pixels, each with so many `negatives`."""
     device = cache.device
     images = torch.zeros(batch, 3, side, side, dtype=torch.uint8, device=device)
-    target = torch.zeros(batch, 1, side, side, dtype=torch.uint8, device=device)
-    prompts = ["one small red object, located in top left of the image"] * batch
-    pixel_values, input_ids, attention_mask, _, text_features = cache.model_inputs("", [], images, prompts)
+    P = 1 + negatives
+    target = torch.zeros(batch * P, 1, side, side, dtype=torch.uint8, device=device)
+    prompts = ["one small red object, located in top left of the image"] * batch * P
+    inputs = cache.model_inputs("", range(batch), images, prompts)
+    pixel_values, input_ids, attention_mask, _, text_features = inputs
     with autocast(device, cache.dtype):
         image_features = None
         if cache.keeps_images:
@@ -51,7 +53,7 @@ def run_step(model, cache, optimizer, criterion, side, batch):
     optimizer.zero_grad(set_to_none=True)
 
 
-def describe_memory(model, cache, optimizer, criterion, side):
+def describe_memory(model, cache, optimizer, criterion, side, negatives):
     """Return lines on the memory of weights and of each image, and the largest batch for some cards.
 
     The steps change the model.
@@ -61,7 +63,7 @@ def describe_memory(model, cache, optimizer, criterion, side):
     peaks = []
     for batch in (least, least, least + 1):  # the first one allocates the optimizer's state
         reset_peak(cache.device)
-        run_step(model, cache, optimizer, criterion, side, batch)
+        run_step(model, cache, optimizer, criterion, side, negatives, batch)
         peaks.append(peak_bytes(cache.device))
     each = max(peaks[2] - peaks[1], 1)  # bytes an image
     fixed = max(peaks[1] - least * each, 0)

@@ -202,8 +202,9 @@ class FrozenCache:
         return self.model.network.decoder_reads_pixels or not complete
 
     def model_inputs(self, name, indices, images, prompts, changed=None):
-        """Return the arguments of the model's forward pass for records of a split, with cached features.
+        """Return the arguments of the model's forward pass for B records of a split, with cached features.
 
+        prompts: P for each record; the first of each P is kept in memory, as it comes again.
         images: uint8 or float `[B, 3, S, S]` from 0 to 255; None if cached features replace them, see
         `needs_pixels`. changed: bool `[B]` on the CPU, the images that augmentation has altered; these, and
         those whose features are not cached, are encoded now.
@@ -211,7 +212,9 @@ class FrozenCache:
         pixel_values = None if images is None else self.normalise(images)
         with autocast(self.device, self.dtype):
             image_features = self.image_features(name, indices, pixel_values, changed)
-            text_features = self.text_features(prompts) if self.prompts_frozen else None
+            text_features = None
+            if self.prompts_frozen:
+                text_features = self.text_features(prompts, prompts[:: len(prompts) // len(indices)])
         return pixel_values, *self.tokenizer(prompts), image_features, text_features
 
     def image_features(self, name, indices, pixel_values, changed):
@@ -236,11 +239,21 @@ class FrozenCache:
         embedding = tensors.pop() if self.model.tuner.needs_image_embedding else None
         return ImageFeatures(tensors, embedding, size)
 
-    def text_features(self, prompts):
-        """Return the text features of prompts; rows of tokens are padded with zeros to the longest."""
-        for prompt in set(prompts) - set(self.texts):  # one by one: bit-identical whatever the batch
-            with torch.no_grad():
-                features = self.model.network.encode_prompts(*self.tokenizer([prompt]), self.model.tuner)
-            self.texts[prompt] = [t[0] for t in features]
-        by_prompt = [self.texts[prompt] for prompt in prompts]
+    def text_features(self, prompts, kept):
+        """Return the text features of prompts; rows of tokens are padded with zeros to the longest.
+
+        kept: the prompts that come again, whose features are cached; the others are encoded now, together.
+        """
+        for prompt in set(kept) - set(self.texts):  # one by one: bit-identical whatever the batch
+            self.texts[prompt] = self.encode_texts([prompt])[prompt]
+        # not from self.texts: a resumed run has fewer there. Sorted: a set's order changes between processes
+        others = sorted(set(prompts) - set(kept))
+        fresh = self.encode_texts(others) if others else {}
+        by_prompt = [fresh.get(prompt) or self.texts[prompt] for prompt in prompts]
         return tuple(pad_sequence(rows, batch_first=True) for rows in zip(*by_prompt))
+
+    @torch.no_grad()
+    def encode_texts(self, prompts):
+        """Return {prompt: its text features, without the batch dimension}."""
+        features = self.model.network.encode_prompts(*self.tokenizer(prompts), self.model.tuner)
+        return dict(zip(prompts, zip(*features)))

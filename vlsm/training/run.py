@@ -26,7 +26,7 @@ from vlsm.system.files import (
 
 PROGRESS = 1e-4  # by which the monitored value must improve
 COLUMNS = (
-    "epoch", "train_loss", "train_dsc", "val_loss", "val_dsc", "val_iou", "lr", "seconds",
+    "epoch", "train_loss", "train_dsc", "val_loss", "val_dsc", "val_iou", "val_alarms", "lr", "seconds",
     "images_per_second",
 )  # fmt: skip
 # The files that `Run` writes into its folder; those of evaluations are in their folder's ledger.
@@ -42,9 +42,8 @@ class Run:
     dtype: of autocast, or None. metadata: the run's data, recipe and versions, for config.json and the
     checkpoints, see `describe_run`. monitor: "dsc" or "loss", the validation metric for early stopping.
 
-    Attributes: `history`, a row of log.csv for each epoch; `best`, the best validation DSC; `stalled`, the
-    epochs since the monitored metric last improved by `PROGRESS`; `mark`, its value then (of the loss,
-    negated).
+    Attributes: `history`, a row of log.csv for each epoch; `stalled`, the epochs since the monitored metric
+    last improved by `PROGRESS`; `mark`, its value then (of the loss, negated).
     """
 
     def __init__(self, out, model, optimizer, scheduler, dtype, metadata, monitor="dsc"):
@@ -56,8 +55,7 @@ class Run:
         self.metadata = metadata
         self.monitor = monitor
         self.history = []
-        self.best = -1.0
-        self.improved = False  # whether the last epoch has the best validation DSC
+        self.improved = False  # whether the last epoch is the best so far
         self.stalled = 0
         self.mark = -math.inf
         self.gradients_checked = False
@@ -83,7 +81,7 @@ class Run:
             if not changed_data:
                 check_records(self.out, self.metadata["records"])
             self.resume()
-            best = f"best validation DSC {100 * self.best:.2f}"
+            best = f"best epoch: validation DSC {100 * self.best:.2f}"
             say(f"Resuming '{self.out}' after epoch {len(self.history)} ({best})")
         if parallel.rank():
             return
@@ -94,18 +92,22 @@ class Run:
             folder = str(self.out / "tensorboard")  # rows of an epoch that was not saved are purged
             self.writer = SummaryWriter(folder, purge_step=self.next_epoch, flush_secs=20)
 
+    @property
+    def best(self):
+        """Return the validation DSC of the best epoch by `selection_score`; None before the first."""
+        return max(self.history, key=selection_score)["val_dsc"] if self.history else None
+
     # An epoch
 
     def end_epoch(self, **row):
         """Add a row to the log, and lower the learning rate if the validation loss stalls.
 
-        Returns the row as a line of text; a star marks the best validation DSC so far.
+        Returns the row as a line of text; a star marks the best epoch so far.
         """
         self.history.append(row)
         self.scheduler.step(row["val_loss"])
-        self.improved = row["val_dsc"] > self.best
-        self.best = max(self.best, row["val_dsc"])
-        value = row["val_dsc"] if self.monitor == "dsc" else -row["val_loss"]
+        self.improved = row is max(self.history, key=selection_score)
+        value = selection_score(row) if self.monitor == "dsc" else -row["val_loss"]
         if value > self.mark + PROGRESS:
             self.stalled = 0
             self.mark = value
@@ -113,7 +115,10 @@ class Run:
             self.stalled += 1
         line = f"loss {row['train_loss']:.4f}  DSC {100 * row['train_dsc']:.2f}  "
         line += f"val loss {row['val_loss']:.4f}  val DSC {100 * row['val_dsc']:.2f}  "
-        line += f"IoU {100 * row['val_iou']:.2f}  lr {row['lr']:.1e}  {row['images_per_second']:.3g} img/s"
+        line += f"IoU {100 * row['val_iou']:.2f}  "
+        if row["val_alarms"] is not None:
+            line += f"false alarms {100 * row['val_alarms']:.1f} %  "
+        line += f"lr {row['lr']:.1e}  {row['images_per_second']:.3g} img/s"
         return line + ("  *" if self.improved else "")
 
     def save(self):
@@ -128,22 +133,22 @@ class Run:
             self.save_checkpoint("best")
         table = [COLUMNS]
         for row in self.history:
-            table.append([row[name] for name in COLUMNS])
+            table.append([row.get(name, "") for name in COLUMNS])
         write_csv(self.out / "log.csv", table, atomic_write)
         with atomic_write(self.out / "curves.png") as temporary:
             plots.curves(self.history, temporary)
         if self.writer:
             for name in COLUMNS[1:]:
-                self.writer.add_scalar(name, self.history[-1][name], len(self.history))
+                if self.history[-1][name] is not None:
+                    self.writer.add_scalar(name, self.history[-1][name], len(self.history))
         save_state(self.out / "state.pt", self.state())
 
     def save_checkpoint(self, name):
         """Write the tuned tensors with the run's metadata, in the first process alone."""
         if parallel.rank():
             return
-        best = self.best if self.history else None
         path = self.out / f"{name}.safetensors"
-        save_tuned(path, self.model, **self.metadata, best_val_dsc=best, epoch=len(self.history))
+        save_tuned(path, self.model, **self.metadata, best_val_dsc=self.best, epoch=len(self.history))
 
     def refuse_nonfinite(self, loss, description):
         """Raise Diverged for a loss of nan or infinity, before anything of that epoch is written."""
@@ -177,7 +182,6 @@ class Run:
             scheduler=self.scheduler.state_dict(),
             scaler=self.scaler.state_dict(),
             history=self.history,
-            best=self.best,
             stalled=self.stalled,
             mark=self.mark,
         )
@@ -199,12 +203,21 @@ class Run:
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         self.history = state["history"]
-        self.best = state["best"]
         self.stalled = state["stalled"]
         self.mark = state["mark"]
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+
+
+def selection_score(row):
+    """Return by what epochs are compared: the validation DSC, of which false alarms cost up to half.
+
+    So a model that answers any word is worth less than one that listens, but more than one that finds
+    nothing.
+    """
+    alarms = row.get("val_alarms") or 0
+    return row["val_dsc"] * (1 - alarms / 2)
 
 
 # The folder
