@@ -157,9 +157,8 @@ def train_epoch(
                 loss = criterion(logits, masks)
                 run.scaler.scale(loss * share.weight).backward()
                 # a rank without records of this batch has computed one, with weight and count 0
-                P = 1 + negatives.count
-                predicted, truth = counted_pixels(logits.detach()[::P, 0] > 0, masks[::P, 0])
-                scores = dsc(predicted, truth)[: share.count]
+                predicted, truth = counted_pixels(logits.detach()[:, 0] > 0, masks[:, 0])
+                scores = dsc(predicted[negatives.right], truth[negatives.right])[: share.count]
                 share_loss = loss.detach().double() * share.count
                 sums += torch.stack([share_loss, scores.sum()])
                 seen += share.count
@@ -216,9 +215,8 @@ def validate(model, data, cache, negatives, criterion, seed, prompt_mode, batch_
             logits = model(*inputs)  # [B * P, 1, S, S]
         loss_sum = criterion(logits, masks).double() * len(indices)
         predicted, truth = counted_pixels(logits[:, 0] > 0, masks[:, 0])
-        P = 1 + negatives.count
-        alarms = is_alarm(predicted).view(-1, P)[:, 1:].sum(1, dtype=torch.float64)  # [B]
-        predicted, truth = predicted[::P], truth[::P]
+        alarms = is_alarm(predicted).view(len(indices), -1)[:, 1:].sum(1, dtype=torch.float64)  # [B]
+        predicted, truth = predicted[negatives.right], truth[negatives.right]
         scores = torch.stack([dsc(predicted, truth), iou(predicted, truth), alarms], 1)
         rows.append((number, loss_sum, scores))
     # read from the device only now: every reading waits for it
@@ -266,13 +264,12 @@ def open_data(args, splits, side):
 
 def choose_negatives(count, prompt_mode, data, tokenizer):
     """Return the `Negatives` of each split, {split: Negatives}, and print what they are."""
-    records = []
-    for split in data.values():
-        records += split.records
-    words = unused_words(tokenizer.words(), records, [prompt_mode])
-    if count and not words:
-        raise ValueError("The prompts use every word of the tokenizer's vocabulary; use --negatives 0.")
+    words = []
     if count:
+        records = [record for split in data.values() for record in split.records]
+        words = unused_words(tokenizer.words(), records, [prompt_mode])
+        if not words:
+            raise ValueError("The prompts use every word of the tokenizer's vocabulary; use --negatives 0.")
         say(
             f"--negatives {count}: beside each right prompt, {count} of what is not in the image, with an "
             f"empty mask: absent classes, if any, and {len(words):,} words that no prompt uses"

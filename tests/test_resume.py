@@ -32,7 +32,7 @@ def test_four_epochs_are_two_and_two(cli, quick, tmp_path):
 def test_negatives_with_frozen_encoders_resume_bit_for_bit(cli, quick, tmp_path):
     """The features of negatives are not kept, so they do not depend on what was drawn before."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    options = [*without_dim(["--negatives", 2, "--peft", "decoder", *quick[:-1]])]
+    options = without_dim(["--negatives", 2, "--peft", "decoder", *quick[:-1]])
     code, out, err = cli("train", *options, whole, "--epochs", 4)
     assert code == 0 and "--negatives 2: beside each right prompt" in out and "false alarms" in out, err
     assert cli("train", *options, parts, "--epochs", 2)[0] == 0

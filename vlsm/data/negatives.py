@@ -50,13 +50,15 @@ class Negatives:
     """Draws prompts of what is not in a record's image.
 
     records: of a split. mode: of their right prompts, as `choose_prompt` takes it. words: those that may be
-    drawn. count: of negatives for each right prompt.
+    drawn. count: of negatives for each right prompt. Attribute `right`: the rows of right prompts in what
+    `beside` returns.
     """
 
     def __init__(self, records, mode, words, count=1):
         self.records = records
         self.words = words
         self.count = count
+        self.right = slice(None, None, 1 + count)
         self.texts_of = {}
         if count:
             prompts = [choose_prompt(record, mode, i) for i, record in enumerate(records)]

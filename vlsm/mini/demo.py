@@ -147,20 +147,27 @@ def paint_polyp(rng, image, field):
     """Paint a dome: lit from the lens, darker towards its rim, with a thin shadow and its own speckle."""
     tint = np.array(TINTS[rng.integers(len(TINTS))])
     tint = tint + rng.normal(0, 0.03, 3)
-    beyond_rim = field.clip(max=0)
-    shadow = bell(beyond_rim / 0.03)
-    blend(image, SHADOW, 0.45 * shadow)
+    cast_shadow(image, field)
     height = (field / field.max()).clip(0, 1)
     speckle = noise(rng, 16, octaves=2)
     light = 0.72 + 0.38 * np.sqrt(height) + 0.06 * speckle
-    surface = (field / 0.012 / 2 + 0.5).clip(0, 1)
     opacity = rng.uniform(0.85, 1)
-    blend(image, tint * channels(light), surface * opacity)
+    blend(image, tint * channels(light), soft_inside(field) * opacity)
+
+
+def cast_shadow(image, field):
+    """Darken the wall close to a shape."""
+    beyond_rim = field.clip(max=0)
+    blend(image, SHADOW, 0.45 * bell(beyond_rim / 0.03))
+
+
+def soft_inside(field):
+    """Return the weight `[H, W]` of a shape: 1 inside, with a blurred edge."""
+    return (field / 0.012 / 2 + 0.5).clip(0, 1)
 
 
 def instrument(rng):
-    """Return the signed field of a rod that comes in from the image's border, and the distance from its
-    axis."""
+    """Return the signed field of a rod from the image's border, and the distance from its axis."""
     angle = rng.uniform(0, 2 * np.pi)
     radius = rng.uniform(0.045, 0.075)
     tip_y = rng.uniform(0.3, 0.7)
@@ -175,12 +182,10 @@ def instrument(rng):
 
 def paint_instrument(rng, image, field, across):
     """Paint a rod of metal: bright along its axis, dark towards its sides, with a thin shadow."""
-    shadow = bell(field.clip(max=0) / 0.03)
-    blend(image, SHADOW, 0.45 * shadow)
+    cast_shadow(image, field)
     metal = np.array(METAL[rng.integers(len(METAL))])
     light = 0.55 + 0.6 * bell(across / field.max() / 0.6) + 0.05 * noise(rng, 16, octaves=2)
-    surface = (field / 0.012 / 2 + 0.5).clip(0, 1)
-    blend(image, metal * channels(light), surface)
+    blend(image, metal * channels(light), soft_inside(field))
 
 
 def finish(rng, image):

@@ -79,12 +79,12 @@ def results_folder(checkpoint, metadata, split, dataset=None, suffixes=()):
 # The predictions
 
 
-def predictions(predictor, data, prompt_sets, batch_size):
-    """Yield (index, {set's name: (prompt, logits `[1, S, S]`)}, truth uint8 `[H, W]`), on the device.
+def predictions(predictor, data, prompt_sets, batch_size, read=read_target):
+    """Yield (index, {set's name: (prompt, logits `[1, S, S]`)}, truth `[H, W]`), on the device.
 
-    truth: 0, 1, and 255 where pixels are ignored. prompt_sets: {name: a text for each record, or None to
-    leave the record out}. An image is encoded once for the prompts of all sets. Several processes share the
-    records.
+    read: reads the truth of a record's mask (default: uint8, 0, 1, and 255 where pixels are ignored).
+    prompt_sets: {name: a text for each record, or None to leave the record out}. An image is encoded once for
+    the prompts of all sets. Several processes share the records.
     """
     texts_of = list(zip(*prompt_sets.values()))  # record -> its text in each set
     wanted = [i for i, texts in enumerate(texts_of) if any(text is not None for text in texts)]
@@ -94,7 +94,7 @@ def predictions(predictor, data, prompt_sets, batch_size):
 
         def read_masks(batch):
             """Read masks at original size, in a thread, while the network works on the previous batch."""
-            return list(pool.map(read_target, [data.records[i].mask for i in batch]))
+            return list(pool.map(read, [data.records[i].mask for i in batch]))
 
         for batch, masks in prefetch(read_masks, batches):
             images, _ = data.batch(batch)
@@ -112,11 +112,11 @@ def predictions(predictor, data, prompt_sets, batch_size):
 
 
 def measure_prompts(predictor, data, prompt_sets, batch_size, measure):
-    """Return {name: measure(name, index, prompt, logits `[1, S, S]`, truth `[H, W]`) of each record, in
-    order}.
+    """Return {name: what `measure` returns of each record, in their order} of some sets of prompts.
 
-    truth: uint8, 255 where pixels are ignored. prompt_sets: {name: a text for each record, or None}. Results
-    that are None are left out. Several processes share the records; each gets all results.
+    It is called as measure(name, index, prompt, logits `[1, S, S]`, truth uint8 `[H, W]`); truth: 255 where
+    pixels are ignored. prompt_sets: {name: a text for each record, or None}. Results that are None are left
+    out. Several processes share the records; each gets all results.
     """
     results = []
     for index, outputs, truth in predictions(predictor, data, prompt_sets, batch_size):
@@ -128,15 +128,6 @@ def measure_prompts(predictor, data, prompt_sets, batch_size, measure):
     for _, name, result in parallel.gather_sorted(results):
         by_name[name].append(result)
     return by_name
-
-
-def measure_records(predictor, data, prompts, batch_size, measure):
-    """Return what `measure_prompts` does of one set of prompts, as a list; measure: without the name."""
-
-    def measure_one(_, *arguments):
-        return measure(*arguments)
-
-    return measure_prompts(predictor, data, {"": prompts}, batch_size, measure_one)[""]
 
 
 def evaluate_prompts(
@@ -211,14 +202,18 @@ def confusion_matrix(predictor, data, prompts, batch_size=32, **settings):
     same, predicted. Each image is asked for all C classes; a pixel is of the most probable one, if that
     exceeds 0.5. Ignored pixels do not count. prompts: the records' right ones. settings: of `masks_at_size`.
     """
+
+    def read_map(mask):
+        return read_labels(mask.file)
+
     records = data.records
     prompt_sets = class_prompts(records, prompts)
     index_of = np.zeros(1 << 16, np.int64)  # class number -> row
     index_of[list(prompt_sets)] = range(1, 1 + len(prompt_sets))
     side = 1 + len(prompt_sets)
     counts = np.zeros(side**2, np.int64)
-    for i, outputs, _ in predictions(predictor, data, prompt_sets, batch_size):
-        numbers = read_labels(records[i].mask.file)
+    for i, outputs, truth in predictions(predictor, data, prompt_sets, batch_size, read_map):
+        numbers = truth.cpu().numpy()
         logits = torch.cat([of_class for _, of_class in outputs.values()])  # [C, S, S]
         masks = masks_at_size(logits, enlarge(logits, numbers.shape), exclusive=True, **settings)
         predicted = (masks.int().argmax(0) + 1) * masks.any(0)

@@ -319,22 +319,22 @@ def intervals_over_runs(runs, metric):
     Returns None if a metrics.csv is missing, or the records of the runs differ.
     """
     files = [run.file.with_name("metrics.csv") for run in runs]
-    words = {run.metrics.get("word") for run in runs}  # one, of the records' class; None: all records
     if not all(file.is_file() for file in files):
         return None
-    runs = []
+    word = next(iter(runs)).metrics.get("word")  # of the records' class; None: all records
+    tables = []
     groups = {}
     for file in files:
         values = {}
         with open(file, encoding="utf-8", newline="") as text:
             for row in csv.DictReader(text):
-                if not words & {None, row.get("class") or NO_CLASS}:
-                    continue
-                record = row["image"], row["mask"]
-                values[record] = float(row[metric])
-                groups[record] = row["group"]
-        runs.append(values)
-    if any(values.keys() != runs[0].keys() for values in runs):
+                if word in (None, row.get("class") or NO_CLASS):
+                    record = row["image"], row["mask"]
+                    values[record] = float(row[metric])
+                    groups[record] = row["group"]
+        tables.append(values)
+    first = tables[0]
+    if any(values.keys() != first.keys() for values in tables):
         return None
-    means = [np.mean([values[record] for values in runs]) for record in runs[0]]  # nan if undefined for one
-    return bootstrap_intervals({metric: means}, [groups[record] for record in runs[0]])[metric]
+    means = [np.mean([values[record] for values in tables]) for record in first]  # nan if undefined for one
+    return bootstrap_intervals({metric: means}, [groups[record] for record in first])[metric]

@@ -10,7 +10,7 @@ import torch
 
 from datasets import group_pattern, open_run_split
 from vlsm import metrics
-from vlsm.results.evaluation import add_split_arguments, measure_records, results_folder
+from vlsm.results.evaluation import add_split_arguments, measure_prompts, results_folder
 from vlsm.results.predict import load_predictor, logits_at_size
 from vlsm.results.scores import bootstrap_intervals, group_names, in_brackets
 from vlsm.system import parallel
@@ -28,7 +28,7 @@ def missed_shares(predictor, data, prompts, batch_size=32):
     Records whose truth is empty have nothing to miss and are left out.
     """
 
-    def missed(i, prompt, logits, truth):
+    def missed(_, i, prompt, logits, truth):
         truth = truth == 1
         if not truth.any():
             return None
@@ -37,7 +37,7 @@ def missed_shares(predictor, data, prompts, batch_size=32):
         below = torch.searchsorted(of_truth, torch.tensor(THRESHOLDS, device=truth.device))
         return (below / len(of_truth)).cpu().numpy()
 
-    rows = measure_records(predictor, data, prompts, batch_size, missed)
+    rows = measure_prompts(predictor, data, {"": prompts}, batch_size, missed)[""]
     return np.array(rows).reshape(-1, len(THRESHOLDS))
 
 
@@ -61,7 +61,7 @@ def effect(predictor, data, prompts, threshold, group=None, batch_size=32):
     """Return {"missed", "dsc", "dsc_at_half": mean, ci95 and n} of a threshold, and of the usual 0.5."""
     groups = group_names(data.records, group)
 
-    def measure(i, prompt, logits, truth):
+    def measure(_, i, prompt, logits, truth):
         truth = truth == 1
         probability = logits_at_size(logits, truth.shape).sigmoid()
         mask = probability >= threshold
@@ -72,7 +72,7 @@ def effect(predictor, data, prompts, threshold, group=None, batch_size=32):
         dsc, dsc_at_half = metrics.dsc([mask, half], [truth, truth]).tolist()
         return groups[i], missed, dsc, dsc_at_half
 
-    rows = measure_records(predictor, data, prompts, batch_size, measure)
+    rows = measure_prompts(predictor, data, {"": prompts}, batch_size, measure)[""]
     row_groups, *columns = zip(*rows)
     values = dict(zip(("missed", "dsc", "dsc_at_half"), columns))
     intervals = bootstrap_intervals(values, row_groups)
