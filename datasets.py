@@ -8,23 +8,38 @@ needs images/ and masks/ only, or train/ val/ test/ with these inside; its masks
 numbers named in dataset.json, or lie in a folder for each class. vlsm/data/README.md shows the forms.
 """
 
-import argparse
 import random
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from vlsm.data.classes import find_labels, label_records, present_records
-from vlsm.data.images import LabelMask, image_files
-from vlsm.data.records import DataError, Record, choose_prompt, class_word, mark_absent, read_annotations
+from vlsm.data.folders import DEFAULT_RULES, divide, folder_splits, split_rules
+from vlsm.data.masks import LabelMask
+from vlsm.data.pairing import NO_MASK, ImageFolder
+from vlsm.data.records import (
+    DataError,
+    Record,
+    choose_prompt,
+    class_word,
+    group_of,
+    mark_absent,
+    read_annotations,
+)
+from vlsm.system.arguments import Parser, add_split_rules, number
 from vlsm.system.console import first_few, friendly_errors, say
-from vlsm.system.files import check_targets, digest, owned_write
+from vlsm.system.files import check_targets, owned_write
 
+EXAMPLES = """examples:
+  python datasets.py --check my-folder
+  python datasets.py --import coco export.zip --out my-folder
+  python datasets.py --import nnunet Dataset001_Liver --out liver --window -160 240
+  python datasets.py --prepare kvasir --src kvasir-seg.zip --anns medvlsm/data"""
+# Options that have no effect beside others, as `Parser` refuses them.
+RULES = (
+    ("src anns describe", "with", "prepare", ""),
+    ("group no_mask_is_empty split_seed", "with", "check", ""),
+    ("templates axis keep_empty window classes", "with", "import", ""),
+)
 SPLITS = ("train", "val", "test")
-SPLIT_FOLDERS = {  # names of a split's folder in a user's own data set
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation"),
-    "test": ("test", "testing"),
-}
 
 
 @dataclass(frozen=True)
@@ -69,48 +84,40 @@ DATASETS = {
 # Records of a split
 
 
-def records(dataset, split, data_root="data", split_seed=0):
-    """Return the records of a split, in a fixed order.
+def read_splits(dataset, data_root="data", rules=DEFAULT_RULES, wanted=SPLITS):
+    """Return {split: records} of the wanted splits that have any, in a fixed order.
 
     dataset: "demo", a key of `DATASETS`, or the path of a folder. Raises ValueError for an unknown data set
-    or another layout, FileNotFoundError for a missing folder or annotation file.
+    or another layout, FileNotFoundError for a missing folder.
     """
     if dataset == "demo":
         from vlsm.mini import demo
 
-        return mark_absent(demo.records(split))
+        if rules.fold:
+            raise ValueError("--fold: the demo's splits are fixed; folds are for other data sets.")
+        splits = {split: demo.records(split) for split in wanted}
+    else:
+        root, source = _locate(dataset, data_root)
+        if not source:
+            return folder_splits(root, rules, wanted)
+        splits = _annotated_splits(root, source, rules, wanted)
+    return {split: mark_absent(rows) for split, rows in splits.items()}
+
+
+def records(dataset, split, data_root="data", rules=DEFAULT_RULES):
+    """Return the records of a split. Raises as `read_splits`, FileNotFoundError for a missing file."""
+    splits = read_splits(dataset, data_root, rules, [split])
+    if split in splits or dataset == "demo":
+        return splits.get(split, [])
     root, source = _locate(dataset, data_root)
-    if source:
-        return mark_absent(_annotated_records(root, split, source))
-    return mark_absent(_folder_records(root, split, split_seed))
+    if source and not _annotation_file(root, split).is_file():
+        raise FileNotFoundError(_describe_missing(root, split))
+    return []
 
 
-def available_splits(dataset, data_root="data", split_seed=0):
-    """Return the splits that have records, in the order train, val, test. Raises as `records`."""
-    if dataset == "demo":
-        return list(SPLITS)
-    root, source = _locate(dataset, data_root)
-    splits = []
-    for split in SPLITS:
-        if source:
-            available = (root / "anns" / f"{split}.json").is_file()
-        else:
-            available = _folder_records(root, split, split_seed)
-        if available:
-            splits.append(split)
-    return splits
-
-
-def group_pattern(dataset, group=None):
-    """Return (regular expression of the bootstrap's group in an image's name, the group in words).
-
-    group: a pattern that replaces the data set's own. Without one: (None, "image").
-    """
-    if not group and dataset in DATASETS:
-        group = DATASETS[dataset].group
-    if not group:
-        return None, "image"
-    return group, f"match of '{group}' in an image's name"
+def available_splits(dataset, data_root="data", rules=DEFAULT_RULES):
+    """Return the splits that have records, in the order train, val, test. Raises as `read_splits`."""
+    return list(read_splits(dataset, data_root, rules))
 
 
 def _locate(dataset, data_root):
@@ -126,204 +133,71 @@ def _locate(dataset, data_root):
                 "annotation files)\n"
                 f"  3. Lay them out as {root}/images/*, {root}/masks/*, {root}/anns/{{train,val,test}}.json\n"
                 "or pass --data-root with the folder that holds it."
+                + (f" (The folder of your own is --dataset ./{dataset}.)" if Path(dataset).is_dir() else "")
             )
         return root, source
     root = Path(dataset).expanduser()
     if not root.is_dir():
         known = ", ".join(["demo", *DATASETS])
-        raise ValueError(f"Data set '{dataset}' is neither known ({known}) nor the path of a folder.")
+        raise ValueError(
+            f"Data set '{dataset}' is neither known ({known}) nor the path of a folder, seen from "
+            f"'{Path.cwd()}'. If a run names it, it was trained elsewhere: pass --dataset PATH."
+        )
     if (root / "anns").is_dir():
         return root, Source(root.name, "")
     return root, None
 
 
-class ImageFolder:
-    """Files below a folder, found by exact name, else by the one file of the same stem."""
-
-    def __init__(self, root):
-        self.root = root
-        self.by_name = {}
-        self.by_stem = {}
-        for path in image_files(root):
-            name = path.relative_to(root).as_posix()
-            self.by_name[name] = path
-            self.by_stem.setdefault(_stem(name), []).append(path)
-
-    def find(self, name):
-        """Return the file of a name. A missing file is reported later, when it is read, with all others."""
-        if name in self.by_name:
-            return self.by_name[name]
-        paths = self.by_stem.get(_stem(name), [])
-        if not paths:
-            return self.root / name
-        if len(paths) > 1:
-            names = first_few(path.name for path in paths)
-            raise ValueError(
-                f"'{name}' is not in '{self.root}', and {len(paths)} files share its stem: {names}."
-            )
-        return paths[0]
+def _annotated_splits(root, source, rules, wanted):
+    """Return {split: records} of a folder with annotation files; splits without records are left out."""
+    pattern = rules.group or source.group
+    parts = {}
+    for split in SPLITS if rules.fold else wanted:
+        if _annotation_file(root, split).is_file():
+            parts[split] = _annotated_records(root, split, source, pattern)
+    if rules.fold:
+        parts = divide(parts, replace(rules, group=pattern), root)
+    return {split: parts[split] for split in wanted if parts.get(split)}
 
 
-def _stem(name):
-    """Return a relative name without its suffix, in lower case, by which images and masks are paired."""
-    return str(PurePosixPath(name).with_suffix("")).casefold()
+def _annotation_file(root, split):
+    return root / "anns" / f"{split}.json"
 
 
-def _annotated_records(root, split, source):
-    """Return the records that an annotation file lists."""
-    path = root / "anns" / f"{split}.json"
-    if not path.is_file():
-        present = first_few(sorted(file.name for file in path.parent.glob("*.json")))
-        raise FileNotFoundError(
-            f"There is no '{path}'. Expected {root}/images, {root}/masks and "
-            f"{root}/anns/{{train,val,test}}.json; anns/ holds {present or 'nothing'}."
-        )
+def _describe_missing(root, split):
+    """Say that a split's annotation file is missing, and what is there."""
+    present = first_few(sorted(file.name for file in (root / "anns").glob("*.json")))
+    return (
+        f"There is no '{_annotation_file(root, split)}'. Expected {root}/images, {root}/masks and "
+        f"{root}/anns/{{train,val,test}}.json; anns/ holds {present or 'nothing'}."
+    )
+
+
+def _annotated_records(root, split, source, pattern):
+    """Return the records that an annotation file lists; pattern: of the group in an image's name."""
     subfolder = source.subfolders[split] if source.subfolders else ""
     images = ImageFolder(root / "images" / subfolder)
     masks = ImageFolder(root / "masks" / subfolder)
     rows = []
-    for entry in read_annotations(path):
+    for entry in read_annotations(_annotation_file(root, split)):
         name = entry["img_name"]
         mask_name = entry["mask_name"]
         prompts = entry["prompts"]
         word = source.word or class_word(prompts)
-        rows.append(Record(name, mask_name, images.find(name), masks.find(mask_name), prompts, word))
+        record = Record(name, mask_name, images.find(name), masks.find(mask_name), prompts, word)
+        record.group = group_of(name, pattern) if pattern else None
+        rows.append(record)
     return rows
-
-
-def _folder_records(root, split, split_seed):
-    """Return the records of a folder without annotation files: of its masks, or of the classes in them.
-
-    Raises ValueError for a wrong dataset.json.
-    """
-    folder, rows = _split_records(root, split, split_seed)
-    if any(record.class_word for record in rows):  # a folder for each class
-        return present_records(rows)
-    labels = find_labels(folder, root)
-    if labels:
-        rows = present_records(label_records(rows, labels), labels)
-        if split == "train":
-            _refuse_unused_labels(root, rows, labels, split_seed)
-    return rows
-
-
-def _refuse_unused_labels(root, rows, labels, split_seed):
-    """Raise ValueError if a label has no pixel in any split; rows: the training records."""
-    words = {record.class_word for record in rows}
-    for split in ("val", "test"):
-        if words >= set(labels.numbers):
-            return
-        words |= {record.class_word for record in _folder_records(root, split, split_seed)}
-    unused = [word for word in labels.numbers if word not in words]
-    if unused and rows:
-        raise ValueError(
-            f"'{labels.file}': 'labels' names {first_few(unused)}, of which no map holds a pixel; "
-            "correct the number, or remove the class."
-        )
-
-
-def _split_records(root, split, split_seed):
-    """Return (folder with images/ and masks/, records): paired by stem, split by folder or name."""
-    folders = {name: _split_folder(root, name) for name in SPLITS}
-    if folders["train"] and (folders["val"] or split == "test"):
-        folder = folders[split]
-        return folder or root, _paired_records(folder) if folder else []
-    if folders["train"]:  # a tenth of the training files, by name, validates
-        folder = folders["train"]
-        low, high = (0, 0.1) if split == "val" else (0.1, 1)
-    elif (root / "images").is_dir() and (root / "masks").is_dir():
-        folder = root
-        low, high = {"train": (0, 0.8), "val": (0.8, 0.9), "test": (0.9, 1)}[split]
-    else:
-        content = first_few(sorted(path.name for path in root.iterdir()), 8)
-        raise ValueError(
-            f"'{root}' should hold images/ and masks/ (equal stems), or train/, val/ and test/ with these "
-            f"inside, or anns/ beside them; it holds {content or 'nothing'}."
-        )
-    rows = _paired_records(folder)
-    return folder, [record for record in rows if low <= _unit_hash(record.name, split_seed) < high]
-
-
-def _split_folder(root, split):
-    """Return the folder of a split that holds images/, or None."""
-    for name in SPLIT_FOLDERS[split]:
-        if (root / name / "images").is_dir():
-            return root / name
-    return None
-
-
-def _unit_hash(name, seed):
-    """Return a number in 0..1 from a file's name alone, so that it keeps its split when others are added."""
-    text = f"{seed}:{name}".encode(errors="surrogateescape")  # names need not be UTF-8
-    return int(digest(text), 16) / 2**64
-
-
-def _class_folders(folder):
-    """Return the names of the folders in masks/ if each holds the masks of one class, else [].
-
-    That is so if all masks lie in folders, of whose names images/ has none.
-    """
-    masks = folder / "masks"
-    names = set()
-    for file in image_files(masks):
-        name, *inner = file.relative_to(masks).parts
-        if not inner or (folder / "images" / name).is_dir():
-            return []
-        names.add(name)
-    return sorted(names)
-
-
-def _paired_records(folder):
-    """Return records of images/ and masks/, or of each class's folder in masks/, paired by stem.
-
-    Files without a partner become records with `problem` set.
-    """
-    images = ImageFolder(folder / "images")
-    mask_root = folder / "masks"
-    rows = []
-    used = set()  # stems of images
-    for word in _class_folders(folder) or [""]:
-        masks = ImageFolder(mask_root / word)
-        used.update(masks.by_stem)
-        for stem in sorted(masks.by_stem):
-            record = _pair(images, masks, stem, mask_root)
-            if word and not record.problem:
-                record.class_word = word
-                record.prompts = {"p0": "", "p1": word}
-            rows.append(record)
-    for stem in sorted(images.by_stem.keys() - used):
-        rows.append(_pair(images, masks, stem, mask_root))
-    return sorted(rows, key=lambda record: record.name)
-
-
-def _pair(images, masks, stem, mask_root):
-    """Return the record of a stem, with `problem` set unless it has one image and one mask."""
-    image_paths = images.by_stem.get(stem, [])
-    mask_paths = masks.by_stem.get(stem, [])
-    if len(image_paths) == len(mask_paths) == 1:
-        image = image_paths[0]
-        mask = mask_paths[0]
-        name = image.relative_to(images.root).as_posix()
-        mask_name = mask.relative_to(mask_root).as_posix()
-        return Record(name, mask_name, image, mask)
-    if not mask_paths:
-        problem = "image without mask"
-    elif not image_paths:
-        problem = "mask without image"
-    else:
-        problem = "stem with several files"
-    name = (image_paths or mask_paths)[0].name
-    return Record(name, name, images.root / name, masks.root / name, problem=problem)
 
 
 # Opening
 
 
 def open_dataset(
-    dataset, splits, size, data_root="data", cache_dir=None, split_seed=0, prompts="random", skip_bad=False,
-    limit_train=1.0, need_foreground=("train", "val"),
+    dataset, wanted, size, data_root="data", cache_dir=None, rules=DEFAULT_RULES, prompts="random",
+    skip_bad=False, limit_train=1.0, need_foreground=("train", "val"),
 ):  # fmt: skip
-    """Return `{split: CachedSplit}` at `size` pixels: checked, resized, cached.
+    """Return `{split: CachedSplit}` of the wanted splits at `size` pixels: checked, resized, cached.
 
     skip_bad: drop records that cannot be used, and print how many. limit_train: fraction of the training
     records to take; it is fixed which ones, and smaller fractions are subsets of larger ones.
@@ -334,21 +208,27 @@ def open_dataset(
 
     data = {}
     problems = []
-    hint = ""
+    kinds = set()
     with parallel.local_first():
-        for split in splits:
+        splits = read_splits(dataset, data_root, rules, wanted)
+        for split in wanted:
             label = f"{Path(dataset).name} {split}"
             try:
-                rows = _chosen_records(dataset, split, data_root, split_seed, prompts, limit_train)
+                rows = splits[split] if split in splits else records(dataset, split, data_root, rules)
+                rows = _chosen_records(rows, f"{split} split of '{dataset}'", prompts, limit_train)
                 needed = split in need_foreground
                 data[split] = _open_usable(rows, size, cache_dir, label, skip_bad, needed)
             except DataError as error:
                 problems.append(f"{label}: {error}")
-                hint = "\nMend the files, or pass --skip-bad to go on without these records."
+                kinds.update(error.problems)
             except (ValueError, FileNotFoundError) as error:
                 problems.append(str(error))
+    if kinds and not skip_bad:
+        problems.append("Mend the files, or pass --skip-bad to go on without these records.")
+    if NO_MASK in kinds:
+        problems.append("If the images without a mask show nothing of the class, pass --no-mask-is-empty.")
     if problems:
-        raise ValueError("\n".join(dict.fromkeys(problems)) + hint)
+        raise ValueError("\n".join(dict.fromkeys(problems)))
     return data
 
 
@@ -367,19 +247,14 @@ def _open_usable(rows, size, cache_dir, label, skip_bad, need_foreground):
     return open_split(usable, size, cache_dir, label, need_foreground)
 
 
-def _chosen_records(dataset, split, data_root, split_seed, prompts, limit_train):
-    """Return the records of a split to use.
+def _chosen_records(rows, place, prompts, limit_train):
+    """Return the records of a split, which `place` names, to use.
 
     Raises ValueError if it is empty, or a record lacks the chosen prompt.
     """
-    rows = records(dataset, split, data_root, split_seed)
     if not rows:
-        raise ValueError(
-            f"The {split} split of '{dataset}' is empty. If its files are split by a hash of their names, a "
-            "split of only a few files can be empty: try another --split-seed, or train/, val/ and test/ "
-            "folders."
-        )
-    if split == "train" and limit_train < 1:
+        raise ValueError(f"The {place} is empty: there are no images for it.")
+    if place.startswith("train") and limit_train < 1:
         order = random.Random(0).sample(range(len(rows)), len(rows))
         count = max(1, round(limit_train * len(rows)))
         rows = [rows[i] for i in sorted(order[:count])]
@@ -393,18 +268,19 @@ def open_run_split(
 ):
     """Return (`CachedSplit`, one prompt for each record) of a split, as the run with this metadata read it.
 
-    metadata: a checkpoint's. dataset, data_root, prompts, seed: those of the run unless given. Raises as
-    `open_dataset`.
+    metadata: a checkpoint's. dataset, data_root, prompts, seed: those of the run unless given; the run's fold
+    and groups are of its own data set alone, which may have moved. Raises as `open_dataset`.
     """
+    rules = split_rules(metadata)
+    if dataset and Path(dataset).name != Path(metadata["dataset"]).name:
+        rules = replace(rules, fold=None, group=None)
     dataset = dataset or metadata["dataset"]
     data_root = data_root or metadata["data_root"]
     prompts = prompts or metadata["prompts"]
     if seed is None:
         seed = metadata["recipe"]["seed"]
     size = metadata["image_size"]
-    splits = open_dataset(
-        dataset, [split], size, data_root, cache_dir, metadata["split_seed"], prompts, need_foreground=()
-    )
+    splits = open_dataset(dataset, [split], size, data_root, cache_dir, rules, prompts, need_foreground=())
     data = splits[split]
     texts = [choose_prompt(record, prompts, seed, i) for i, record in enumerate(data.records)]
     return data, texts
@@ -413,17 +289,14 @@ def open_run_split(
 # The command line
 
 
-def check(dataset, data_root, split_seed, out, overwrite=False):
-    """Print a data set's statistics and write a contact sheet. Raises as `records` does."""
+def check(dataset, data_root, rules, out, overwrite=False):
+    """Print a data set's statistics and write a contact sheet. Raises as `read_splits` does."""
     from vlsm.data.check import describe_splits, inspect_splits, sheet_rows
     from vlsm.results.figures import sheet
 
-    splits = {}
+    splits = read_splits(dataset, data_root, rules)
     inputs = []
-    for split in available_splits(dataset, data_root, split_seed):
-        rows = records(dataset, split, data_root, split_seed)
-        if rows:
-            splits[split] = rows
+    for rows in splits.values():
         for record in rows:
             inputs += record.files
     if not splits:
@@ -471,25 +344,58 @@ def prepare(name, source, data_root, anns, descriptions, overwrite):
     say(f"Look at it with: python datasets.py --check {name} --data-root {data_root}")
 
 
+def import_options(args):
+    """Return the options of a format that were given, by name."""
+    from vlsm.raw.formats.colours import parse_classes
+
+    given = {name: getattr(args, name) for name in ("axis", "keep_empty", "window")}
+    given["classes"] = parse_classes(args.classes) if args.classes else None
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def main(argv=None):
     """Run the command line."""
-    parser = argparse.ArgumentParser(description="Data sets for train.py and evaluate.py.")
-    add = parser.add_argument
+    parser = Parser("Data sets for train.py and evaluate.py.", EXAMPLES, RULES)
+    add = parser.add_argument_group("the papers' data sets").add_argument
     add("--list", action="store_true", help="list the known data sets and where to download them")
     add("--prepare", metavar="NAME", help="make a data set's folder of its download, --src")
     add("--src", metavar="DOWNLOAD", help="folder or zip archive, as published; nothing is written there")
     add("--data-root", default="data", help="folder that holds the data sets' folders (default: data)")
     add("--anns", metavar="DIR", help="published annotation files: MedVLSM's data folder, or a data set's")
     add("--describe", metavar="FILE.json", help="list of descriptions of the class, for prompts p7 to p9")
-    add("--overwrite", action="store_true", help="replace files that this program did not write")
+    add = parser.add_argument_group("statistics").add_argument
     add("--check", metavar="NAME|PATH", help="print statistics and the form of masks (label map, ...)")
-    add("--split-seed", type=int, default=0, help="of the 80/10/10 split of your own folder (default: 0)")
-    add("--out", metavar="FILE.png", help="contact sheet of --check (default: NAME-check.png)")
+    add_split_rules(add)
+    add = parser.add_argument_group("other programs' formats").add_argument
+    add(
+        "--import",
+        nargs=2,
+        metavar=("FORMAT", "SRC"),
+        help="bring a folder or zip archive into the folder --out: coco, labelme, yolo, cvat, label-studio, "
+        "nnunet, nifti, dicom, masks-from-colours",
+    )
+    add("--templates", action="store_true", help="write MedVLSM's prompts p0 to p6 of each mask")
+    add("--axis", type=int, choices=[0, 1, 2], help="of the slices of volumes (default: 2, axial)")
+    add("--keep-empty", type=number(float, 0, 1), help="share of the slices without a class (default 0.1)")
+    add("--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="values that become black and white")
+    add("--classes", metavar="NAMES", help='of masks-from-colours: "polyp=255,0,0;tool=0,255,0"')
+    add = parser.add_argument_group("output").add_argument
+    add("--out", help="folder of --import; contact sheet of --check (default: NAME-check.png)")
+    add("--overwrite", action="store_true", help="replace files that this program did not write")
     args = parser.parse_args(argv)
+    format_and_source = getattr(args, "import")
     if args.prepare:
         prepare(args.prepare, args.src, args.data_root, args.anns, args.describe, args.overwrite)
+    elif format_and_source:
+        from vlsm.raw.formats.importing import import_dataset
+
+        if not args.out:
+            raise ValueError("--import needs the folder to write: --out DIR.")
+        options = import_options(args)
+        import_dataset(*format_and_source, args.out, args.templates, args.overwrite, **options)
     elif args.check:
-        check(args.check, args.data_root, args.split_seed, args.out, args.overwrite)
+        rules = split_rules(vars(args))
+        check(args.check, args.data_root, rules, args.out, args.overwrite)
     elif args.list:
         for name, source in DATASETS.items():
             say(f"{name:13} {source.folder:15} {source.url}")

@@ -1,7 +1,8 @@
 """Evaluate a run: DSC, IoU, NSD and HD95 of its masks at original resolution, on a split of a data set.
 
-With --images: write masks, or label maps, of images without a ground truth. HD95 is in pixels: the larger of
-both directions' 95th percentiles of boundary distances. vlsm/metrics.py defines all metrics.
+With --images: write masks, or label maps, of images without a ground truth. HD95 is in pixels, or in
+millimetres if the spacing is known: the larger of both directions' 95th percentiles of boundary distances.
+vlsm/metrics.py defines all metrics.
 """
 
 import sys
@@ -9,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets import group_pattern, open_run_split
-from vlsm.data.images import LabelMask
+from datasets import open_run_split
+from vlsm.checkpoint import read_metadata, refuse_other_runs
+from vlsm.data.masks import LabelMask
 from vlsm.data.negatives import ABSENT_SETS, absent_prompts, unused_words
-from vlsm.data.records import choose_prompt
+from vlsm.data.records import choose_prompt, describe_groups
 from vlsm.results.evaluation import (
     add_split_arguments,
     confusion_matrix,
@@ -26,6 +28,9 @@ from vlsm.results.scores import (
     METRICS,
     RESULT_FILES,
     describe,
+    in_brackets,
+    mean_over_runs,
+    metric_title,
     summarise,
     summarise_label_maps,
     summarise_values,
@@ -44,9 +49,23 @@ EXAMPLES = """examples:
   python evaluate.py --ckpt runs/ct --images new --prompt liver --prompt tumour --label-map --save-masks maps
 """
 
+# Options that have no effect beside others, as `Parser` refuses them.
+RULES = (
+    ("prompt label_map threshold overlay", "with", "images", ""),
+    ("figure_format", "with", "figure", ""),
+    ("figure gallery save_masks save_probabilities", "without", "all_prompts", ", which writes scores alone"),
+    (
+        "figure gallery all_prompts out split dataset data_root prompts seed group nsd_tolerance spacing "
+        "cache_dir",
+        "without",
+        "images",
+        ", which come without masks",
+    ),
+)
+
 
 def parse_arguments(argv=None):
-    parser = Parser(__doc__, EXAMPLES)
+    parser = Parser(__doc__, EXAMPLES, RULES)
     add = parser.add_argument_group("runs").add_argument
     add(
         "--ckpt",
@@ -65,7 +84,20 @@ def parse_arguments(argv=None):
     add_split_arguments(parser)
     add = parser.add_argument_group("scores").add_argument
     add("--all-prompts", action="store_true", help="evaluate every prompt key p0, p1, ... and print a table")
-    add("--nsd-tolerance", type=number(float, 0), default=2.0, help="in pixels (default 2)")
+    add(
+        "--nsd-tolerance",
+        type=number(float, 0),
+        default=2.0,
+        help="in pixels, or in millimetres if the spacing is known (default 2)",
+    )
+    add(
+        "--spacing",
+        type=number(float, above=0),
+        nargs=2,
+        metavar=("ROW", "COLUMN"),
+        help="millimetres from row to row and from column to column of all images, at their original size, "
+        "for HD95 and NSD (default: each image's in dataset.json, else pixels)",
+    )
     add_output_arguments(parser)
     add_image_arguments(parser)
     add_machine_arguments(parser)
@@ -157,13 +189,30 @@ def runs_below(folder):
     return sorted(path.parent for path in Path(folder).glob("*/best.safetensors"))
 
 
+def refuse_other_records(runs, split, dataset):
+    """Raise ValueError if runs of an ensemble were trained on a data set with different splits, as folds are.
+
+    Some were then trained on records that others are tested on. dataset: None for the first run's.
+    """
+    described = [read_metadata(run) for run in runs]
+    dataset = dataset or described[0]["dataset"]
+    name = Path(dataset).name  # it may have moved
+    records = [m.get("records", {}).get(split) for m in described if Path(m["dataset"]).name == name]
+    if any(stamp != records[0] for stamp in records):
+        raise ValueError(
+            f"--ensemble: the runs have different {split} records of '{dataset}', as folds have, so some "
+            "were trained on those of others. Evaluate the runs without --ensemble, or the ensemble with "
+            "--images or another --dataset."
+        )
+
+
 # Scores of a split
 
 
 def evaluate_run(args, checkpoints):
     """Evaluate one run, or several as an ensemble: write and print the results.
 
-    Returns {prompt key: summary} with --all-prompts, else {"": summary}.
+    Returns (folder of the results, {prompt key: summary} with --all-prompts, else {"": summary}).
     """
     predictor = load_runs(args, checkpoints)
     metadata = predictor.metadata
@@ -191,11 +240,12 @@ def evaluate_run(args, checkpoints):
         mirror=args.mirror,
         ensemble=members,
         nsd_tolerance=args.nsd_tolerance,
+        spacing=args.spacing,
         keep_largest=args.keep_largest,
         min_area=args.min_area,
     )
     if args.all_prompts:
-        return evaluate_all_prompts(args, predictor, data, out, settings)
+        return out, evaluate_all_prompts(args, predictor, data, out, settings)
 
     check_outputs(args, data.records, out)
     prompts = args.prompts or metadata["prompts"]
@@ -203,7 +253,7 @@ def evaluate_run(args, checkpoints):
     if metadata["recipe"].get("negatives"):
         words = unused_words(predictor.vocabulary(), data.records, texts, held_out=True)
         prompt_sets |= absent_prompts(data.records, texts, words, settings["seed"])
-    scores, summary = score_prompts(args, predictor, data, prompt_sets, settings["dataset"])[""]
+    scores, summary = score_prompts(args, predictor, data, prompt_sets)[""]
     summary |= score_label_maps(args, predictor, data, texts)
     if not parallel.rank():
         write_results(out, scores, summary, dict(prompts=prompts, **settings))
@@ -211,12 +261,11 @@ def evaluate_run(args, checkpoints):
         say(describe(summary))
         files = [out / "metrics.csv", "metrics.json", *draw(args, data.records, scores, out, settings)]
         say(f"Wrote {', '.join(map(str, files))}")
-    return {"": summary}
+    return out, {"": summary}
 
 
-def score_prompts(args, predictor, data, prompt_sets, dataset):
+def score_prompts(args, predictor, data, prompt_sets):
     """Return {name: (scores, summary)} of a split's records with each set of prompts."""
-    pattern, group_in_words = group_pattern(dataset, args.group)
     scores_of = evaluate_prompts(
         predictor,
         data,
@@ -224,13 +273,14 @@ def score_prompts(args, predictor, data, prompt_sets, dataset):
         args.nsd_tolerance,
         args.upsample,
         args.batch_size,
-        pattern,
+        args.group,
         keep_masks=args.figure or args.gallery,
         mask_folder=args.save_masks,
         probability_folder=args.save_probabilities,
         keep_largest=args.keep_largest,
         min_area=args.min_area,
         alarm_sets=ABSENT_SETS,
+        spacing=args.spacing,
     )
     alarms = {}
     for name in ABSENT_SETS:
@@ -239,7 +289,8 @@ def score_prompts(args, predictor, data, prompt_sets, dataset):
             alarms[name] = summarise_values([row["alarm"] for row in rows], [row["group"] for row in rows])
     results = {}
     for name, scores in scores_of.items():
-        summary = dict(summarise(scores, group_in_words), nsd_tolerance=args.nsd_tolerance)
+        summary = summarise(scores, describe_groups(data.records, args.group))
+        summary["nsd_tolerance"] = args.nsd_tolerance
         if alarms:
             summary["alarms"] = alarms
         results[name] = scores, summary
@@ -316,8 +367,9 @@ def evaluate_all_prompts(args, predictor, data, out, settings):
     for key in keys:
         seed = settings["seed"]
         prompt_sets[key] = [choose_prompt(record, key, seed, i) for i, record in enumerate(data.records)]
-    results = score_prompts(args, predictor, data, prompt_sets, settings["dataset"])
-    say(f"{'prompt':8}{'DSC %':>8}{'IoU %':>8}{'HD95 px':>9}   an example")
+    results = score_prompts(args, predictor, data, prompt_sets)
+    unit = next(iter(results.values()))[1]["unit"]
+    say(f"{'prompt':8}{'DSC %':>8}{'IoU %':>8}{metric_title('hd95', unit):>9}   an example")
     summaries = {}
     for key, (scores, summary) in results.items():
         summaries[key] = summary
@@ -333,19 +385,39 @@ def evaluate_all_prompts(args, predictor, data, out, settings):
     return summaries
 
 
-def print_means(evaluations):
-    """Print means and deviations over runs; evaluations: of each run {prompt key: summary}."""
-    for key in evaluations[0]:
-        for metric, (title, factor, _) in METRICS.items():
-            means = []
-            for summaries in evaluations:
-                mean = summaries[key][metric]["mean"]
-                if mean is not None:
-                    means.append(factor * mean)
-            if means:
+def print_means(evaluations, folder):
+    """Print means over the records of several runs, as of folds, and write them to means.json.
+
+    A record's value is its mean over the runs that have it. +-: the deviation of the runs' means.
+    evaluations: of each run (folder of its results, {prompt key: summary}). folder: of the runs.
+    """
+    outs, summaries_of = zip(*evaluations)
+    units = {summary["unit"] for summaries in summaries_of for summary in summaries.values()}
+    if len(units) > 1:
+        raise ValueError("Some runs' distances are in px, others' in mm; give --spacing for all of them.")
+    results = {}
+    for key in summaries_of[0]:
+        results[key] = {}
+        folders = [out / key for out in outs]
+        for metric, (_, factor, _) in METRICS.items():
+            result = mean_over_runs(folders, metric)
+            results[key][metric] = result
+            if result["n"]:
+                means = []
+                for summaries in summaries_of:
+                    mean = summaries[key][metric]["mean"]
+                    if mean is not None:
+                        means.append(factor * mean)
                 spread = np.std(means, ddof=1) if len(means) > 1 else 0
-                label = f"{key} {title:8}".lstrip()
-                say(f"{label} {np.mean(means):7.2f} +- {spread:.2f} over {len(means)} runs")
+                title = metric_title(metric, summaries_of[0][key]["unit"])
+                line = (
+                    f"{key} {title:8} {factor * result['mean']:7.2f} +- {spread:.2f} over {len(means)} runs"
+                )
+                interval = in_brackets(result["ci95"], factor)
+                say(f"{line}, {interval} over {result['n']} records".lstrip())
+    file = Path(folder, outs[0].name, "means.json")
+    write_json(file, results)
+    say(f"Wrote {file}")
 
 
 # Masks of images without a ground truth
@@ -379,10 +451,6 @@ def predict(args, checkpoints):
 def main(argv=None):
     """Evaluate runs, or segment a folder of images; exits with 1 if an image could not be read."""
     args = parse_arguments(argv)
-    if args.images and (args.figure or args.gallery or args.all_prompts or args.out):
-        raise ValueError("--figure, --gallery, --all-prompts and --out need masks; --images comes without.")
-    if not args.images and (args.prompt or args.label_map or args.threshold or args.overlay):
-        raise ValueError("--prompt, --label-map, --threshold and --overlay are for --images.")
     runs = []
     for path in args.ckpt:
         runs += runs_below(path) or [path]
@@ -390,8 +458,6 @@ def main(argv=None):
         raise ValueError("Several --ckpt are for --ensemble, which averages them; else name one.")
     if len(runs) == 1 and args.ensemble:
         raise ValueError("--ensemble needs several runs: more than one --ckpt, or a folder of runs.")
-    if args.all_prompts and (args.save_masks or args.save_probabilities or args.figure or args.gallery):
-        raise ValueError("--all-prompts writes scores alone: no masks, probabilities, figure or gallery.")
     groups = [runs] if args.ensemble else [[run] for run in runs]
     one_place = args.out or args.save_masks or args.save_probabilities or args.images
     if len(groups) > 1 and one_place:
@@ -399,13 +465,17 @@ def main(argv=None):
             f"'{args.ckpt[0]}' holds {len(runs)} runs, whose output would mix in one folder; evaluate them "
             "one by one, or with --ensemble."
         )
+    if len(groups) > 1:
+        refuse_other_runs(runs)
+    elif args.ensemble and not args.images:
+        refuse_other_records(runs, args.split, args.dataset)
     errors = []
     if args.images:
         errors = predict(args, runs)
     else:
         evaluations = [evaluate_run(args, group) for group in groups]
-        if len(groups) > 1:
-            print_means(evaluations)
+        if len(groups) > 1 and not parallel.rank():
+            print_means(evaluations, args.ckpt[0])
     parallel.shut_down()
     if errors:
         print(*errors, sep="\n", file=sys.stderr)

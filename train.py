@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -14,8 +15,10 @@ from tqdm import tqdm
 
 import datasets
 import kernels
+from vlsm.checkpoint import start_from
 from vlsm.data.augment import augment
 from vlsm.data.cache import chunks, device_batches
+from vlsm.data.folders import split_rules
 from vlsm.data.negatives import Negatives, add_empty_masks, unused_words
 from vlsm.data.records import choose_prompt
 from vlsm.metrics import counted_pixels, dsc, iou, is_alarm
@@ -30,6 +33,7 @@ from vlsm.training.frozen_cache import FrozenCache
 from vlsm.training.run import Run, check_gradients, describe_run, held_folder
 
 SEED_STEP = 1_000_003  # between the seeds of two epochs, and of two batches
+NOTHING_FOUND = 0.005  # last validation DSC below which a run's last line says what to look at
 LOOK_EVERY = 20  # steps between two readings of the sums on the device: each waits until it is idle
 
 
@@ -43,10 +47,13 @@ def main(argv=None, after_epoch=None):
     if args.batch_size < parallel.world_size():
         raise ValueError(f"--batch-size {args.batch_size}: {parallel.world_size()} processes share a batch.")
     # looked up before the weights are loaded, to fail early if the data set is missing
-    splits = datasets.available_splits(args.dataset, args.data_root, args.split_seed)
+    splits = datasets.available_splits(args.dataset, args.data_root, split_rules(vars(args)))
     torch.manual_seed(args.seed)
     with parallel.local_first():  # one process of a machine downloads the weights
         model = build(args.model, args.weights, args.peft, args.reference, **method_options(vars(args)))
+    begun = args.resume and Path(args.out, "state.pt").is_file()
+    if args.init and not begun:
+        start_from(model, args.init)
     side = image_side(model.network.config, model.info["folder"], args.image_size)
     model.place_on(device, dtype, args.kernels, args.compile)
     model.recompute_activations(args.checkpoint_activations)
@@ -80,6 +87,12 @@ def main(argv=None, after_epoch=None):
             train_epochs(args, run, data, cache, negatives, criterion, interrupt, after_epoch)
     command = f"python evaluate.py --ckpt {run.out}"
     say(f"Best epoch: validation DSC {100 * run.best:.2f}. Evaluate it with: {command}")
+    if run.history[-1]["val_dsc"] < NOTHING_FOUND:
+        say(
+            f"At the end almost nothing is found. Try a smaller --lr than {args.lr:g}; look at the masks "
+            f"(python datasets.py --check {args.dataset}) and above at the gradients of the first step: none "
+            "should be zero."
+        )
     return run
 
 
@@ -248,14 +261,13 @@ def open_data(args, splits, side):
     """
     splits = splits or ["train", "val"]  # of a data set without records the message names these
     data = datasets.open_dataset(
-        args.dataset, splits, side, args.data_root, args.cache_dir, args.split_seed, args.prompts,
+        args.dataset, splits, side, args.data_root, args.cache_dir, split_rules(vars(args)), args.prompts,
         args.skip_bad, args.limit_train,
     )  # fmt: skip
     if not {"train", "val"} <= set(data):
         raise ValueError(
-            f"'{args.dataset}' has records for {' and '.join(data)} only; training needs train and val. If "
-            "it is a folder of a few files that are split by their names, another --split-seed or train/ and "
-            "val/ folders help."
+            f"'{args.dataset}' has records for {' and '.join(data)} only; training needs train and val: "
+            "three images or groups at least, or train/ and val/ folders."
         )
     counts = ", ".join(f"{len(split)} {name}" for name, split in data.items())
     say(f"{args.dataset}: {counts} records at {side} x {side}")

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import datasets
-from vlsm.data import cache
-from vlsm.data.images import mask_image, read_mask
+from vlsm.data.masks import mask_image, read_mask
+from vlsm.data.normalise import normalise as normalise_images
 from vlsm.networks.base import IMAGENET_MEAN, IMAGENET_STD
 from vlsm.system.console import friendly_errors
 
@@ -32,7 +32,7 @@ GOLDEN = ROOT / "tests" / "golden"
 
 def normalise(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """Pixel values by CLIPSeg's mean and deviation, unless others are given."""
-    return cache.normalise(images, mean, std)
+    return normalise_images(images, mean, std)
 
 
 def rows(path):

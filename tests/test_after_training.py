@@ -82,7 +82,7 @@ def test_merged_weights_are_a_plain_clipseg(cli, quick, folder, tmp_path, method
         torch.testing.assert_close(logits.reshape(want.shape), want, atol=1e-4, rtol=0)
         moved = (want - vlsm.build("clipseg", "mini")(pixels, ids, mask)).abs().max()
     assert (moved > 0.1) == (method != "none")
-    again = [*options[:-1], tmp_path / "again", "--weights", tmp_path / "merged"]
+    again = [*options[:2], *options[4:-1], tmp_path / "again", "--weights", tmp_path / "merged"]
     assert cli("train", *again, "--peft", "coop", "--epochs", 1)[0] == 0
     code, _, err = cli("vlsm.tools.merge", tmp_path / "run", tmp_path / "merged")
     assert code == 2 and "is not empty" in err

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import kernels
 from tests.conftest import ROOT, rows
+from vlsm.networks.tokenizer import Tokenizer
 from vlsm.networks.weights import MINI
 
 
@@ -48,7 +49,11 @@ def test_folder_of_another_run_is_refused(cli, quick, trained, tmp_path):
     code, _, err = cli("train", *quick[:-1], other, "--overwrite")
     assert code == 2 and "holds no run" in err and (other / "thesis.txt").exists()
     code, _, err = cli("train", "--out", trained, "--resume", "--overwrite")
-    assert code == 2 and "give one of them" in err and (trained / "state.pt").is_file()
+    assert (
+        code == 2
+        and "--overwrite has an effect only without --resume" in err
+        and (trained / "state.pt").is_file()
+    )
     code, _, err = cli("train", "--out", tmp_path / "nothing", "--resume")
     assert code == 2 and "There is no run to resume" in err
 
@@ -157,8 +162,9 @@ def test_mistakes_are_sentences(cli, tmp_path, argv, message):
 
 def test_weights_without_a_tokenizer(cli, quick, tmp_path):
     code, _, err = cli(
-        "train", *quick, "--weights", ROOT / "tests" / "golden" / "clipseg-tiny", "--image-size", 64
-    )
+        "train", *quick[:2], "--weights", ROOT / "tests" / "golden" / "clipseg-tiny", "--image-size", 64,
+        "--out", tmp_path / "run",
+    )  # fmt: skip
     assert (
         code == 2
         and "holds no tokenizer (vocab.json and merges.txt" in err
@@ -220,3 +226,65 @@ def test_a_state_of_something_else_is_refused(cli, trained):
         torch.save(state, trained / "state.pt")
         code, _, err = cli("train", "--out", trained, "--resume", "--epochs", 3)
         assert code == 2 and "is not the state of a run" in err
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_a_file_of_pytorch_is_named_and_not_loaded(cli, tmp_path, as_zip):
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    torch.save(dict(state_dict=Trap()), tmp_path / "x.ckpt", _use_new_zipfile_serialization=as_zip)
+    code, _, err = cli("evaluate", "--ckpt", tmp_path / "x.ckpt")
+    assert code == 2 and "is a file of PyTorch (.ckpt, .pt), not a checkpoint of this program" in err
+    assert not (tmp_path / "executed").exists()
+
+
+def test_an_option_given_twice_replaces_nothing(cli, quick, trained, tmp_path):
+    code, _, err = cli("train", *quick[:-1], tmp_path / "x", "--prompts", "a", "--lr", 1, "--prompts", "b")
+    assert code == 2 and "--prompts 'a' and 'b': give one" in err and not (tmp_path / "x").exists()
+    code, _, err = cli("train", *quick[:-1], tmp_path / "x", "--dry-run", "--lr", "0.10", "--lr", "0.1")
+    assert code == 0, err
+    code, _, err = cli("evaluate", "--ckpt", trained, "--split", "val", "--split", "test")
+    assert code == 2 and "--split 'val' and 'test': give one" in err
+    code, _, err = cli("vlsm.tools.repeat", "--seeds", 1, "--", *quick, "--seed", 3)
+    assert code == 2 and "--seed 3 and 1: give one" in err
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--overlay"], "--overlay has an effect only with --images"),
+        (["--threshold", 0.3], "--threshold has an effect only with --images"),
+        (["--figure-format", "pdf"], "--figure-format has an effect only with --figure"),
+        (["--images", "x", "--gallery"], "--gallery has an effect only without --images"),
+        (["--images", "x", "--split", "val"], "--split has an effect only without --images"),
+        (["--all-prompts", "--save-masks", "x"], "--save-masks has an effect only without --all-prompts"),
+    ],
+)
+def test_options_without_an_effect_are_refused(cli, argv, message):
+    code, _, err = cli("evaluate", "--ckpt", "nothing", *argv)
+    assert code == 2 and message in err
+
+
+def test_changed_data_is_for_resuming(cli, quick):
+    code, _, err = cli("train", *quick, "--changed-data")
+    assert code == 2 and "--changed-data has an effect only with --resume" in err
+
+
+def test_a_run_that_predicts_nothing_says_what_to_do(cli, quick, monkeypatch):
+    monkeypatch.setattr("train.validate", lambda *_: (1.0, 0.004, 0.002, 0.0))
+    code, out, err = cli("train", *quick, "--epochs", 1)
+    assert code == 0 and "smaller --lr than 0.001" in out.splitlines()[-1], err
+    monkeypatch.setattr("train.validate", lambda *_: (1.0, 0.006, 0.003, 0.0))
+    code, out, _ = cli("train", *quick, "--epochs", 1, "--overwrite")
+    assert code == 0 and "Evaluate it with" in out.splitlines()[-1]
+
+
+def test_letters_that_are_not_english_are_noticed_once(capsys):
+    tokenizer = Tokenizer(MINI)
+    tokenizer(["a polyp", "5 \u00b5m", "\u4e00 polyp?"])
+    said = capsys.readouterr().err
+    assert said.count("letters that are not English") == 1 and "5 \u00b5m" in said
+    Tokenizer(MINI)(["a polyp, 3 \u2013 4 mm"])
+    assert not capsys.readouterr().err

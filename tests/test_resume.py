@@ -2,11 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT, rows, same_tensors, without_dim
@@ -116,3 +119,48 @@ def test_raising_epochs_of_a_finished_run_goes_on(cli, trained):
     assert code == 0 and len(rows(trained / "log.csv")) == 3
     code, out, _ = cli("train", "--out", trained, "--resume")
     assert code == 0 and len(rows(trained / "log.csv")) == 3, "a finished run ends at once"
+
+
+def test_data_that_moved_are_known_by_names_prompts_and_pixels(cli, folder, trained, tmp_path):
+    moved = folder.rename(tmp_path / "elsewhere")
+    resume = ("train", "--out", trained, "--resume", "--epochs", 3, "--dataset")
+    code, _, err = cli(*resume[:-1])
+    assert code == 2 and "pass --dataset PATH" in err
+    code, out, err = cli(*resume, moved)
+    assert code == 0 and "Resuming" in out and "not compared" not in out, err
+    file = trained / "config.json"
+    config = json.loads(file.read_text())
+    assert config["dataset"] == config["options"]["dataset"] == str(moved)
+    for stamp, words in (("contents", "pixels"), ("records", "names or prompts")):
+        older = {name: value for name, value in config.items() if name != stamp}
+        file.write_text(json.dumps(older))
+        code, out, err = cli(*resume, moved)
+        assert code == 0 and f"its records' {words} are not compared" in out, err
+        assert json.loads(file.read_text())[stamp] == config[stamp]
+    other = shutil.copytree(moved, tmp_path / "other")
+    mask = next((other / "masks").iterdir())
+    Image.fromarray(255 - np.asarray(Image.open(mask))).save(mask)
+    code, _, err = cli(*resume, other)
+    assert code == 2 and "The pixels of the data set's records have changed" in err
+    assert json.loads(file.read_text())["dataset"] == str(moved)
+    assert cli(*resume, other, "--changed-data")[0] == 0
+
+
+def test_a_run_starts_from_another_one(cli, quick, trained, tmp_path):
+    start, out = ("train", *quick[:-2], "--out"), tmp_path / "second"
+    code, _, err = cli(*start, out, "--init", trained, "--lr", 0, "--epochs", 1)
+    assert code == 0, err
+    assert same_tensors(out / "last.safetensors", trained / "best.safetensors")
+    assert json.loads((out / "config.json").read_text())["options"]["init"] == str(trained)
+    code, _, err = cli("train", "--out", out, "--resume", "--init", trained)
+    assert code == 2 and "--init has an effect only without --resume, which goes on from the run's own" in err
+    first = trained.rename(tmp_path / "moved")
+    code, said, err = cli("train", "--out", out, "--resume", "--epochs", 2)
+    assert code == 0 and "Resuming" in said, err
+    start = ("train", *without_dim(quick)[:-1], tmp_path / "third", "--init")
+    code, _, err = cli(*start, first, "--dim", 4)
+    assert code == 2 and f"--init '{first}' was tuned by --peft dense" in err and " [8] instead of [4]" in err
+    code, _, err = cli(*start, first, "--peft", "shallow")
+    assert code == 2 and "not those of --peft shallow" in err
+    code, _, err = cli(*start, trained)
+    assert code == 2 and "There is no checkpoint" in err and not (tmp_path / "third").exists()

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from vlsm.model import attach, read_network
+from vlsm.system.console import first_few
 from vlsm.system.files import atomic_write
 
 FORMAT = 1
@@ -17,6 +18,7 @@ METADATA = dict(
     data_root=str, split_seed=int, prompts=str, image_size=int, mean=list, std=list, recipe=dict,
 )  # fmt: skip
 REQUIRED = ("model", "weights", "fingerprint", "method", "options", "reference")
+REPEATED = ("seed", "fold")  # settings by which the runs of a group may differ
 OF_THIS_MACHINE = ("folder", "config", "fresh")  # keys of a model's `info` that a checkpoint leaves out
 HUB = "hub:"  # before the name of a repository on the Hugging Face hub
 HUB_ID = re.compile(rf"{HUB}[\w.-]+/[\w.-]+")
@@ -63,6 +65,13 @@ def read_metadata(path):
         with safe_open(path, "pt") as file:
             texts = file.metadata() or {}
     except Exception as error:
+        with open(path, "rb") as file:
+            start = file.read(2)
+        if start in (b"PK", b"\x80\x02"):  # a zip archive, or a pickle, which may execute what it holds
+            raise ValueError(
+                f"'{path}' is a file of PyTorch (.ckpt, .pt), not a checkpoint of this program, and is not "
+                "loaded. Give a run's folder, or its best.safetensors."
+            ) from None
         raise ValueError(
             f"The checkpoint '{path}' cannot be read ({str(error)[:200]}). Is the file complete?"
         ) from error
@@ -122,8 +131,7 @@ def load(path, weights=None, base=None):
     checkpoint's metadata is `model.metadata`. Raises ValueError if the base is not the one that was tuned.
     """
     metadata = read_metadata(path)
-    wanted = _identity(metadata)
-    share = base is not None and not base.tuned_names and wanted == _identity(base.info)
+    share = base is not None and not base.tuned_names and _identity(metadata) == _identity(base.info)
     if share:
         network = base.network
         description = base.info
@@ -131,16 +139,78 @@ def load(path, weights=None, base=None):
         network, description = read_network(
             metadata["model"], weights or metadata["weights"], metadata["reference"]
         )
-    if wanted != _identity(description):
-        raise ValueError(
-            f"'{locate_checkpoint(path)}' was tuned on the base '{metadata['weights']}' "
-            f"({_describe_base(*wanted)}), and '{description['weights']}' is another base "
-            f"({_describe_base(*_identity(description))}). Pass the right one with --weights."
-        )
+    _check_base(path, metadata, description)
     model = attach(network, description, metadata["method"], metadata["options"], share)
     model.metadata = metadata
     model.load_tuned(read_tuned(path))
     return model
+
+
+def start_from(model, path):
+    """Copy a run's tuned tensors into a model, as the start of another run.
+
+    Raises ValueError if the run was tuned on another base, or by another method or other options.
+    """
+    metadata = read_metadata(path)
+    _check_base(path, metadata, model.info)
+    tensors = read_tuned(path)
+    try:
+        model.load_tuned(tensors)
+    except ValueError as error:
+        raise ValueError(
+            f"--init '{path}' was tuned by --peft {metadata['method']} with {metadata['options']}. {error}"
+        ) from None
+
+
+def run_settings(metadata):
+    """Return all that tells a run from others, {name: value}; runs that differ in `REPEATED` alone repeat it.
+
+    A base is named by its weights' last part and fingerprint, a data set by its last part: both may move.
+    """
+    settings = {}
+    for name in ("method", "model", "reference", "image_size", "prompts", "split_seed", "group", "fold"):
+        settings[name] = metadata.get(name)
+    settings["dataset"] = Path(metadata["dataset"]).name
+    settings["no_mask_is_empty"] = bool(metadata.get("no_mask_is_empty"))
+    settings["weights"] = f"{Path(metadata['weights']).name} {metadata['fingerprint'][:6]}"
+    earlier = {"negatives": 0}  # runs of earlier versions had none
+    return settings | earlier | metadata["options"] | metadata["recipe"]
+
+
+def differing_settings(settings_of):
+    """Return the names of the settings in which runs differ, but for `REPEATED`; settings_of: of each run."""
+    values = {}
+    for settings in settings_of:
+        values |= settings
+    names = []
+    for name, value in values.items():
+        if name not in REPEATED and any(settings.get(name) != value for settings in settings_of):
+            names.append(name)
+    return names
+
+
+def refuse_other_runs(paths):
+    """Raise ValueError if runs differ in more than `REPEATED`, as then their mean says nothing."""
+    settings_of = [run_settings(read_metadata(path)) for path in paths]
+    differing = differing_settings(settings_of)
+    if differing:
+        values = dict.fromkeys(str(settings.get(differing[0])) for settings in settings_of)
+        raise ValueError(
+            f"The runs in '{Path(paths[0]).parent}' differ in '{differing[0]}' ({first_few(values)}), so "
+            "they have no mean. Evaluate each by itself; python -m vlsm.tools.report puts them in columns."
+        )
+
+
+def _check_base(path, metadata, info):
+    """Raise ValueError if a checkpoint with this metadata was tuned on another base than that of `info`."""
+    wanted = _identity(metadata)
+    given = _identity(info)
+    if wanted != given:
+        raise ValueError(
+            f"'{locate_checkpoint(path)}' was tuned on the base '{metadata['weights']}' "
+            f"({_describe_base(*wanted)}), and '{info['weights']}' is another base "
+            f"({_describe_base(*given)}). Pass the right one with --weights."
+        )
 
 
 def _identity(info):

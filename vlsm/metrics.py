@@ -15,6 +15,7 @@ in each direction, then the larger of the two. The boundaries of NSD run between
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -22,6 +23,7 @@ import kernels
 
 ALARM = 1e-3  # a mask of what is not there that covers more of the image is a false alarm
 IGNORED = 255  # of a uint8 target: the pixel counts as background in prediction and target
+ROUNDING = 1 + 1e-12  # of a squared tolerance: 10 pixels of 0.2 mm are within 2 mm
 
 
 def dsc(pred, target):
@@ -42,30 +44,32 @@ def iou(pred, target):
     return _ratio(both, p + t - both)
 
 
-def hd95(pred, target):
-    """Compute the 95th-percentile Hausdorff distance of each pair in pixels, float64 `[N]`: the larger of
-    both directions' percentiles.
+def hd95(pred, target, spacing=None):
+    """Compute the 95th-percentile Hausdorff distance of each pair, float64 `[N]`: the larger of both
+    directions' percentiles; in pixels, or in millimetres with a spacing (from row to row, column to column).
 
     Boundary: mask pixels with one of four neighbours outside the mask or the image. Distances: Euclidean,
     from each boundary pixel to the other boundary's nearest, exact. Percentile: linear interpolation, its
     rank in integers. This is MONAI's definition; medpy pools both directions and differs by pixels. Raises
-    ValueError as `dsc`.
+    ValueError as `dsc`, and for a spacing that is not positive.
     """
-    return _joined([_hd95(p, t) for p, t in _checked_pairs(pred, target)])
+    _check_spacing(spacing)
+    return _joined([_hd95(p, t, spacing) for p, t in _checked_pairs(pred, target)])
 
 
-def nsd(pred, target, tolerance=2.0):
+def nsd(pred, target, tolerance=2.0, spacing=None):
     """Compute the normalised surface distance of each pair, float64 `[N]` in [0, 1]: the share of both masks'
-    contours within `tolerance` pixels of the other's.
+    contours within `tolerance` of the other's; in pixels, or in millimetres with a spacing, as `hd95` has it.
 
     As DeepMind's surface-distance defines it in two dimensions (Nikolov et al. 2018): the contour runs
     between pixels, through the corners where the four pixels differ; a corner counts with the length of the
-    contour there (`CONTOUR`). HD95 measures between boundary pixels instead, so the distances are computed
-    anew, by the same exact kernel. Raises ValueError as `dsc`, and for a negative tolerance.
+    contour there (`_contour_lengths`). HD95 measures between boundary pixels instead, so the distances
+    are computed anew, in the same exact way. Raises ValueError as `hd95`, and for a negative tolerance.
     """
     if not tolerance >= 0:
-        raise ValueError(f"The tolerance of NSD is a distance in pixels, 0 or more; it is {tolerance}.")
-    return _joined([_nsd(p, t, tolerance) for p, t in _checked_pairs(pred, target)])
+        raise ValueError(f"The tolerance of NSD is a distance, 0 or more; it is {tolerance}.")
+    _check_spacing(spacing)
+    return _joined([_nsd(p, t, tolerance, spacing) for p, t in _checked_pairs(pred, target)])
 
 
 def is_alarm(masks):
@@ -151,17 +155,50 @@ def _ratio(numerator, denominator):
     return torch.where(denominator == 0, 1.0, ratio)
 
 
-def _hd95(pred, target):
+def _check_spacing(spacing):
+    """Raise ValueError for a spacing that is not positive and finite."""
+    if spacing is not None and not (0 < min(spacing) and max(spacing) < math.inf):
+        raise ValueError(f"The spacing of pixels is two distances in millimetres, above 0; it is {spacing}.")
+
+
+def _squared_distances(pred, target, spacing, whole=False):
+    """Compute `kernels.surface_distances`, in square millimetres (float64) with a spacing."""
+    if spacing and spacing[0] != spacing[1]:
+        return _unequal_spacing(pred, target, spacing, whole)
+    squared, counts = kernels.surface_distances(pred, target, whole)
+    if spacing:
+        squared = squared.double() * spacing[0] ** 2
+    return squared, counts
+
+
+def _unequal_spacing(pred, target, spacing, whole):
+    """Compute `_squared_distances` with SciPy: the kernels know square pixels alone."""
+    from scipy.ndimage import distance_transform_edt
+
+    from kernels.boundary import boundary  # it imports Triton
+
+    masks = torch.stack([pred, target])  # [2, B, H, W]
+    points = masks if whole else boundary(masks)
+    points = points.flatten(0, 1).cpu().numpy()  # [2B, H, W]
+    y, x = points.any(0).nonzero()
+    if len(y):  # the box around all points is enough
+        points = points[:, y.min() : y.max() + 1, x.min() : x.max() + 1]
+    squared = []
+    for own, other in zip(points, np.roll(points, len(pred), 0)):
+        distances = distance_transform_edt(~other, sampling=spacing)
+        squared.append(torch.from_numpy(distances[own]).square())
+    counts = torch.from_numpy(points.sum((1, 2))).view(2, -1)
+    return torch.cat(squared).to(pred.device), counts.to(pred.device)
+
+
+def _hd95(pred, target, spacing):
     """Compute HD95 of masks `[B, H, W]`, float64 `[B]`.
 
-    The percentile interpolates between roots of integer squares, and its rank 0.95 (n - 1) is computed in
-    integers: exact.
+    The percentile interpolates between roots of squares, which are integers in pixels, and its rank
+    0.95 (n - 1) is computed in integers: exact.
     """
-    squared, counts = kernels.surface_distances(pred, target)
-    list_index = _list_index(counts, len(squared))
-    # a single sort for all 2B lists: the list's index as the upper 32 bits keeps each list together
-    keys = list_index << 32 | squared
-    ordered = keys.sort().values & 0xFFFFFFFF
+    squared, counts = _squared_distances(pred, target, spacing)
+    ordered = _sort_lists(squared, _list_index(counts, len(squared)))
     ordered = torch.cat([ordered, ordered.new_zeros(1)])  # empty lists at the end point here
     first = counts.flatten().cumsum(0).view(2, -1) - counts
     last = (counts - 1).clamp(min=0)
@@ -172,6 +209,17 @@ def _hd95(pred, target):
     twentieths = 19 * last % 20
     percentile = low + twentieths.double() / 20 * (high - low)  # [2, B]
     return _fill_empty(percentile.amax(0), counts, one=math.nan, both=0.0)
+
+
+def _sort_lists(squared, list_index):
+    """Return the values of all 2B lists, each list sorted."""
+    if squared.is_floating_point():  # millimetres
+        order = squared.argsort()
+        order = order[list_index[order].argsort(stable=True)]
+        return squared[order]
+    # a single sort: the list's index as the upper 32 bits keeps each list together
+    keys = list_index << 32 | squared
+    return keys.sort().values & 0xFFFFFFFF
 
 
 def _list_index(counts, total):
@@ -187,36 +235,41 @@ def _fill_empty(values, counts, one, both):
     return values.masked_fill(empty.all(0), both)
 
 
-# Length of the contour at a corner, by which of its four pixels are inside: bits 8 4 / 2 1, upper left first.
-_CROSSED = math.sqrt(2)  # two opposite corners are cut off
-_CUT = _CROSSED / 2
-CONTOUR = [
-    0, _CUT, _CUT, 1, _CUT, 1, _CROSSED, _CUT,
-    _CUT, _CROSSED, 1, _CUT, 1, _CUT, _CUT, 0,
-]  # fmt: skip
+def _contour_lengths(row, column):
+    """Return the contour's length at a corner by which of its four pixels, `row` high and `column` wide, are
+    inside: bits 8 4 / 2 1, upper left first.
+    """
+    crossed = math.hypot(row, column)  # two opposite corners are cut off
+    cut = crossed / 2
+    return [
+        0, cut, cut, column, cut, row, crossed, cut,
+        cut, crossed, row, cut, column, cut, cut, 0,
+    ]  # fmt: skip
 
 
 def _corner_codes(masks):
-    """Return which pixels around each corner are inside, uint8 `[B, H + 1, W + 1]`: indices of `CONTOUR`."""
+    """Return which pixels around each corner are inside, uint8 `[B, H + 1, W + 1]`: indices of
+    `_contour_lengths`.
+    """
     padded = F.pad(masks.byte(), (1, 1, 1, 1))  # everything beyond the image is outside
     beside = 2 * padded[..., :-1] + padded[..., 1:]  # two bits, left and right: [B, H + 2, W + 1]
     return 4 * beside[:, :-1] + beside[:, 1:]
 
 
-def _nsd(pred, target, tolerance):
+def _nsd(pred, target, tolerance, spacing):
     """Compute NSD of masks `[B, H, W]`, float64 `[B]`."""
     pred_codes = _corner_codes(pred)
     target_codes = _corner_codes(target)
     pred_contour = pred_codes % 15 > 0  # neither 0 nor 15: the four pixels differ
     target_contour = target_codes % 15 > 0
-    squared, counts = kernels.surface_distances(pred_contour, target_contour, whole=True)
+    squared, counts = _squared_distances(pred_contour, target_contour, spacing, whole=True)
     codes = torch.cat([pred_codes[pred_contour], target_codes[target_contour]])
-    contour = torch.tensor(CONTOUR, dtype=torch.float64, device=pred.device)
+    row, column = spacing or (1, 1)
+    contour = torch.tensor(_contour_lengths(row, column), dtype=torch.float64, device=pred.device)
     lengths = contour[codes.long()]
-    near = squared.double() <= tolerance**2
+    near = squared.double() <= tolerance**2 * ROUNDING
     list_index = _list_index(counts, len(squared))
     zeros = lengths.new_zeros(counts.numel())
     total = zeros.index_add(0, list_index, lengths).view(2, -1).sum(0)
     within = zeros.index_add(0, list_index, lengths * near).view(2, -1).sum(0)
-    share = within / total.clamp(min=1)
-    return _fill_empty(share, counts, one=0.0, both=1.0)
+    return _fill_empty(within / total, counts, one=0.0, both=1.0)

@@ -14,8 +14,10 @@ import datasets
 from tests.conftest import disk, normalise, write_demo, write_pair
 from vlsm.data.augment import affine_matrices, augment
 from vlsm.data.cache import open_split
-from vlsm.data.images import read_image, read_mask, resize_image, resize_mask
-from vlsm.data.records import DataError, choose_prompt
+from vlsm.data.folders import SplitRules
+from vlsm.data.images import read_image, resize_image
+from vlsm.data.masks import read_mask, resize_mask
+from vlsm.data.records import DataError, Record, choose_prompt, describe_groups, group_names
 from vlsm.mini import demo
 
 
@@ -99,7 +101,7 @@ def test_own_folder_splits_by_name_and_a_file_keeps_its_side(tmp_path):
     write_pair(root, "another", *disk(np.random.default_rng(2), 24, 24))
     after = {r.name: s for s in ("train", "val", "test") for r in datasets.records(str(root), s)}
     assert len(after) == 61 and all(after[name] == s for name, s in before.items())
-    other = {r.name for r in datasets.records(str(root), "test", split_seed=1)}
+    other = {r.name for r in datasets.records(str(root), "test", rules=SplitRules(seed=1))}
     assert other != {n for n, s in after.items() if s == "test"}
 
 
@@ -247,10 +249,12 @@ def test_a_split_as_a_run_was_trained_on_it(folder, tmp_path):
 
 
 def test_groups_of_the_bootstrap():
-    pattern, words = datasets.group_pattern("camus")
-    assert pattern == r"patient\d+" and pattern in words
-    assert datasets.group_pattern("camus", "[a-z]+")[0] == "[a-z]+"
-    assert datasets.group_pattern("kvasir") == datasets.group_pattern("a/folder") == (None, "image")
+    flat = [Record(f"patient1_{k}.png", "", None, None) for k in range(3)]
+    assert group_names(flat) == [f"patient1_{k}.png" for k in range(3)] and describe_groups(flat) == "image"
+    assert group_names(flat, r"patient\d") == ["patient1"] * 3
+    assert describe_groups(flat, "x") == "match of 'x' in an image's name"
+    flat[0].group = "p"
+    assert group_names(flat)[:2] == ["p", "patient1_1.png"] and describe_groups(flat) == "patient or folder"
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK", "I;16", "I", "F"])
@@ -297,6 +301,10 @@ def test_resizing_is_the_references():
         resize_image(image, 20) == np.asarray(Image.fromarray(image).resize((20, 20), Image.BILINEAR))
     ).all()
     mask = torch.rand(37, 51) < 0.5
+    nearest = torch.nn.functional.interpolate(mask[None, None].float(), (20, 20), mode="nearest-exact")[0, 0]
+    small = torch.from_numpy(resize_mask(mask.numpy(), 20))
+    assert (small >= nearest).all(), "what nearest neighbours would lose is added, see test_folders.py"
+    mask = torch.from_numpy(np.kron(np.random.default_rng(1).random((8, 9)) < 0.5, np.ones((5, 6))) > 0)
     nearest = torch.nn.functional.interpolate(mask[None, None].float(), (20, 20), mode="nearest-exact")[0, 0]
     assert (torch.from_numpy(resize_mask(mask.numpy(), 20)) == nearest).all()
     pixels = torch.from_numpy(image.transpose(2, 0, 1).copy())[None]

@@ -193,7 +193,7 @@ def test_half_precision_leaves_what_is_trained_in_float32(method):
 
 @pytest.fixture(scope="module")
 def train_split(demo):
-    return datasets.open_dataset(str(demo), ["train"], 96, "data", None, 0, "class")["train"]
+    return datasets.open_dataset(str(demo), ["train"], 96, "data", prompts="class")["train"]
 
 
 @pytest.mark.slow

@@ -10,7 +10,8 @@ from PIL import Image
 import datasets
 from tests.raw.layouts import LAYOUTS, Layout
 from tests.raw.test_formats import strips
-from vlsm.data.images import read_image, read_mask
+from vlsm.data.images import read_image
+from vlsm.data.masks import read_mask
 from vlsm.raw.prepare import draw_splits
 from vlsm.results import figures
 
@@ -63,7 +64,7 @@ def test_a_download_becomes_a_data_set(prepared, tmp_path, name, zipped):
     assert f"{len(layout.truth)} masks" in said and "0 unchanged" in said and "(made here)" in said
     for part in parts:
         assert all(r.prompts["p0"] == "" and r.class_word for r in found[part])
-        datasets.open_dataset(name, [part], 32, tmp_path / "data", None, 0, "class")
+        datasets.open_dataset(name, [part], 32, tmp_path / "data", prompts="class")
     if name in ("kvasir", "chexlocalize", "cityscapes"):  # byte for byte
         source = next(
             data

@@ -10,10 +10,10 @@ from PIL import Image
 
 from tests.conftest import GOLDEN, rows, without_dim
 from vlsm import metrics
-from vlsm.data.records import Record
+from vlsm.data.records import Record, group_names
 from vlsm.results import figures
 from vlsm.results.predict import Ensemble, load_ensemble, load_predictor, mirrored_prompt
-from vlsm.results.scores import bootstrap_intervals, calibration_counts, group_names, score, summarise
+from vlsm.results.scores import bootstrap_intervals, calibration_counts, score, summarise
 
 # NSD
 

@@ -49,7 +49,8 @@ def losses(out):
 def options(quick, *more):
     """Batches of 7 of 24 records: parts of 4 and 3, and at the end 2 and 1. (Of 23: 12 and 11, then 1 and none.)"""
     at = quick.index("--batch-size")
-    return [*quick[:at], "--batch-size", 7, *quick[at + 2 : -2], *more]
+    size = [] if "--batch-size" in more else ["--batch-size", 7]
+    return [*quick[:at], *size, *quick[at + 2 : -2], *more]
 
 
 CASES = [

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import vlsm
-from vlsm.data.cache import CachedSplit, normalise
+from vlsm.data.cache import CachedSplit
 from vlsm.data.negatives import ABSENT_SETS
+from vlsm.data.normalise import normalise
 from vlsm.data.records import Record
 from vlsm.tools import audit
 

@@ -1,4 +1,10 @@
-"""Runs of several seeds in one folder."""
+"""Runs of several seeds or folds in one folder, and their means."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
 
 from tests.conftest import rows, same_tensors
 
@@ -11,7 +17,7 @@ def repeat(cli, quick, out, *seeds, epochs=1, more=()):
 
 def test_each_seed_is_a_run_of_its_own(cli, quick, tmp_path):
     code, said, err = repeat(cli, quick, tmp_path / "group", 1, 2, 1)
-    assert code == 0 and "All seeds are done" in said, err
+    assert code == 0 and "All runs are done" in said, err
     assert sorted(p.name for p in (tmp_path / "group").iterdir()) == ["seed1", "seed2"]
     assert cli("train", *quick, "--epochs", 1, "--seed", 2)[0] == 0
     assert same_tensors(
@@ -26,3 +32,48 @@ def test_seeds_go_on_after_an_interruption(cli, quick, tmp_path):
     assert all(len(rows(tmp_path / "group" / f"seed{seed}" / "log.csv")) == 2 for seed in (1, 2))
     code, _, err = repeat(cli, quick, tmp_path / "group", 1, 2)
     assert code == 2 and "exists and is not empty" in err
+
+
+def folds(cli, quick, dataset, out):
+    options = ["--dataset", dataset, *quick[2:-2], "--prompts", "a red disk", "--epochs", 1]
+    code, said, err = cli("vlsm.tools.repeat", "--folds", 3, "--out", out, "--", *options)
+    assert code == 0 and "All runs are done" in said, err
+    assert sorted(path.name for path in out.iterdir()) == ["fold1", "fold2", "fold3"]
+
+
+def test_folds_are_tested_on_each_record_once(cli, quick, folder, tmp_path):
+    own, out = tmp_path / "own", tmp_path / "group"
+    for file in sorted((folder / "images").iterdir())[:10]:
+        for part in ("images", "masks"):
+            (own / part).mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / part / file.name, own / part / file.name)
+    folds(cli, quick, own, out)
+    code, said, err = cli("evaluate", "--ckpt", out)
+    assert code == 0 and "over 10 records" in said, err
+    scores = {}
+    for path in out.glob("fold*/eval-test/metrics.csv"):
+        scores |= {row["image"]: float(row["dsc"]) for row in rows(path)}
+    result = json.loads((out / "eval-test" / "means.json").read_text())[""]["dsc"]
+    assert len(scores) == result["n"] == 10
+    assert result["mean"] == pytest.approx(np.mean(list(scores.values())))
+    low, high = result["ci95"]
+    assert low < result["mean"] < high
+    assert f"DSC % {100 * result['mean']:.2f} +- " in " ".join(said.split())
+    code, said, err = cli("vlsm.tools.report", out)
+    assert code == 0 and f"| {100 * result['mean']:.2f}" in said.replace("*", ""), err
+    for same in ([], ["--dataset", own]):
+        code, _, err = cli("evaluate", "--ckpt", out, "--ensemble", *same)
+        assert code == 2 and "--ensemble: the runs have different test records" in err
+    assert cli("evaluate", "--ckpt", out, "--ensemble", "--dataset", folder, "--prompts", "a disk")[0] == 0
+
+
+def test_folds_with_a_test_split_of_its_own_are_averaged(cli, quick, folder, tmp_path):
+    out = tmp_path / "group"
+    folds(cli, quick, folder, out)
+    code, said, err = cli("evaluate", "--ckpt", out)
+    assert code == 0 and "over 3 runs" in said and "over 6 records" in said, err
+    tables = [rows(out / f"fold{i}" / "eval-test" / "metrics.csv") for i in (1, 2, 3)]
+    means = [np.mean([float(table[k]["dsc"]) for table in tables]) for k in range(6)]
+    result = json.loads((out / "eval-test" / "means.json").read_text())[""]["dsc"]
+    assert result["mean"] == pytest.approx(np.mean(means)) and result["std"] == pytest.approx(np.std(means))
+    assert cli("evaluate", "--ckpt", out, "--ensemble")[0] == 0

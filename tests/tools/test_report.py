@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ROOT, without_dim
+from tests.test_mistakes import rewrite
 from vlsm.system import plots
 from vlsm.tools import report
 from vlsm.tools.report import Run, add_published, format_rows, group_seeds, table_rows, tabulate
@@ -140,6 +141,15 @@ def test_runs_of_other_recipes_are_told_apart():
     assert {label for _, label in groups} == {"dense"}
 
 
+def test_runs_that_differ_in_more_than_seed_or_fold_are_told_apart():
+    runs = [run("k", "dense", 1, 0.5, fold="1/2"), run("k", "dense", 1, 0.7, fold="2/2")]
+    groups, _ = group_seeds([*runs, run("k", "dense", 2, 0.9, prompts="p6", init="runs/a")])
+    assert [(label, list(seeds)) for (_, label), seeds in groups.items()] == [
+        ("dense (prompts None) (init None)", [(1, "1/2"), (1, "2/2")]),
+        ("dense (prompts p6) (init runs/a)", [(2, None)]),
+    ]
+
+
 def test_labels():
     metadata = dict(model="cris", method="coop", options=dict(prompt_depth=9), reference=True)
     assert report.method_label(metadata, {}) == "CRIS coop J9 (published code)"
@@ -171,7 +181,7 @@ def group(cli, quick, tmp_path):
     options = without_dim(quick)[:-1]
     assert cli("train", *options, runs / "decoder", "--peft", "decoder", "--epochs", 1)[0] == 0
     code, said, err = cli("evaluate", "--ckpt", runs / "dense")
-    assert code == 0 and said.count("6 records") == 2, err
+    assert code == 0 and said.count(" test, 6 records") == 2, err
     assert cli("evaluate", "--ckpt", runs / "decoder")[0] == 0
     return runs
 
@@ -186,6 +196,16 @@ def test_each_prompt_over_the_seeds(cli, group):
     scores = [mean_dsc(group / "dense" / f"seed{seed}" / "eval-test" / "p1") for seed in (1, 2)]
     spread = f"{100 * np.mean(scores):.2f} +- {100 * np.std(scores, ddof=1):.2f} over 2 runs"
     assert f"p1 DSC % {spread}" in " ".join(said.split())
+
+
+def test_other_runs_have_no_mean(cli, group):
+    (group / "decoder").rename(group / "dense" / "decoder")
+    code, said, err = cli("evaluate", "--ckpt", group / "dense")
+    assert code == 2 and "differ in 'method' (decoder, dense)" in err and not said
+    (group / "dense" / "decoder").rename(group / "decoder")
+    rewrite(group / "dense" / "seed2" / "best.safetensors", prompts="p1")
+    code, _, err = cli("evaluate", "--ckpt", group / "dense")
+    assert code == 2 and "differ in 'prompts' (random, p1)" in err and "vlsm.tools.report" in err
 
 
 def test_a_report_of_runs(cli, group, folder, tmp_path):

@@ -88,11 +88,11 @@ def test_ctrl_c_names_the_sweep(cli, searched, tmp_path, monkeypatch):
     assert code == 130 and f"vlsm.tools.sweep --out {tmp_path / 's'} --resume" in said
 
 
-def sweep_coop(tmp_path, *more):
-    """Run a sweep of eight trials of CoOp, whose training is faked."""
+def sweep_coop(tmp_path, *more, trials="8"):
+    """Run a sweep of CoOp, whose training is faked."""
     method = ["--", "--weights", "mini", "--peft", "coop"]
     own = [word for word in more if word != "--reference"]
-    sweep.main(["--out", str(tmp_path / "s"), "--trials", "8", *own, *method, *more[len(own) :]])
+    sweep.main(["--out", str(tmp_path / "s"), "--trials", trials, *own, *method, *more[len(own) :]])
 
 
 def fake(score, epochs=8):
@@ -146,7 +146,7 @@ def test_a_trial_that_was_interrupted_behind_its_last_epoch_counts(tmp_path, mon
 
     monkeypatch.setattr(train, "main", interrupted)
     with pytest.raises(SystemExit):
-        sweep_coop(tmp_path, "--trials", "1")
+        sweep_coop(tmp_path, trials="1")
     monkeypatch.setattr(train, "main", lambda argv, after_epoch: finished)
     sweep.main(["--out", str(tmp_path / "s"), "--trials", "1", "--resume"])
     (row,) = rows(tmp_path / "s" / "sweep.csv")
@@ -177,7 +177,7 @@ def test_trials_that_diverge_are_set_aside(tmp_path, capsys, monkeypatch):
 
 
 def space_of(*argv):
-    words = ["--weights", "mini", "--peft", "coop", *argv]
+    words = [*argv] if "--weights" in argv else ["--weights", "mini", *argv]
     return sweep.choose_space(vars(parse_arguments(words)), words)
 
 
@@ -213,11 +213,11 @@ def test_the_space_is_the_papers_and_what_fits(method, more, want):
 @pytest.mark.parametrize("peft, depth", [("coop", 4), ("cocoop", 4), ("full", None), ("coop+decoder", 4)])
 def test_the_space_of_cris(peft, depth):
     """Three text layers, and one set more: it may stand over the last layer's output."""
-    more = ["--model", "cris", "--peft", peft, "--weights", f"random:{ROOT / 'tests' / 'tiny' / 'cris.json'}"]
-    space = space_of(*more)
+    more = ["--model", "cris", "--weights", f"random:{ROOT / 'tests' / 'tiny' / 'cris.json'}", "--peft"]
+    space = space_of(*more, peft)
     assert space.get("prompt_depth") == (depth and dict(low=1, high=depth))
     with pytest.raises(ValueError, match="cannot be used on CRIS"):
-        space_of(*more, "--peft", "maple")
+        space_of(*more, "maple")
 
 
 def test_every_method_on_sam3_has_a_space():
@@ -275,7 +275,7 @@ def test_widths_of_blocks_are_searched(cli, searched, tmp_path):
     file, allocations = tmp_path / "space.json", [[4, 8, 16], [16, 8, 4]]
     file.write_text(json.dumps({"dims": allocations}))
     own = ["--trials", 4, "--space", file, "--out", tmp_path / "s"]
-    code, said, err = run(cli, *own, *searched, "--peft", "telescopic")
+    code, said, err = run(cli, *own, *searched[:-1], "telescopic")
     assert code == 0 and "[4, 8, 16]" in said, err
     for row in rows(tmp_path / "s" / "sweep.csv"):
         config = json.loads((tmp_path / "s" / f"trial-{row['trial']}" / "config.json").read_text())

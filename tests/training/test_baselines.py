@@ -11,7 +11,7 @@ import train
 import vlsm
 from tests.conftest import ROOT, normalise, rows, same_tensors, same_tensors_nearly
 from tests.training.test_frozen_cache import cache_of, cached_logits, split
-from vlsm.data.images import read_mask
+from vlsm.data.masks import read_mask
 from vlsm.networks.weights import image_side
 from vlsm.results.predict import load_predictor
 from vlsm.training.arguments import parse_arguments
@@ -70,7 +70,9 @@ def test_decoder_of_a_settled_cris_keeps_its_maps(tmp_path):
 @pytest.fixture
 def arguments(folder, tmp_path):
     def make(model, *more, out="run"):
-        size = ["--image-size", 64, "--batch-size", 8, "--lr", "1e-3", "--out", tmp_path / out]
+        size = ["--image-size", 64, "--lr", "1e-3", "--out", tmp_path / out]
+        if "--batch-size" not in more:
+            size += ["--batch-size", 8]
         return ["--model", model, "--weights", TINY[model], "--dataset", folder, *size, *more]
 
     return make

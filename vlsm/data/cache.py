@@ -1,6 +1,6 @@
 """The decode-once cache: every image is read, checked and resized once, into memory-mapped uint8 arrays.
 
-Also: batches on the device, and the normalisation of images.
+Also: batches on the device.
 """
 
 import glob
@@ -9,27 +9,29 @@ import math
 import os
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from vlsm.data.images import (
-    ImageError,
+from vlsm.data.images import ImageError, is_turned, read_image, resize_image
+from vlsm.data.masks import (
     LabelMask,
+    MaskUnion,
     class_target,
-    read_image,
+    describe_smaller,
+    least_side,
     read_labels,
     read_mask,
-    resize_image,
+    read_target,
     resize_mask,
 )
 from vlsm.data.records import DataError, index_images, source_key
-from vlsm.system.console import ADVICE, progress
+from vlsm.system.console import ADVICE, progress, say
 from vlsm.system.files import atomic_write, digest, reserve, sweep_temporary
 
-FORMAT = 2  # increased whenever a reader or a resizer gives other pixels: old cache files are then ignored
+FORMAT = 3  # increased whenever a reader or a resizer gives other pixels: old cache files are then ignored
 THREADS = min(16, os.cpu_count() or 1)  # Pillow and numpy release the interpreter lock while they decode
 
 
@@ -139,12 +141,15 @@ def _read_pair(record):
     if not isinstance(record.mask, LabelMask):
         # the prompts of an annotation file tell what a mask of several colours holds
         reader = partial(read_mask, one_colour=not record.prompts)
-    mask = _read(reader, record.files[1], "mask", record.mask_name)
+    mask = _read(reader, record.mask_source, "mask", record.mask_name)
     if image.shape[:2] != mask.shape:
         height, width, _ = image.shape
         mask_height, mask_width = mask.shape
         sizes = f"{width} x {height}, mask {mask_width} x {mask_height}"
-        raise _BadRecord("image and mask of different size", f"{record.name} ({sizes})")
+        problem = "image and mask of different size"
+        if (width, height) == (mask_height, mask_width) and is_turned(record.image):
+            problem = "photo that its EXIF orientation turns, and mask that is not turned; turn the mask"
+        raise _BadRecord(problem, f"{record.name} ({sizes})")
     return image, mask
 
 
@@ -223,13 +228,27 @@ def open_split(records, size, folder, label, need_foreground=True):
         decode(records, images, masks, label)
     else:
         images, masks = _cached_arrays(records, shapes, Path(folder), label)
-    # one by one: usually the first has foreground, and it ends
-    if need_foreground and not any((mask == 1).any() for mask in masks):
+    if need_foreground:
+        _check_foreground(records, masks, label)
+    return CachedSplit(records, images, masks, image_of)
+
+
+def _check_foreground(records, masks, label):
+    """Tell of masks without background, and of lesions below a pixel. Raises ValueError if all are empty."""
+    areas = np.array([(mask == 1).sum() for mask in masks])
+    if not areas.any():
         raise ValueError(
             f"Every mask of {label} is empty ({len(records)} masks), so nothing can be learnt. Foreground is "
             "white (255), or 1 in a file of 0 and 1."
         )
-    return CachedSplit(records, images, masks, image_of)
+    size = masks.shape[-1]
+    full = (areas == size**2).sum()
+    if full > len(areas) / 2:
+        say(f"{label}: {full} of {len(areas)} masks have no background. Are they masks, or inverted ones?")
+    sides = [least_side(read_target(records[i].mask)) for i in np.flatnonzero(areas == 1)]
+    smaller = [side for side in sides if side > size]
+    if smaller:
+        say(f"{label}: {describe_smaller(smaller, len(areas), size)}")
 
 
 def _cached_arrays(records, shapes, folder, label):
@@ -254,10 +273,12 @@ def _cache_key(records, size):
     """Return a hash of the size and of every file's path, length and modification time."""
     stamps = []
     for record in records:
-        image, mask = map(_stamp, record.files)
+        stamp = list(map(_stamp, record.files))
         if isinstance(record.mask, LabelMask):
-            mask += [record.mask.value, record.mask.ignore]
-        stamps.append([image, mask])
+            stamp += [record.mask.value, record.mask.ignore]
+        if isinstance(record.mask, MaskUnion):
+            stamp.append(record.mask.any_value)
+        stamps.append(stamp)
     text = json.dumps([FORMAT, size, stamps])
     return digest(text.encode())
 
@@ -311,21 +332,3 @@ def _open_arrays(files, shapes):
             return None
         arrays.append(array)
     return arrays
-
-
-def normalise(images, mean, std):
-    """Turn uint8 (or float 0..255) images `[B, 3, H, W]` into float32 `pixel_values`.
-
-    mean, std: of the three channels, for values from 0 to 1.
-    """
-    scale, shift = _channel_factors(tuple(mean), tuple(std), images.device)
-    return images.float().mul(scale).add_(shift)
-
-
-@lru_cache
-def _channel_factors(mean, std, device):
-    """Return scale and shift of the channels `[3, 1, 1]`; kept, as copying them makes the host wait."""
-    mean = torch.tensor(mean, device=device)[:, None, None]
-    std = torch.tensor(std, device=device)[:, None, None]
-    scale = 1 / (255 * std)
-    return scale, -mean / std

@@ -9,13 +9,15 @@ from itertools import combinations
 import numpy as np
 from PIL import Image
 
-from vlsm.data.images import ImageError, read_image, read_mask
+from vlsm.data.images import ImageError, read_image
+from vlsm.data.masks import describe_smaller, least_side, read_mask
 from vlsm.data.records import index_images, prompt_texts
 from vlsm.system.console import first_few, progress
 from vlsm.system.files import digest
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SHEET_ROWS = 8
+SIDE = 352  # pixels, of CLIPSeg's images
 THUMBNAIL = 16  # side in pixels
 ALIKE = 0.99  # correlation of two thumbnails above which the images may be frames of one video
 
@@ -33,6 +35,7 @@ class Summary:
     prompts: Counter = field(default_factory=Counter)  # key -> number of records
     classes: Counter = field(default_factory=Counter)  # class word -> number of records
     words: list = field(default_factory=list)  # number of words of every prompt
+    sides: list = field(default_factory=list)  # the `least_side` of every mask
     unreadable: list = field(default_factory=list)  # names
 
 
@@ -40,14 +43,19 @@ def inspect_splits(splits):
     """Return {split: Summary} of {split: records}. Unreadable files are counted, not raised."""
     summaries = {}
     for split, records in splits.items():
-        first, _ = index_images(records)
+        first, image_of = index_images(records)
+        shapes = {}  # of the images that could be read
         summary = Summary(len(records), len(first))
         owners = set(first)
         for i, record in enumerate(progress(records, f"checking {split}")):
             try:
                 if i in owners:
-                    _add_image(summary, record)
-                summary.areas.append(float(read_mask(record.mask).mean()))
+                    shapes[image_of[i]] = _add_image(summary, record)
+                mask = read_mask(record.mask)
+                if mask.shape != shapes.get(image_of[i], mask.shape):
+                    raise ImageError(record.name, "image and mask of different size")
+                summary.areas.append(float(mask.mean()))
+                summary.sides.append(least_side(mask))
             except (ImageError, OSError):
                 summary.unreadable.append(record.name)
             summary.prompts.update(record.prompts.keys())
@@ -58,13 +66,14 @@ def inspect_splits(splits):
 
 
 def _add_image(summary, record):
-    """Add the image of a record to a summary. Raises ImageError or OSError if it cannot be read."""
+    """Add a record's image to a summary; returns its (H, W). Raises ImageError or OSError if it cannot."""
     image = read_image(record.image)
     height, width, _ = image.shape
     key = digest(image.tobytes(), 16)
     summary.sizes[width, height] += 1
     summary.names[key] = record.name
     summary.thumbnails[key] = _thumbnail(image)
+    return height, width
 
 
 def _thumbnail(image):
@@ -140,6 +149,11 @@ def _describe(summary):
         percent = ", ".join(f"{area:.1f}" for area in np.quantile(filled, QUANTILES))
         lines.append(f"  mask area in % of the image (5, 25, 50, 75, 95 % of the masks): {percent}")
     lines.append(f"  empty masks: {len(areas) - len(filled)}")
+    if (areas == 1).sum() > len(areas) / 2:
+        lines.append(f"  WARNING: {(areas == 1).sum()} masks have no background. Are they masks?")
+    smaller = [side for side in summary.sides if side > SIDE]
+    if smaller:
+        lines.append(f"  WARNING: {describe_smaller(smaller, len(areas), SIDE)}")
     classes = [f"{word} ({n})" for word, n in summary.classes.most_common() if word]
     if classes:
         lines.append(f"  classes: {', '.join(classes)}")
@@ -174,6 +188,8 @@ def sheet_rows(splits):
                 image = read_image(record.image)
                 mask = read_mask(record.mask)
             except (ImageError, OSError):
+                continue
+            if mask.shape != image.shape[:2]:
                 continue
             prompt = max(prompt_texts(record), key=len, default="")
             rows.append((image, mask, [], prompt, f"{split}: {record.mask_name}"))

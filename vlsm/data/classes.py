@@ -5,16 +5,18 @@ Each class that an image holds becomes a record.
 
 import dataclasses
 import os
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from vlsm.data.images import LABELS_FORM, ImageError, LabelMask, read_labels, read_mask
+from vlsm.data.images import ImageError
+from vlsm.data.masks import LABELS_FORM, LabelMask, read_labels, read_mask
 from vlsm.data.records import check_texts
 from vlsm.system.console import first_few
-from vlsm.system.files import field, leaves_folder, read_json
+from vlsm.system.files import field, hash_of, leaves_folder, read_json
 
 READERS = min(16, os.cpu_count() or 1)  # threads
 
@@ -35,11 +37,42 @@ class Labels:
 
 def find_labels(*folders):
     """Return the `Labels` of the first dataset.json in the folders, or None. Raises as `parse_labels`."""
+    file, content = _dataset_json(*folders)
+    if content is None or "labels" not in content and "spacing" in content:
+        return None
+    return parse_labels(content, file)
+
+
+def _dataset_json(*folders):
+    """Return (path, content) of the first dataset.json in the folders, or (None, None)."""
     for folder in folders:
         file = folder / "dataset.json"
         if file.is_file():
-            return parse_labels(read_json(file), file)
-    return None
+            return file, read_json(file)
+    return None, None
+
+
+def add_spacing(records, *folders):
+    """Set the `spacing` of records that the first dataset.json in the folders tells, of all or by name.
+
+    Its "spacing" is millimetres from row to row and from column to column: a pair, or one for each image's
+    name or folder. Raises ValueError, which names file and key.
+    """
+    file, content = _dataset_json(*folders)
+    spacing = (content or {}).get("spacing")
+    if spacing is None:
+        return
+    by_name = spacing if isinstance(spacing, dict) else {".": spacing}
+    for name, pair in by_name.items():
+        numbers = isinstance(pair, list) and all(isinstance(length, (int, float)) for length in pair)
+        if not numbers or len(pair) != 2 or not all(0 < length < 1e6 for length in pair):
+            raise ValueError(f"'{file}': 'spacing' of '{name}' should be two lengths in mm, and is {pair!r}.")
+    for record in records:
+        path = PurePosixPath(record.name)
+        for place in (path, *path.parents):
+            if str(place) in by_name:
+                record.spacing = tuple(by_name[str(place)])
+                break
 
 
 def parse_labels(content, file):
@@ -89,20 +122,28 @@ def label_records(records, labels):
 def present_records(records, labels=None):
     """Return the records whose class is in the image; records: of all classes.
 
-    If no image holds a class (healthy controls), all records are returned. Raises ValueError for a number in
-    a map that no label names.
+    Of an image without any class one record is returned, and all records if no image holds a class (healthy
+    controls). Raises ValueError for a number in a map that no label names.
     """
     numbers = _numbers_of_files(records)
     if labels:
         _refuse_unnamed(numbers, labels)
-    rows = []
+    by_image = defaultdict(list)
+    present = []
     for record in records:
+        by_image[record.name].append(record)
         value = record.mask.value if isinstance(record.mask, LabelMask) else 1
-        in_file = numbers.get(record.files[1])
+        in_file = numbers.get(record.mask_source)
         # if the file cannot be used, the cache reports why, with all others
         if in_file is None or value in in_file:
-            rows.append(record)
-    return rows or records
+            present.append(record)
+    healthy = by_image.keys() - {record.name for record in present}
+    if not present:
+        return records
+    for name in healthy:  # an empty mask of one class, the same each time
+        of_image = by_image[name]
+        present.append(of_image[hash_of(name) % len(of_image)])
+    return sorted(present, key=lambda record: record.name)
 
 
 def _refuse_unnamed(numbers, labels):
@@ -122,21 +163,24 @@ def _numbers_of_files(records):
     readers = {}
     for record in records:
         if not record.problem:
-            readers[record.files[1]] = read_labels if isinstance(record.mask, LabelMask) else read_mask
+            reader = read_labels if isinstance(record.mask, LabelMask) else read_mask
+            readers[record.mask_source] = reader, record.files[1:]
 
-    def read(file):
+    def read(source):
+        reader, files = readers[source]
         try:
-            return file, _numbers_in(file, os.stat(file).st_mtime_ns, readers[file])
+            changed = tuple(os.stat(file).st_mtime_ns for file in files)
+            return source, _numbers_in(source, changed, reader)
         except (ImageError, OSError):
-            return file, None
+            return source, None
 
     with ThreadPoolExecutor(READERS) as pool:
         pairs = list(pool.map(read, readers))
-    return {file: numbers for file, numbers in pairs if numbers is not None}
+    return {source: numbers for source, numbers in pairs if numbers is not None}
 
 
 @lru_cache(maxsize=1 << 20)  # a folder is read once for each of its splits, and to list them
-def _numbers_in(file, changed, reader):
-    """Return the numbers that a mask or label map, last changed at a time, holds."""
-    counts = np.bincount(reader(file).ravel())
+def _numbers_in(source, changed, reader):
+    """Return the numbers that a mask or label map, whose files were last changed at some times, holds."""
+    counts = np.bincount(reader(source).ravel())
     return frozenset(counts.nonzero()[0].tolist())

@@ -1,28 +1,23 @@
-"""Read and resize images and masks: one reader for each, for all formats that users have.
+"""Read and resize images: one reader for all formats that users have; `masks` reads masks.
 
 Images and masks are turned upright by their EXIF orientation, as viewers show them, so that both match.
 """
 
 import io
 import re
-from dataclasses import dataclass
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from vlsm.system.console import first_few, say_once
+from vlsm.system.console import say_once
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+EXTENSIONS = (
+    ".png", ".jpg", ".jpeg", ".jfif", ".jp2", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm",
+)  # fmt: skip
+BESIDE_IMAGES = (".json", ".txt", ".csv", ".xml", ".yaml", ".yml", ".md", ".html", ".db", ".ini")
 HIDDEN = re.compile(r"(^|/)\.")  # in paths: files and folders such as macOS adds to archives
-GREY_FROM = 32  # of 255: from here to GREY_TO a value is neither background nor foreground
-GREY_TO = 223
-# Grey pixels of a mask are noise if they are few: as a share of the image, or of the foreground.
-ONE_VALUE = (5e-4, 0.02)  # the pixels of one grey value
-ALL_VALUES = (5e-3, 0.2)  # the pixels of all grey values together
-FEW_NUMBERS = 8  # up to so many dark values of many pixels are class numbers beside white, not noise
-IGNORED = 255  # in a target: the pixel counts in neither loss nor metrics
-LABELS_FORM = '{"labels": {"background": 0, "liver": 1, "tumour": 2}}'  # of dataset.json
 NOT_FINITE = "it holds NaN or infinite values"
 LFS_POINTER = b"version https://git-lfs"
 
@@ -39,19 +34,6 @@ class NeedsPackage(ImageError):
     """A file that needs an optional package."""
 
 
-@dataclass(frozen=True)
-class LabelMask:
-    """The mask of one class in a label map.
-
-    file: the map's path, or its numbers, uint8 or uint16 `[H, W]`. Foreground: pixels of number `value`.
-    ignore: the number of pixels that do not count.
-    """
-
-    file: object
-    value: int
-    ignore: int | None = None
-
-
 def image_files(root):
     """Return the image files below a folder, sorted by path; hidden files and folders are left out."""
     files = []
@@ -60,6 +42,25 @@ def image_files(root):
         if path.suffix.lower() in EXTENSIONS and not hidden:
             files.append(path)
     return sorted(files)
+
+
+def left_out(root):
+    """Count by their endings the files below a folder that are no images: "3 .dcm, 2 .heic", or ""."""
+    endings = Counter()
+    for path in root.rglob("*"):
+        ending = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
+        ending = ending.lower()
+        hidden = HIDDEN.search(path.relative_to(root).as_posix())
+        if path.is_file() and not hidden and ending not in (*EXTENSIONS, *BESIDE_IMAGES):
+            endings[ending or "without ending"] += 1
+    return ", ".join(f"{count} {ending}" for ending, count in endings.most_common())
+
+
+def say_left_out(root):
+    """Say once which files below a folder are left out, as they are no images."""
+    endings = left_out(root)
+    if endings:
+        say_once(f"left out {root}", f"'{root}' also holds files that are not read: {endings}.")
 
 
 def open_image(source, name=None):
@@ -78,12 +79,41 @@ def open_image(source, name=None):
             frames = getattr(image, "n_frames", 1)
             if frames > 1:
                 say_once("frames", f"'{name}' holds {frames} frames; only the first one of a file is read.")
+            if image.mode in ("RGB", "RGBA", "LA") and _bits(image, data) > 8:
+                raise ImageError(
+                    name,
+                    "it is of 16 bits a channel and in colour, of which half would be lost; save it in 8 "
+                    "bits, or in 16 bits without colour",
+                )
             return ImageOps.exif_transpose(image)
+    except ImageError:
+        raise
     except Exception as error:  # Pillow's decoders raise many types
         tiff = Path(str(name)).suffix.lower() in (".tif", ".tiff") and data[:2] in (b"II", b"MM")
         if tiff and not isinstance(error, MemoryError):
             return Image.fromarray(read_tiff(data, name))
         raise ImageError(name, _reason(error, data)) from error
+
+
+def is_turned(source):
+    """Tell whether an image file's EXIF orientation turns it by a quarter."""
+    try:
+        with Image.open(source) as image:
+            return image.getexif().get(0x0112, 1) >= 5
+    except (OSError, AttributeError):  # of a format that Pillow does not read, or pixels in memory
+        return False
+
+
+def _bits(image, data):
+    """Return the bits a channel of a Pillow image's file, of which `data` are the bytes."""
+    if image.format == "PNG":
+        return data[24]
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(258, (8,)))
+    if image.format == "JPEG2000":  # one less than the bits stands in the codestream's marker of sizes
+        place = data.find(b"\xff\x4f\xff\x51")
+        return 1 + (data[place + 42] & 127) if place >= 0 else 8
+    return 8
 
 
 def _reason(error, data):
@@ -123,6 +153,8 @@ def read_tiff(data, name):
             channels_first = values.ndim == 3 and page.planarconfig == 2
     except Exception as error:  # tifffile's and its decoders' own types
         raise ImageError(name, f"truncated or damaged TIFF ({str(error)[:80]})") from error
+    if values.ndim > 2 and values.shape[0 if channels_first else -1] > 4:
+        raise ImageError(name, f"TIFF of {values.shape} values, more than four channels")
     if values.dtype != np.uint8:
         raise ImageError(name, f"TIFF of {values.dtype}, other than 8 bits, that Pillow does not read")
     return np.moveaxis(values, 0, -1) if channels_first else values
@@ -158,161 +190,6 @@ def to_eight_bits(values, name):
     return (values * (255 / top)).astype(np.uint8)
 
 
-def read_labels(source):
-    """Read a label map as its class numbers, uint8 or uint16 `[H, W]`; an array is returned as it is.
-
-    Raises FileNotFoundError, or ImageError for colours without a palette.
-    """
-    if isinstance(source, np.ndarray):
-        return source
-    image = open_image(source)
-    numbers = np.asarray(image)
-    whole = image.mode in ("1", "L", "P") or image.mode.startswith("I")
-    if not whole or numbers.min() < 0 or numbers.max() > 65535:
-        raise ImageError(source, "a label map holds class numbers of 8 or 16 bits, grey or with a palette")
-    return numbers.astype(np.uint16 if numbers.max() > 255 else np.uint8)
-
-
-def read_target(source):
-    """Read any mask source as uint8 `[H, W]`: 0, 1, and 255 where ignored. Raises as `read_mask`."""
-    if isinstance(source, LabelMask):
-        return class_target(read_labels(source.file), source)
-    return read_mask(source).astype(np.uint8)
-
-
-def class_target(labels, mask):
-    """Return the target, as `read_target`, of one class (a `LabelMask`) in a map's numbers `[H, W]`."""
-    target = (labels == mask.value).astype(np.uint8)
-    if mask.ignore is not None:
-        target[labels == mask.ignore] = IGNORED
-    return target
-
-
-def read_mask(source, name=None, one_colour=False):
-    """Read a mask as bool `[H, W]`; of an array: bool, or foreground above 127; of a `LabelMask`: its class.
-
-    Foreground is white (255, 65535), any bright colour, or 1; in an image of one colour, the opaque pixels. A
-    palette counts by its colours, or by its numbers if the colours are not those of a mask. one_colour:
-    refuse several bright colours. Raises FileNotFoundError, or ImageError, which names the values, if there
-    are others than two and a little noise of compression or smoothing.
-    """
-    if isinstance(source, LabelMask):
-        return read_target(source) == 1
-    if isinstance(source, np.ndarray):
-        return source > 127 if source.dtype == np.uint8 else source
-    image = open_image(source, name)
-    mask = _foreground(_mask_values(image), name or source)
-    if one_colour and mask.any():
-        _refuse_colours(image, mask, name or source)
-    return mask
-
-
-def _refuse_colours(image, mask, name):
-    """Raise ImageError if the foreground has several bright colours: they may be classes."""
-    colours = np.asarray(image.convert("RGB"))[mask]  # [n, 3]
-    strong = colours > 0.5 * colours.max(1, keepdims=True)  # which of red, green and blue
-    counts = np.bincount(strong @ (1, 2, 4), minlength=8)
-    if np.sort(counts)[-2] > max(ONE_VALUE[0] * mask.size, ONE_VALUE[1] * len(colours)):
-        raise ImageError(
-            name,
-            "its foreground has several colours; if they are classes, save a map of class numbers and name "
-            f"these in dataset.json beside masks/, {LABELS_FORM}, or make a folder of masks for each class",
-        )
-
-
-def _mask_values(image):
-    """Return the numbers `[H, W]` of a Pillow image in which foreground is high and background low."""
-    if image.mode.startswith(("I", "F")):
-        return np.asarray(image)
-    if image.mode in ("1", "L"):
-        return np.asarray(image.convert("L"))
-    if image.mode == "P":
-        colours = np.asarray(image.convert("RGB")).max(2)
-        numbers = np.asarray(image)
-        by_number = len(_grey_values(colours)) > 0 and numbers.max() <= 1
-        return numbers if by_number else colours
-    if not image.mode.upper().endswith("A"):
-        return np.asarray(image.convert("RGB")).max(2)
-    rgba = np.asarray(image.convert("RGBA"))
-    values = rgba[..., :3].max(2)
-    alpha = rgba[..., 3]
-    visible = values[alpha > 0]
-    one_colour = not visible.size or visible.min() == visible.max()
-    if one_colour and alpha.min() < 255:  # a stencil
-        return alpha
-    return np.where(alpha > 127, values, 0)
-
-
-def _foreground(values, name):
-    """Return the bool mask of numbers `[H, W]`. Raises ImageError unless they are those of a mask."""
-    if not np.isfinite(values).all():
-        raise ImageError(name, NOT_FINITE)
-    low = values.min()
-    high = values.max()
-    if low >= 0 and high <= 1 and not (values % 1).any():
-        return values > 0
-    full = 65535  # the number that stands for white
-    if high <= 255:
-        full = 1 if high <= 1 else 255
-    scaled = values if full == 255 else values * (255 / full)
-    wrong = np.unique(scaled) if low < 0 else _grey_values(scaled)
-    if not len(wrong):
-        wrong = _class_numbers(scaled)
-    if len(wrong):
-        wrong = first_few([f"{float(value) * full / 255:.4g}" for value in wrong], 6)
-        raise ImageError(
-            name,
-            f"a mask holds 0 and 255, or 0 and 1, and this one also {wrong}; if these are class numbers, "
-            f"name them in dataset.json beside masks/: {LABELS_FORM}",
-        )
-    return values > full / 2
-
-
-def _grey_values(values):
-    """Return the values (of 0..255) that are neither background, foreground nor noise, the commonest first.
-
-    JPEG and smoothing leave values between the two ends: few, and each of them rare.
-    """
-    grey = values[(values >= GREY_FROM) & (values <= GREY_TO)]
-    if not grey.size:
-        return grey
-    levels, counts = np.unique(grey, return_counts=True)
-    bright = (values > GREY_TO).sum()
-    most_of_one = max(ONE_VALUE[0] * values.size, ONE_VALUE[1] * bright)
-    most_of_all = max(ALL_VALUES[0] * values.size, ALL_VALUES[1] * bright)
-    if counts.max() > most_of_one or len(grey) > most_of_all:
-        return levels[np.argsort(-counts)]
-    return grey[:0]
-
-
-def _class_numbers(values):
-    """Return the dark values (of 0..255) that must be class numbers, the largest first.
-
-    They are if there is nothing bright, or if few values have many pixels beside one value of white:
-    compression leaves many values, at both ends.
-    """
-    dark = values[(values > 0) & (values < GREY_FROM)]
-    numbers = np.unique(dark)[::-1]
-    bright = values[values > GREY_TO]
-    if not bright.size and len(dark) > ONE_VALUE[0] * values.size:
-        return numbers
-    many = len(dark) > max(ALL_VALUES[0] * values.size, ALL_VALUES[1] * len(bright))
-    one_white = bright.size and bright.min() == bright.max()
-    if many and one_white and len(numbers) <= FEW_NUMBERS and values.min() == 0:
-        return numbers
-    return numbers[:0]
-
-
-def mask_image(mask):
-    """Return a bool mask `[H, W]` as a Pillow image of 0 and 255."""
-    return Image.fromarray(np.asarray(mask).astype(np.uint8) * 255)
-
-
 def resize_image(image, size):
     """Resize uint8 `[H, W, 3]` to `[size, size, 3]`, bilinear with antialiasing, whatever its aspect."""
     return np.array(Image.fromarray(image).resize((size, size), Image.BILINEAR))
-
-
-def resize_mask(mask, size):
-    """Resize bool, or uint8 0/1/255, `[H, W]` to uint8 `[size, size]`, nearest at pixel centres."""
-    return np.array(Image.fromarray(mask.astype(np.uint8)).resize((size, size), Image.NEAREST))

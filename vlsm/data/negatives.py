@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from vlsm.data.describe import ATTRIBUTES
-from vlsm.data.images import IGNORED
+from vlsm.data.masks import IGNORED
 from vlsm.data.records import choose_prompt, prompt_texts
-from vlsm.system.files import digest
+from vlsm.system.files import hash_of
 
 ABSENT_CLASS = 0.5  # share of the negatives that name an absent class, where there is one
 IN_PROMPT = 0.25  # of the negatives that are a word: share put into the right prompt, for its class word
@@ -36,7 +36,7 @@ def unused_words(vocabulary, records, texts=(), held_out=False):
         used.update(map(_singular, re.findall(r"[^\W_]+", text.casefold())))
     words = []
     for word in vocabulary:
-        is_held_out = int(digest(word.encode()), 16) % HELD_OUT == 0
+        is_held_out = hash_of(word) % HELD_OUT == 0
         if is_held_out == held_out and _singular(word) not in used:
             words.append(word)
     return words

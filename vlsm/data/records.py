@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vlsm.data.images import LabelMask
+from vlsm.data.masks import LabelMask, MaskUnion
 from vlsm.system.console import first_few
 from vlsm.system.files import field, leaves_folder, read_json
 
@@ -18,7 +18,9 @@ PROMPT_KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
 class Record:
     """One (image, mask, prompts) triple.
 
-    image, mask: a path, or the pixels (uint8 `[H, W, 3]`, bool `[H, W]`); a mask may be a `LabelMask`.
+    image, mask: a path, or the pixels (uint8 `[H, W, 3]`, bool `[H, W]`); a mask may be a `LabelMask` or a
+    `MaskUnion`. group: of images that stay in one split, such as the patient. spacing: millimetres from row
+    to row, and from column to column, if they are known.
     """
 
     name: str  # of the image's file, for messages and results
@@ -29,12 +31,20 @@ class Record:
     class_word: str | None = None
     problem: str | None = None  # why it cannot be used, if that is known before its files are read
     absent: tuple = ()  # class words of the split that are not in the image
+    group: str | None = None
+    spacing: tuple | None = None
+
+    @property
+    def mask_source(self):
+        """What is read for the mask: the label map of several classes, else the mask itself."""
+        return self.mask.file if isinstance(self.mask, LabelMask) else self.mask
 
     @property
     def files(self):
         """The image's and the mask's paths, or pixels."""
-        mask = self.mask.file if isinstance(self.mask, LabelMask) else self.mask
-        return [self.image, mask]
+        if isinstance(self.mask, MaskUnion):
+            return [self.image, *self.mask.files]
+        return [self.image, self.mask_source]
 
 
 class DataError(ValueError):
@@ -42,6 +52,7 @@ class DataError(ValueError):
 
     def __init__(self, problems, total):
         """problems: {kind of problem: [(index of the record, name), ...]}. total: number of all records."""
+        self.problems = problems
         indices = set()
         lines = []
         for problem, hits in problems.items():
@@ -51,6 +62,27 @@ class DataError(ValueError):
         self.bad = sorted(indices)
         heading = f"{len(self.bad)} of {total} records cannot be used:"
         super().__init__("\n".join([heading, *lines]))
+
+
+def group_of(name, pattern=None):
+    """Return the group of an image's name: what `pattern`, or its first group, matches; else the name."""
+    match = re.search(pattern, name) if pattern else None
+    return match[min(1, match.re.groups)] if match else name
+
+
+def group_names(records, pattern=None):
+    """Return the group of each record: what `pattern` finds in its name, else its own, else its name."""
+    names = []
+    for record in records:
+        names.append(group_of(record.name, pattern) if pattern else record.group or record.name)
+    return names
+
+
+def describe_groups(records, pattern=None):
+    """Say what the groups of `group_names` are."""
+    if pattern:
+        return f"match of '{pattern}' in an image's name"
+    return "patient or folder" if any(record.group for record in records) else "image"
 
 
 def index_images(records):
@@ -67,10 +99,13 @@ def index_images(records):
     return first, image_of
 
 
-def mark_absent(records):
-    """Set `absent` of each record of a split: the class words of which its image has no record."""
+def mark_absent(records, words=()):
+    """Set `absent` of each record of a split: the class words of which its image has no record.
+
+    words: of the data set, if it may have classes that no image of this split holds.
+    """
     present = defaultdict(set)  # image -> class words in lower case, as the tokenizer reads them
-    words = {}  # class word in lower case -> as it is written
+    words = {word.casefold(): word for word in words}  # in lower case -> as it is written
     for record in records:
         if record.class_word:
             words[record.class_word.casefold()] = record.class_word
@@ -93,6 +128,9 @@ def read_annotations(path):
     """
     entries = read_json(path, list, "a list of records")
     for i, entry in enumerate(entries):
+        for key in ("img_name", "mask_name"):
+            if isinstance(entry, dict) and isinstance(entry.get(key), str):
+                entry[key] = entry[key].replace("\\", "/")  # as programs on Windows write folders
         _check_entry(entry, f"{path}, record {i}")
     return entries
 

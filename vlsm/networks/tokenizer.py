@@ -72,6 +72,12 @@ class Tokenizer:
         """Return the token ids of one prompt, start and end included. Raises ValueError for no UTF-8."""
         if prompt != prompt.encode("utf-8", "ignore").decode():
             raise ValueError(f"The prompt {ascii(prompt)} is no text in UTF-8.")
+        if any(sign.isalpha() and not sign.isascii() for sign in prompt):
+            say_once(
+                (self, "letters"),
+                f"Note: the prompt '{prompt}' has letters that are not English. The tokenizer breaks them "
+                "into bytes, which the base hardly knows; ask in English.",
+            )
         ids = self.fast.encode(prompt, add_special_tokens=False).ids
         if len(ids) > self.limit - 2:
             say_once(

@@ -13,13 +13,15 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from vlsm.data.images import HIDDEN, ImageError, NeedsPackage, open_image, read_image, read_mask
+from vlsm.data.images import EXTENSIONS, HIDDEN, ImageError, NeedsPackage, open_image, read_image
+from vlsm.data.masks import read_mask
 from vlsm.system.console import first_few
+from vlsm.system.files import leaves_folder
 
 # Errors that damaged files and archives raise: encrypted, of an unknown compression, cut off, of wrong types.
 UNREADABLE = (
     OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, NotImplementedError, MemoryError,
-    zlib.error, zipfile.BadZipFile, struct.error,
+    ArithmeticError, zlib.error, zipfile.BadZipFile, struct.error,
 )  # fmt: skip
 LIMIT = 1 << 30  # bytes of a file in an archive
 
@@ -34,6 +36,16 @@ class Sample:
     split: str | None = None  # if the publisher fixes it
     group: str | None = None  # samples of a group (a patient) share a split
     subfolder: str = ""  # of images/ and masks/, if the layout has one for the split
+
+
+@dataclass
+class LabelledImage:
+    """An image and the masks of its classes, as the formats of `--import` yield them."""
+
+    name: str  # of its file below images/, such as "case3/017.png": a volume's slices share a folder
+    image: object  # a file of the download, or the pixels: uint8 [H, W] or [H, W, 3]
+    masks: dict  # class in words -> bool [H, W]; none of a healthy image
+    spacing: tuple | None = None  # millimetres from row to row, and from column to column
 
 
 class Download:
@@ -67,6 +79,10 @@ class Download:
         if len(data) > LIMIT:
             raise ValueError(f"it unpacks to more than {LIMIT >> 30} GiB")
         return data
+
+    def image_names(self):
+        """Return the names of the image files."""
+        return [name for name in self.names if name.lower().endswith(EXTENSIONS)]
 
     def find(self, pattern):
         """Return [(name, match)] of the files whose path ends in a pattern, at a folder's boundary; sorted.
@@ -154,6 +170,14 @@ class Download:
         if labels.ndim != 2:
             raise ImageError(name, "it holds colours instead of class numbers")
         return labels
+
+
+def checked_class(word):
+    """Return a class's word without blanks around it. Raises ValueError unless it can name a folder."""
+    text = word.strip() if isinstance(word, str) else ""
+    if not text or "/" in text or leaves_folder(text):
+        raise ValueError(f"its class {word!r} cannot name a folder; rename the class")
+    return text
 
 
 # Formats other than ordinary images

@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from vlsm.data.describe import describe
-from vlsm.data.images import mask_image, read_image
+from vlsm.data.images import read_image
+from vlsm.data.masks import mask_image
 from vlsm.data.records import read_annotations
 from vlsm.raw.download import Download
 from vlsm.raw.readers import READERS
@@ -109,15 +110,10 @@ def prepare(name, source, root, anns=None, descriptions=(), overwrite=False):
     nothing fits, FileNotFoundError for a missing download, FileExistsError for files changed by hand.
     """
     download = Download(source)
-    target = Path(root).resolve()
-    if download.path.resolve() in (target, *target.parents):
-        raise ValueError(
-            f"'{root}' is inside the download '{source}', where nothing is written. Choose another "
-            "--data-root."
-        )
+    refuse_inside(download, root)
     with Writer(root, overwrite) as writer:
         entries = _write_samples(name, download, writer, descriptions, made=anns is None)
-        skipped = _describe_skipped(download)
+        skipped = describe_skipped(download)
         if not entries:
             content = "\n".join([first_few(download.names, 5) or "nothing", *skipped])
             raise ValueError(
@@ -137,7 +133,17 @@ def prepare(name, source, root, anns=None, descriptions=(), overwrite=False):
     return splits
 
 
-def _describe_skipped(download):
+def refuse_inside(download, root):
+    """Raise ValueError if a folder to write is inside a download."""
+    target = Path(root).resolve()
+    if download.path.resolve() in (target, *target.parents):
+        raise ValueError(
+            f"'{root}' is inside the download '{download.path}', where nothing is written. Choose another "
+            "place."
+        )
+
+
+def describe_skipped(download):
     """Return a line for each reason to skip files."""
     lines = []
     for reason, names in download.skipped.items():

@@ -1,7 +1,5 @@
 """Predict the masks of a split and score them, record by record; options and folder of an evaluation."""
 
-import argparse
-import re
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,15 +8,15 @@ import numpy as np
 import torch
 
 from vlsm.data.cache import chunks, default_cache, prefetch
-from vlsm.data.images import read_labels, read_target
-from vlsm.data.records import index_images
+from vlsm.data.masks import read_labels, read_target
+from vlsm.data.records import group_names, index_images
 from vlsm.metrics import counted_pixels, is_alarm
 from vlsm.results.predict import mask_target, masks_at_size, save_png, save_probability
-from vlsm.results.scores import calibration_counts, group_names, score
+from vlsm.results.scores import calibration_counts, score
 from vlsm.segment import enlarge
 from vlsm.system import parallel
-from vlsm.system.arguments import number
-from vlsm.system.console import progress
+from vlsm.system.arguments import number, pattern
+from vlsm.system.console import progress, say_once
 
 READERS = 4  # threads that read masks
 
@@ -38,8 +36,8 @@ def add_split_arguments(parser):
         "--group",
         type=pattern,
         metavar="REGEX",
-        help="the bootstrap draws whole groups: what this pattern finds in an image's name (default: the "
-        "patient of camus and chexlocalize, else the image)",
+        help="the bootstrap draws whole groups: what this pattern finds in an image's name (default: as the "
+        "run was split; the patient of camus and chexlocalize; else the image)",
     )
     add(
         "--upsample",
@@ -51,15 +49,6 @@ def add_split_arguments(parser):
     add("--weights", help="folder or hub id of the base, if it has moved")
     add("--batch-size", type=number(int, 1), default=32, help="images at a time (default 32)")
     add("--cache-dir", default=default_cache(), help="folder of decoded images (default: %(default)s)")
-
-
-def pattern(text):
-    """Check a regular expression: a `type=` for argparse. Raises ArgumentTypeError if it is none."""
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"'{text}' is no regular expression ({error})") from None
-    return text
 
 
 def results_folder(checkpoint, metadata, split, dataset=None, suffixes=()):
@@ -74,6 +63,22 @@ def results_folder(checkpoint, metadata, split, dataset=None, suffixes=()):
     if dataset and dataset != metadata["dataset"]:
         parts.append(Path(dataset).name)
     return run / "-".join([*parts, *suffixes])
+
+
+def pixel_spacings(records, spacing=None):
+    """Return the spacing (row, column) of each record's pixels in millimetres: `spacing`, else its own.
+
+    None for all, unless all have one: their distances would be of two units.
+    """
+    spacings = [spacing or record.spacing for record in records]
+    unknown = spacings.count(None)
+    if 0 < unknown < len(records):
+        say_once(
+            "spacing",
+            f"{unknown} of {len(records)} records have no spacing in dataset.json: all distances are in "
+            "pixels. (--spacing ROW COLUMN, in millimetres, is for all.)",
+        )
+    return [None] * len(records) if unknown else spacings
 
 
 # The predictions
@@ -133,17 +138,18 @@ def measure_prompts(predictor, data, prompt_sets, batch_size, measure):
 def evaluate_prompts(
     predictor, data, prompt_sets, tolerance=2.0, upsample="logits", batch_size=32, group=None,
     keep_masks=False, mask_folder=None, probability_folder=None, keep_largest=False, min_area=0,
-    alarm_sets=(),
+    alarm_sets=(), spacing=None,
 ):  # fmt: skip
     """Return {name: the scores of a split's records, a dictionary for each} of some sets of prompts.
 
-    prompt_sets: {name: a text for each record}. tolerance: of NSD, in pixels. group: a pattern, as in
-    `group_names`. keep_masks: add the predicted mask as `packed_mask`. mask_folder, probability_folder: where
+    prompt_sets: {name: a text for each record}. tolerance: of NSD. group: a pattern, as in `group_names`.
+    keep_masks: add the predicted mask as `packed_mask`. mask_folder, probability_folder: where
     to write the predicted masks as 0/255 PNGs, and the probabilities as 16-bit PNGs. keep_largest, min_area:
     clean the masks, as `clean_mask` says. alarm_sets: names of sets that ask for what is not in the images,
-    whose scores are `alarm` and `group` alone.
+    whose scores are `alarm` and `group` alone. spacing: as in `pixel_spacings`, for distances in millimetres.
     """
     groups = group_names(data.records, group)
+    spacings = pixel_spacings(data.records, spacing)
 
     def measure(name, i, prompt, logits, truth):
         """Return the scores of record i; write its mask and probabilities if folders are given."""
@@ -159,7 +165,7 @@ def evaluate_prompts(
             save_probability(enlarged[0], mask_target(probability_folder, record.mask_name))
         row = dict(image=record.name, mask=record.mask_name, group=groups[i], prompt=prompt)
         row["class"] = record.class_word or ""
-        row.update(score(mask, truth, tolerance))
+        row.update(score(mask, truth, tolerance, spacings[i]))
         row.update(calibration_counts(enlarged[0].sigmoid(), truth))
         if keep_masks:
             row["packed_mask"] = np.packbits(mask.cpu().numpy())

@@ -12,7 +12,8 @@ from scipy import ndimage
 
 from vlsm.checkpoint import load
 from vlsm.data.cache import chunks
-from vlsm.data.images import EXTENSIONS, ImageError, image_files, mask_image, read_image
+from vlsm.data.images import EXTENSIONS, ImageError, image_files, left_out, read_image, say_left_out
+from vlsm.data.masks import mask_image
 from vlsm.results.figures import PREDICTION, overlay, rgb
 from vlsm.segment import enlarge, image_logits, logit_of, to_batch
 from vlsm.system import parallel
@@ -310,7 +311,10 @@ def predict_folder(predictor, source, writer, batch_size=32, overwrite=False):
         files = image_files(source)
         folder = source
     if not files:
-        raise ValueError(f"'{source}' holds no images ({', '.join(EXTENSIONS)}).")
+        others = left_out(source) or "nothing"
+        raise ValueError(f"'{source}' holds no images ({', '.join(EXTENSIONS)}); it holds {others}.")
+    if source.is_dir():
+        say_left_out(source)
     targets = [writer.label_file] if writer.label_file else []
     for file in files:
         targets += writer.targets(file.relative_to(folder).as_posix())

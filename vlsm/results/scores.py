@@ -2,7 +2,6 @@
 
 import csv
 import math
-import re
 from collections import defaultdict
 
 import numpy as np
@@ -25,20 +24,23 @@ BINS = 15  # of probabilities, for the calibration error
 RESULT_FILES = ("metrics.csv", "metrics.json")
 
 
-def score(prediction, truth, tolerance=2.0):
+def score(prediction, truth, tolerance=2.0, spacing=None):
     """Return the scores of a bool prediction `[H, W]` against its true mask, a dictionary.
 
-    truth: bool, or uint8 with 255 where pixels are ignored. tolerance: of NSD, in pixels. `diagonal`: of the
-    image, in pixels.
+    truth: bool, or uint8 with 255 where pixels are ignored. spacing: of rows and columns, in millimetres;
+    then HD95, the `tolerance` of NSD and `diagonal`, the image's, are in millimetres, else in pixels.
     """
     prediction, truth = metrics.counted_pixels(prediction, truth)
     batch = prediction[None], truth[None]
+    height, width = truth.shape
+    row, column = spacing or (1, 1)
     return dict(
         dsc=metrics.dsc(*batch).item(),
         iou=metrics.iou(*batch).item(),
-        hd95=metrics.hd95(*batch).item(),
-        nsd=metrics.nsd(*batch, tolerance).item(),
-        diagonal=math.hypot(*truth.shape),
+        hd95=metrics.hd95(*batch, spacing).item(),
+        nsd=metrics.nsd(*batch, tolerance, spacing).item(),
+        diagonal=math.hypot(height * row, width * column),
+        unit="mm" if spacing else "px",
         target_empty=not truth.any().item(),
         pred_empty=not prediction.any().item(),
     )
@@ -86,10 +88,10 @@ def summarise(scores, resampled="image"):
 
     Each metric: mean, std (population), n, and `ci95`, the 95 % bootstrap interval; None if undefined. For
     hd95 n counts the defined pairs, `n_undefined` those with exactly one empty mask, and `mean_with_diagonal`
-    puts the image's diagonal in their place. `dsc_nonempty`: over records whose truth is not empty.
-    `empty_correct`: share of empty truths predicted exactly empty. `ece`: expected calibration error, the
-    mean gap between probability and share of foreground over all pixels. resampled: what a group of the
-    bootstrap is, in words. `classes`: as `summarise_classes`, where the records have several.
+    puts the image's diagonal in their place; `unit`: px or mm. `dsc_nonempty`: over records whose truth is
+    not empty. `empty_correct`: share of empty truths predicted exactly empty. `ece`: expected calibration
+    error, the mean gap between probability and share of foreground over all pixels. resampled: what a group
+    of the bootstrap is, in words. `classes`: as `summarise_classes`, where the records have several.
     """
     values = {}
     for name in ("dsc", "iou", "hd95", "nsd", "brier"):
@@ -101,7 +103,7 @@ def summarise(scores, resampled="image"):
     groups = [s.get("group", i) for i, s in enumerate(scores)]
 
     intervals = bootstrap_intervals(values, groups)
-    summary = {}
+    summary = dict(unit=scores[0].get("unit", "px"))
     for name, column in values.items():
         summary[name] = dict(_mean_and_std(column), ci95=intervals[name])
     hd95 = values["hd95"]
@@ -177,7 +179,8 @@ def write_results(folder, scores, summary, settings):
 
 
 def describe(summary):
-    """Return the summary of an evaluation as text; DSC, IoU and NSD in per cent, HD95 in pixels."""
+    """Return the summary of an evaluation as text; DSC, IoU and NSD in per cent, HD95 in its unit."""
+    unit = summary.get("unit", "px")
     hd95 = summary["hd95"]
     undefined = hd95["n_undefined"]
     empty = summary["empty_correct"]
@@ -186,13 +189,13 @@ def describe(summary):
     lines = [
         _line("DSC", summary["dsc"], 100, "%"),
         _line("IoU", summary["iou"], 100, "%"),
-        _line("NSD", summary["nsd"], 100, f"% at {tolerance:g} px"),
-        _line("HD95", hd95, 1, f"px at original size, over {pairs} where it is defined"),
+        _line("NSD", summary["nsd"], 100, f"% at {tolerance:g} {unit}"),
+        _line("HD95", hd95, 1, f"{unit} at original size, over {pairs} where it is defined"),
     ]
     if undefined:
         lines.append(
-            f"      {hd95['mean_with_diagonal']:7.2f} px with the image's diagonal for the {undefined} pairs "
-            "with one empty mask"
+            f"      {hd95['mean_with_diagonal']:7.2f} {unit} with the image's diagonal for the {undefined} "
+            "pairs with one empty mask"
         )
     nonempty = summary["dsc_nonempty"]
     if empty["n"]:
@@ -200,8 +203,8 @@ def describe(summary):
         lines.append(f"Empty masks: foreground in {alarms:.1f} % of the {empty['n']} records without any")
     if empty["n"] and nonempty["n"]:
         correct = f"{empty['n']} empty ones: {100 * empty['mean']:.1f} % predicted exactly empty"
-        unit = f"% over the {nonempty['n']} records whose truth is not empty; {correct}"
-        lines.append(_line("DSC", nonempty, 100, unit))
+        of_nonempty = f"% over the {nonempty['n']} records whose truth is not empty; {correct}"
+        lines.append(_line("DSC", nonempty, 100, of_nonempty))
     if "ece" in summary:
         lines.append(
             f"Calibration: Brier score {summary['brier']['mean']:.4f}, expected calibration error "
@@ -213,20 +216,21 @@ def describe(summary):
         f"{intervals['draws']:,} times"
     )
     if "classes" in summary:
-        lines += describe_classes(summary["classes"])
+        lines += describe_classes(summary["classes"], unit)
     if "label_maps" in summary:
         miou = 100 * summary["label_maps"]["miou"]
-        lines.append(f"mIoU  {miou:7.2f} % of label maps, background included, over the images with a class")
+        lines.append(f"mIoU  {miou:7.2f} % of label maps, background included")
     for name, alarms in summary.get("alarms", {}).items():
         interval = in_brackets(alarms["ci95"])
         lines.append(f"False alarms {100 * alarms['mean']:.1f} {interval} % of {alarms['n']} prompts: {name}")
     return "\n".join(lines)
 
 
-def describe_classes(classes):
+def describe_classes(classes, unit="px"):
     """Return the lines of a table by class, of `summarise_classes`; in brackets the intervals."""
     widest = max(map(len, classes["each"]))
-    lines = [" " * widest + "".join(f"{title:>26}" for title, _, _ in METRICS.values())]
+    titles = [metric_title(name, unit) for name in METRICS]
+    lines = [" " * widest + "".join(f"{title:>26}" for title in titles)]
     for word, summary in [*classes["each"].items(), ("mean", classes["mean"])]:
         row = f"{word:{widest}}"
         for name, (_, factor, _) in METRICS.items():
@@ -236,6 +240,11 @@ def describe_classes(classes):
             row += f"{cell:>26}"
         lines.append(row)
     return lines
+
+
+def metric_title(name, unit):
+    """Return a metric's title with its unit; unit: of distances, px or mm."""
+    return METRICS[name][0].replace("px", unit)
 
 
 def _line(title, stats, factor, unit):
@@ -252,17 +261,6 @@ def _line(title, stats, factor, unit):
 DRAWS = 10_000
 SEED = 0
 CHUNK = 1 << 22  # numbers drawn at a time
-
-
-def group_name(name, pattern=None):
-    """Return the group of a record: what `pattern` matches in its image's name, else the name itself."""
-    match = re.search(pattern, name) if pattern else None
-    return match[0] if match else name
-
-
-def group_names(records, pattern=None):
-    """Return the group of each record."""
-    return [group_name(record.name, pattern) for record in records]
 
 
 def in_brackets(ends, factor=100, sign=""):
@@ -312,29 +310,23 @@ def _draw_means(sums, counts, draws, seed):
         yield np.where(n_defined > 0, times @ sums / np.maximum(n_defined, 1), np.nan)
 
 
-def intervals_over_runs(runs, metric):
-    """Return the 95 % interval of a metric's mean over records; a record's value is its mean over the runs.
+def mean_over_runs(folders, metric, word=None):
+    """Return mean, std, n and `ci95` of a metric over records; a record's value is its mean over its runs.
 
-    runs: their `file` is a metrics.json beside the metrics.csv, their `metrics` one of `class_summaries`.
-    Returns None if a metrics.csv is missing, or the records of the runs differ.
+    folders: each holds a run's metrics.csv, of the same records (seeds) or of others (folds); if one holds
+    none, there are no values. word: class of the records that count; None: all.
     """
-    files = [run.file.with_name("metrics.csv") for run in runs]
+    files = [folder / "metrics.csv" for folder in folders]
     if not all(file.is_file() for file in files):
-        return None
-    word = next(iter(runs)).metrics.get("word")  # of the records' class; None: all records
-    tables = []
+        files = []
+    values = defaultdict(list)
     groups = {}
     for file in files:
-        values = {}
         with open(file, encoding="utf-8", newline="") as text:
             for row in csv.DictReader(text):
                 if word in (None, row.get("class") or NO_CLASS):
                     record = row["image"], row["mask"]
-                    values[record] = float(row[metric])
+                    values[record].append(float(row[metric]))
                     groups[record] = row["group"]
-        tables.append(values)
-    first = tables[0]
-    if any(values.keys() != first.keys() for values in tables):
-        return None
-    means = [np.mean([values[record] for values in tables]) for record in first]  # nan if undefined for one
-    return bootstrap_intervals({metric: means}, [groups[record] for record in first])[metric]
+    means = [np.mean(values[record]) for record in groups]  # nan if undefined for one
+    return summarise_values(means, list(groups.values()))

@@ -2,15 +2,17 @@
 
 import argparse
 import math
+import re
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that takes no abbreviations and keeps the lines of its epilog.
 
-    Mistakes on the command line raise ValueError.
+    rules: which options have an effect only "with" another, or "without" it; rows of (their names, with or
+    without, the other, a reason). Mistakes on the command line raise ValueError.
     """
 
-    def __init__(self, description, epilog=None, **settings):
+    def __init__(self, description, epilog=None, rules=(), **settings):
         super().__init__(
             description=description,
             epilog=epilog,
@@ -18,18 +20,47 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             **settings,
         )
+        self.rules = rules
+        self.values = {}  # of the options that `StoreOnce` has seen
+        self.register("action", None, StoreOnce)  # of options without an action of their own
 
     def parse_args(self, argv=None, namespace=None):
         """Do as argparse; an empty text is a mistake, such as an unset variable of the shell."""
+        self.values.clear()
         parsed = super().parse_args(argv, namespace)
         for name, value in vars(parsed).items():
             if isinstance(value, str) and not value.strip():
-                self.error(f"--{name.replace('_', '-')} is empty.")
+                self.error(f"{flag(name)} is empty.")
+        if namespace is None:  # else a stored run's options are among the parsed ones
+            self.refuse_unused(parsed)
         return parsed
+
+    def refuse_unused(self, parsed):
+        """Raise ValueError for an option that has no effect beside the others."""
+        given = {name for name, value in vars(parsed).items() if value != self.get_default(name)}
+        for names, rule, other, reason in self.rules:
+            for name in names.split():
+                if name in given and (other in given) == (rule == "without"):
+                    self.error(f"{flag(name)} has an effect only {rule} {flag(other)}{reason}.")
 
     def error(self, message):
         """Raise ValueError, for `friendly_errors` to print as a sentence."""
         raise ValueError(message.removeprefix("argument "))
+
+
+class StoreOnce(argparse._StoreAction):
+    """The action of an option that takes a value: another value for it is a mistake, and replaces nothing."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        first = parser.values.setdefault(self.dest, values)
+        if values != first:
+            parser.error(f"{option_string} {first!r} and {values!r}: give one.")
+        super().__call__(parser, namespace, values, option_string)
+
+
+def flag(name):
+    """Return an option's flag, such as --image-size of image_size."""
+    return f"--{name.replace('_', '-')}"
 
 
 def number(cast, low=-math.inf, high=math.inf, above=-math.inf):
@@ -56,6 +87,33 @@ def _describe_limits(low, high, above):
     if low > -math.inf:
         return f"{low:.10g} to {high:.10g}" if high < math.inf else f"{low:.10g} or more"
     return "a finite number"
+
+
+def pattern(text):
+    """Check a regular expression: a `type=` for argparse. Raises ArgumentTypeError if it is none."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is no regular expression ({error})") from None
+    return text
+
+
+def add_split_rules(add):
+    """Add the options of how a folder of one's own is read and split; add: a parser's `add_argument`."""
+    add(
+        "--group",
+        type=pattern,
+        metavar="REGEX",
+        help="what this finds in an image's name stays in one split, such as the patient (default: the "
+        "subfolder below images/, if there are five or more)",
+    )
+    add("--no-mask-is-empty", action="store_true", help="an image without a mask shows nothing of the class")
+    add(
+        "--split-seed",
+        type=number(int, 0),
+        default=0,
+        help="seed of the 80/10/10 split of your own folder (default 0)",
+    )
 
 
 def add_machine_arguments(parser):

@@ -22,6 +22,11 @@ def digest(data, size=8):
     return hashlib.blake2b(data, digest_size=size).hexdigest()
 
 
+def hash_of(text):
+    """Return a hash of a text, which need not be UTF-8, as a number below 2^64."""
+    return int(digest(text.encode(errors="surrogateescape")), 16)
+
+
 HOST = digest(socket.gethostname().encode(), 4)
 TEMPORARY = re.compile(rf"\.vlsm-{HOST}-(\d+)-.*\.tmp")
 LEDGER = ".vlsm-written"  # a file in each folder: digest and name of every file that this program wrote there
@@ -245,8 +250,10 @@ def parse_json(data, path, kind=dict, words="a JSON object"):
     Raises ValueError, which names `path`, if they are no JSON or hold another type.
     """
     try:
-        value = json.loads(data.decode("utf-8"))
+        value = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
+        if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise ValueError(f"'{path}' is saved in UTF-16; save it in UTF-8.") from None
         raise ValueError(
             f"'{path}' is not valid JSON ({error}). Was it cut off, or saved as another format?"
         ) from error

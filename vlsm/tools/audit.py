@@ -8,14 +8,14 @@ import re
 
 import numpy as np
 
-from datasets import group_pattern, open_run_split
+from datasets import open_run_split
 from vlsm import metrics
 from vlsm.data.describe import COLOURS, NUMBERS
 from vlsm.data.negatives import ABSENT_SETS, absent_prompts, unused_words
-from vlsm.data.records import prompt_texts
+from vlsm.data.records import group_names, prompt_texts
 from vlsm.results.evaluation import add_split_arguments, measure_prompts, results_folder
 from vlsm.results.predict import load_predictor, masks_at_size
-from vlsm.results.scores import group_names, in_brackets, summarise_values
+from vlsm.results.scores import in_brackets, summarise_values
 from vlsm.segment import enlarge
 from vlsm.system import parallel
 from vlsm.system.arguments import Parser, add_machine_arguments
@@ -163,8 +163,7 @@ def main(argv=None):
         metadata, args.split, args.dataset, args.data_root, args.prompts, args.seed, args.cache_dir
     )
     seed = metadata["recipe"]["seed"] if args.seed is None else args.seed
-    group, _ = group_pattern(args.dataset or metadata["dataset"], args.group)
-    summaries = audit(predictor, data, texts, seed, group, args.upsample, args.batch_size)
+    summaries = audit(predictor, data, texts, seed, args.group, args.upsample, args.batch_size)
     if not parallel.rank():
         file = results_folder(args.run, metadata, args.split, args.dataset) / "audit.json"
         write_json(file, dict(verdict=verdict(summaries), prompts=summaries))

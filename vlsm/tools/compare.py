@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets import group_pattern, open_run_split
+from datasets import open_run_split
 from vlsm.checkpoint import read_metadata
+from vlsm.data.records import describe_groups
 from vlsm.results.evaluation import add_split_arguments, evaluate_split
 from vlsm.results.figures import draw_cases
 from vlsm.results.gallery import page_files, write_gallery
@@ -88,7 +89,6 @@ def main(argv=None):
     check_targets([out, *page_files(gallery)] if args.gallery else [out], overwrite=args.overwrite)
     paths = [args.run, *args.others]
     dataset = args.dataset or read_metadata(args.run)["dataset"]
-    pattern, group_in_words = group_pattern(dataset, args.group)
 
     runs = {}
     base = None
@@ -106,7 +106,7 @@ def main(argv=None):
             texts,
             upsample=args.upsample,
             batch_size=args.batch_size,
-            group=pattern,
+            group=args.group,
             keep_masks=True,
         )
         dsc = summarise(runs[name])["dsc"]
@@ -115,7 +115,8 @@ def main(argv=None):
         say(f"{name:30} DSC {mean} % over {dsc['n']} records, prompts: {prompts}")
     for a, b in combinations(runs, 2):
         say(f"{a} - {b}: {difference(runs[a], runs[b])}")
-    say(f"[...]: 95 % bootstrap intervals, groups ({group_in_words}) drawn {DRAWS:,} times")
+    groups = describe_groups(data.records, args.group)
+    say(f"[...]: 95 % bootstrap intervals, groups ({groups}) drawn {DRAWS:,} times")
     if not parallel.rank():
         draw_cases(out, data.records, runs, args.figure, out.suffix[1:])
         say(f"Wrote {out}")

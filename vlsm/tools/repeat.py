@@ -1,4 +1,4 @@
-"""Train the same run with several seeds, each in a folder of its own below one."""
+"""Train the same run with several seeds, or on each fold of a cross-validation, in folders below one."""
 
 from pathlib import Path
 
@@ -10,32 +10,40 @@ from vlsm.training.arguments import default_folder, parse_arguments
 
 EXAMPLES = """examples:
   python -m vlsm.tools.repeat --seeds 41 42 43 -- --dataset kvasir --peft dense
-  python -m vlsm.tools.repeat --seeds 41 42 43 --out runs/three --resume -- --dataset kvasir --peft dense
+  python -m vlsm.tools.repeat --folds 5 --out runs/five --resume -- --dataset my-folder --peft dense
 what follows -- goes to train.py. Evaluate all runs with: python evaluate.py --ckpt FOLDER"""
 
 
 def main(argv=None):
     parser = Parser(__doc__, EXAMPLES, prog="python -m vlsm.tools.repeat")
-    parser.add_argument(
-        "--seeds", type=number(int, 0, 2**32 - 1), nargs="+", required=True, metavar="SEED", help="a run each"
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
+    add("--seeds", type=number(int, 0, 2**32 - 1), nargs="+", metavar="SEED", help="a run each")
+    add(
+        "--folds",
+        type=number(int, 2, 99),
+        metavar="K",
+        help="K runs, each tested on another part of the data",
     )
     parser.add_argument("--out", help="folder of the runs (default: runs/<dataset>-<method>-...-seeds)")
     parser.add_argument("--resume", action="store_true", help="continue runs that were begun")
     parser.add_argument("train", nargs="*", metavar="-- OPTIONS", help="options of train.py")
     args = parser.parse_args(argv)
+    repeats = {f"seed{seed}": f"--seed={seed}" for seed in args.seeds or ()}
+    for i in range(1, 1 + (args.folds or 0)):
+        repeats[f"fold{i}"] = f"--fold={i}/{args.folds}"
     values = vars(parse_arguments(args.train))
     group = args.out or default_folder(
         values["dataset"], values["model"], values["peft"], values["branches"], values["dim"],
-        values["prompt_depth"], "seeds",
+        values["prompt_depth"], "folds" if args.folds else "seeds",
     )  # fmt: skip
-    for seed in dict.fromkeys(args.seeds):
-        out = Path(group, f"seed{seed}")
-        words = [*args.train, f"--seed={seed}", f"--out={out}"]
+    for name, option in repeats.items():
+        out = Path(group, name)
+        words = [*args.train, option, f"--out={out}"]
         if args.resume and (out / "config.json").is_file():
             words.append("--resume")
-        say(f"seed {seed}: {out}")
+        say(f"{name}: {out}")
         train.main(words)
-    say(f"All seeds are done. Evaluate them with: python evaluate.py --ckpt {group}")
+    say(f"All runs are done. Evaluate them with: python evaluate.py --ckpt {group}")
     parallel.shut_down()
 
 

@@ -5,20 +5,21 @@ import statistics
 from collections import defaultdict, namedtuple
 from pathlib import Path
 
-from vlsm.checkpoint import read_metadata
-from vlsm.results.scores import METRICS, class_summaries, in_brackets, intervals_over_runs
+from vlsm.checkpoint import differing_settings, read_metadata, run_settings
+from vlsm.results.scores import METRICS, class_summaries, in_brackets, mean_over_runs
 from vlsm.system import plots
 from vlsm.system.arguments import Parser
 from vlsm.system.console import friendly_errors, say
 from vlsm.system.files import check_targets, csv_text, field, owned_write, read_json, write_text
 
+IN_MM = {"mm": " (mm)"}  # after the name of a data set whose distances are in millimetres
 DAGGER = " †"  # after the name of a method whose figures are a paper's
 TEX = str.maketrans({"%": r"\%", "&": r"\&", "_": r"\_", "†": r"$^\dagger$", "±": r"$\pm$"})
 NETWORK_PREFIXES = {"clipseg": "", "cris": "CRIS ", "san": "SAN ", "sam3": "SAM3 "}
 
 # An evaluation of a run on its own data set, or on one class of it ("kvasir: polyp"); metrics: the contents
-# of metrics.json, which is `file`, or what that says of the class
-Run = namedtuple("Run", "dataset label recipe file metrics")
+# of metrics.json, which is `file`, or what that says of the class; settings: see `run_settings`
+Run = namedtuple("Run", "dataset label settings file metrics")
 # A mean in per cent or pixels and its spread, as numbers and as text: the sample deviation of several seeds
 # and the 95 % interval over records (" ± 1.41 [78.20, 83.10]")
 Cell = namedtuple("Cell", "mean low high spread")
@@ -52,15 +53,17 @@ def collect(root, split="test"):
             continue
         metadata = read_metadata(checkpoints[0])
         dataset = Path(field(file, metrics, "dataset", kind=str, words="a name")).name
-        recipe = {
-            "negatives": 0,  # runs of earlier versions had none
-            **metadata["recipe"],
-            "weights": metadata["weights"],
-            "image_size": metadata["image_size"],
-        }
         if dataset == Path(metadata["dataset"]).name:
             for suffix, summary in class_summaries(metrics).items():
-                runs.append(Run(dataset + suffix, method_label(metadata, metrics), recipe, file, summary))
+                runs.append(
+                    Run(
+                        dataset + suffix + IN_MM.get(metrics.get("unit"), ""),
+                        method_label(metadata, metrics),
+                        run_settings(metadata),
+                        file,
+                        summary,
+                    )
+                )
     if not runs:
         raise ValueError(
             f"Below '{root}' there is no run with eval-{split}/metrics.json. Evaluate the runs first: "
@@ -70,41 +73,41 @@ def collect(root, split="test"):
 
 
 def group_seeds(runs):
-    """Return ({(data set, label): {seed: run}}, {label: number of trained parameters}).
+    """Return ({(data set, label): {(seed, fold): run}}, {label: number of trained parameters}).
 
-    The options that differ between runs of one label are added to it. Of several evaluations with one seed
-    the first counts.
+    The settings that differ between runs of one label are added to it. Of several evaluations with one seed
+    and fold the first counts.
     """
     groups = defaultdict(dict)
     trained = {}
     for run in runs:
-        recipes = [r.recipe for r in runs if (r.dataset, r.label) == (run.dataset, run.label)]
+        others = [r.settings for r in runs if (r.dataset, r.label) == (run.dataset, run.label)]
         label = run.label
-        for option, value in run.recipe.items():
-            if option != "seed" and any(recipe.get(option) != value for recipe in recipes):
-                label += f" ({option} {value})"
-        groups[run.dataset, label].setdefault(run.recipe["seed"], run)
+        for name in differing_settings(others):
+            label += f" ({name} {run.settings.get(name)})"
+        groups[run.dataset, label].setdefault((run.settings["seed"], run.settings.get("fold")), run)
         trained[label] = field(run.file, run.metrics, "trained", kind=int, words="a whole number")
     return groups, trained
 
 
 def mean_over_seeds(runs, metric):
-    """Return the `Cell` of runs that differ in their seed; None if the metric is undefined for all."""
+    """Return the `Cell` of runs that differ in seed or fold; None if the metric is undefined for all."""
     factor = METRICS[metric][1]
     summaries = [field(run.file, run.metrics, metric, kind=dict, words="a summary") for run in runs]
     defined = [summary for summary in summaries if summary["mean"] is not None]
     if not defined:
         return None
     means = [factor * summary["mean"] for summary in defined]
-    mean = statistics.mean(means)
     if len(means) > 1:
+        pooled = mean_over_runs((run.file.parent for run in runs), metric, list(runs)[0].metrics.get("word"))
+        mean = factor * pooled["mean"] if pooled["n"] else statistics.mean(means)
         std = statistics.stdev(means)
-        interval = intervals_over_runs(runs, metric)
-        return Cell(mean, mean - std, mean + std, f" ± {std:.2f} {in_brackets(interval, factor)}".rstrip())
+        spread = f" ± {std:.2f} {in_brackets(pooled['ci95'], factor)}"
+        return Cell(mean, mean - std, mean + std, spread.rstrip())
+    mean = defined[0]["mean"]
     interval = defined[0]["ci95"]
-    if not interval:  # of fewer than two groups of records
-        return Cell(mean, mean, mean, "")
-    return Cell(mean, factor * interval[0], factor * interval[1], f" {in_brackets(interval, factor)}")
+    low, high = interval or (mean, mean)  # none of fewer than two groups of records
+    return Cell(factor * mean, factor * low, factor * high, f" {in_brackets(interval, factor)}".rstrip())
 
 
 def tabulate(groups):
@@ -153,7 +156,7 @@ def table_rows(table, trained):
     for (dataset, metric), cells in table.items():
         title, _, better = METRICS[metric]
         best = f"{better(cell.mean for label, cell in cells.items() if not label.endswith(DAGGER)):.2f}"
-        row = [dataset, title]
+        row = [dataset, title.replace("px", "mm") if IN_MM["mm"] in dataset else title]
         for label in labels:
             text = ""
             if label in cells:

@@ -8,11 +8,12 @@ eval-SPLIT in the run's folder. Source: Angelopoulos, Bates, Fisch, Lei, Schuste
 import numpy as np
 import torch
 
-from datasets import group_pattern, open_run_split
+from datasets import open_run_split
 from vlsm import metrics
+from vlsm.data.records import group_names
 from vlsm.results.evaluation import add_split_arguments, measure_prompts, results_folder
 from vlsm.results.predict import load_predictor, logits_at_size
-from vlsm.results.scores import bootstrap_intervals, group_names, in_brackets
+from vlsm.results.scores import bootstrap_intervals, in_brackets
 from vlsm.system import parallel
 from vlsm.system.arguments import Parser, add_machine_arguments, number
 from vlsm.system.console import friendly_errors, say
@@ -121,7 +122,6 @@ def main(argv=None):
     where = (args.dataset, args.data_root, args.prompts, args.seed, args.cache_dir)
     held_back, held_back_texts = open_run_split(metadata, "val", *where)
     test, test_texts = open_run_split(metadata, args.split, *where)
-    group, _ = group_pattern(args.dataset or metadata["dataset"], args.group)
 
     missed = missed_shares(predictor, held_back, held_back_texts, args.batch_size)
     threshold = fit_threshold(missed, args.level)
@@ -131,7 +131,7 @@ def main(argv=None):
         threshold=threshold,
         fitted_on=len(missed),
         guarantee=guarantee(args.level, len(missed)),
-        test=effect(predictor, test, test_texts, threshold, group, args.batch_size),
+        test=effect(predictor, test, test_texts, threshold, args.group, args.batch_size),
     )
     if not parallel.rank():
         file = results_folder(args.run, metadata, args.split, args.dataset) / "risk.json"

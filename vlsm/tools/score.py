@@ -4,10 +4,11 @@ from pathlib import Path
 
 import torch
 
-from vlsm.data.images import image_files, read_mask
-from vlsm.results.evaluation import pattern
-from vlsm.results.scores import RESULT_FILES, describe, group_name, score, summarise, write_results
-from vlsm.system.arguments import Parser, number
+from vlsm.data.images import image_files, say_left_out
+from vlsm.data.masks import read_mask
+from vlsm.data.records import group_of
+from vlsm.results.scores import RESULT_FILES, describe, score, summarise, write_results
+from vlsm.system.arguments import Parser, number, pattern
 from vlsm.system.console import friendly_errors, progress, say
 from vlsm.system.files import check_targets
 
@@ -23,6 +24,7 @@ def masks_by_stem(folder):
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder '{folder}'.")
     files = {}
+    say_left_out(folder)
     for file in image_files(folder):
         stem = file.relative_to(folder).with_suffix("").as_posix()
         if stem in files:
@@ -55,7 +57,7 @@ def score_folders(pred, target, tolerance=2.0, group=None):
                 f"{tuple(truth.shape)} (height, width)."
             )
         row = score(prediction, truth, tolerance)
-        scores.append(dict(row, mask=truths[stem].name, group=group_name(stem, group)))
+        scores.append(dict(row, mask=truths[stem].name, group=group_of(stem, group)))
     return scores
 
 

@@ -6,9 +6,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from vlsm.data.cache import default_cache
+from vlsm.data.folders import parse_fold
 from vlsm.methods.registry import METHODS, OPTIONS, PromptLearner, add_method_options, split_methods
 from vlsm.model import NETWORKS, network_class
-from vlsm.system.arguments import Parser, add_machine_arguments, number
+from vlsm.system.arguments import Parser, add_machine_arguments, add_split_rules, flag, number
 from vlsm.system.files import read_json
 
 EXAMPLES = """examples:
@@ -38,22 +39,29 @@ DEMO_RECIPE = dict(epochs=19, batch_size=12, negatives=2)  # of --dataset demo, 
 RECIPE_FIELDS = (
     "epochs", "min_epochs", "patience", "monitor", "batch_size", "lr", "weight_decay", "lr_factor",
     "lr_patience", "clip", "dice_weight", "bce_weight", "ce", "augment", "amp", "limit_train", "seed",
-    "negatives",
+    "negatives", "init",
 )  # fmt: skip
 # Options of one start of the program, which are not written to config.json.
 OF_THE_START = ("out", "resume", "overwrite", "changed_data", "dry_run")
 # Options that a run cannot be without; config.json holds them resolved.
-NEVER_NULL = {*RECIPE_FIELDS, "dataset", "model", "peft", "prompts"}
+NEVER_NULL = {*RECIPE_FIELDS, "dataset", "model", "peft", "prompts"} - {"init"}
 # Options that may differ when a run is resumed; any other would make it another run.
 FREE_ON_RESUME = {
-    *OF_THE_START, "epochs", "patience", "min_epochs", "device", "data_root", "cache_dir", "weights",
-    "kernels", "compile", "cache_gb", "tensorboard", "checkpoint_activations",
+    *OF_THE_START, "epochs", "patience", "min_epochs", "device", "dataset", "data_root", "cache_dir",
+    "weights", "kernels", "compile", "cache_gb", "tensorboard", "checkpoint_activations",
 }  # fmt: skip
+# Options that have no effect beside others, as `Parser` refuses them.
+RULES = (
+    ("changed_data", "with", "resume", ""),
+    ("overwrite", "without", "resume", ", which continues the run instead of deleting it"),
+    ("init", "without", "resume", ", which goes on from the run's own state"),
+)
 
 
 def train_parser():
     """Return the parser; options that the recipe fills in are None by default."""
-    parser = Parser("Fine-tune a vision-language segmentation model with few trained parameters.", EXAMPLES)
+    description = "Fine-tune a vision-language segmentation model with few trained parameters."
+    parser = Parser(description, EXAMPLES, RULES)
     add_data_arguments(parser.add_argument_group("data").add_argument)
     add_model_arguments(parser.add_argument_group("model and method").add_argument)
     add_method_options(parser)
@@ -103,13 +111,24 @@ def add_data_arguments(add):
         "larger ones (default 1)",
     )
     add("--skip-bad", action="store_true", help="train without the records that cannot be read")
+    add_split_rules(add)
     add(
-        "--split-seed",
-        type=number(int, 0),
-        default=0,
-        help="seed of the 80/10/10 split of your own folder (default 0)",
+        "--fold",
+        type=fold,
+        metavar="K/N",
+        help="hold out the K-th of N parts, by groups: it tests and the next one validates, or it validates "
+        "beside a test split of your own (python -m vlsm.tools.repeat --folds N trains all)",
     )
     add("--cache-dir", help="folder of decoded images (default: vlsm in the user's cache folder)")
+
+
+def fold(text):
+    """Check a fold: a `type=` for argparse. Raises ArgumentTypeError if it is none."""
+    try:
+        parse_fold(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def add_model_arguments(add):
@@ -128,6 +147,7 @@ def add_model_arguments(add):
         "on cris and san. cris takes none, decoder, full, coop, cocoop; san none, decoder, full; sam3 all "
         "but vpt, maple, shared_*",
     )
+    add("--init", metavar="RUN", help="start from another run's tuned tensors (folder, file, hub:OWNER/NAME)")
     add(
         "--reference",
         action="store_true",
@@ -185,7 +205,7 @@ def add_run_arguments(add):
     add(
         "--changed-data",
         action="store_true",
-        help="with --resume: continue although the data set's records have changed",
+        help="with --resume: continue although the data set's records or pixels have changed",
     )
     add("--tensorboard", action="store_true", help="log for TensorBoard (pip install tensorboard)")
     add(
@@ -224,8 +244,6 @@ def parse_arguments(argv=None):
     out = args.out or default_folder(
         args.dataset, args.model, peft, args.branches, args.dim, args.prompt_depth, f"seed{args.seed}"
     )
-    if args.resume and args.overwrite:
-        raise ValueError("--resume continues a run and --overwrite deletes it; give one of them.")
     if args.resume:
         stored = read_stored(parser, out)
         args = parser.parse_args(argv, argparse.Namespace(**stored))
@@ -362,6 +380,6 @@ def refuse_changes(values, stored, out):
     for name, value in values.items():
         if name not in FREE_ON_RESUME and value != stored[name]:
             raise ValueError(
-                f"--{name.replace('_', '-')} {value} differs from the run in '{out}', which has "
-                f"{stored[name]}. Use another --out."
+                f"{flag(name)} {value} differs from the run in '{out}', which has {stored[name]}. Use "
+                "another --out."
             )

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from vlsm.data.cache import normalise
+from vlsm.data.normalise import normalise
 from vlsm.networks.base import FrozenBlocks, ImageFeatures
 from vlsm.system import parallel
 from vlsm.system.console import progress

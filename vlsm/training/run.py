@@ -24,6 +24,8 @@ from vlsm.system.files import (
     write_json,
 )
 
+# Stamps of the data in config.json, and what each is of.
+STAMPS = dict(records="names or prompts", contents="pixels")
 PROGRESS = 1e-4  # by which the monitored value must improve
 COLUMNS = (
     "epoch", "train_loss", "train_dsc", "val_loss", "val_dsc", "val_iou", "val_alarms", "lr", "seconds",
@@ -74,12 +76,12 @@ class Run:
     def start(self, settings, resume=False, overwrite=False, changed_data=False, tensorboard=False):
         """Continue the run in its folder, or make the folder with its config.json.
 
-        settings: the options for config.json. changed_data: continue with other records. Raises
+        settings: the options for config.json. changed_data: continue with other records or pixels. Raises
         ValueError for a run that cannot continue.
         """
         if resume and (self.out / "state.pt").is_file():
             if not changed_data:
-                check_records(self.out, self.metadata["records"])
+                check_stamps(self.out, self.metadata)
             self.resume()
             best = f"best epoch: validation DSC {100 * self.best:.2f}"
             say(f"Resuming '{self.out}' after epoch {len(self.history)} ({best})")
@@ -315,6 +317,9 @@ def describe_run(model, data, side, settings, recipe_fields):
         dataset=settings["dataset"],
         data_root=settings["data_root"],
         split_seed=settings["split_seed"],
+        group=settings["group"],
+        fold=settings["fold"],
+        no_mask_is_empty=settings["no_mask_is_empty"],
         prompts=settings["prompts"],
         image_size=side,
         mean=model.network.mean,
@@ -323,6 +328,7 @@ def describe_run(model, data, side, settings, recipe_fields):
         versions=dict(python=platform.python_version(), torch=torch.__version__),
         class_words=sorted(words),
         records={name: fingerprint_records(split.records) for name, split in data.items()},
+        contents={name: fingerprint_pixels(split) for name, split in data.items()},
     )
 
 
@@ -332,14 +338,22 @@ def fingerprint_records(records):
     return digest(rows.encode())
 
 
-def check_records(out, fingerprints):
-    """Raise ValueError if the records differ from those of the run in `out`."""
-    stored = read_json(out / "config.json").get("records")
-    if stored not in (None, fingerprints):
-        raise ValueError(
-            f"The data set's records have changed since the run in '{out}' began (added, removed, renamed or "
-            "with other prompts). Put them back, or continue with --changed-data."
-        )
+def fingerprint_pixels(split):
+    """Return 32 hex digits of the pixels of a split at the model's size, wherever its files lie."""
+    return digest(split.images.reshape(-1)) + digest(split.masks.reshape(-1))
+
+
+def check_stamps(out, metadata):
+    """Raise ValueError if names, prompts or pixels of the data differ from those of the run in `out`."""
+    stored = read_json(out / "config.json")
+    for stamp, words in STAMPS.items():
+        if stamp not in stored:  # it is from now on, so that this is said once
+            say(f"The run in '{out}' is of an earlier version: its records' {words} are not compared.")
+        elif stored[stamp] != metadata[stamp]:
+            raise ValueError(
+                f"The {words} of the data set's records have changed since the run in '{out}' began. Put the "
+                "files back, or continue with --changed-data."
+            )
 
 
 # The first step's gradients

@@ -1,0 +1,372 @@
+"""A folder of one's own: its images and masks, their classes, and how they are split."""
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from vlsm.data.classes import add_spacing, find_labels, label_records, present_records
+from vlsm.data.images import image_files, left_out, say_left_out
+from vlsm.data.judge import judge_masks
+from vlsm.data.pairing import paired_records, records_without_mask, stem_of
+from vlsm.data.records import group_of, mark_absent
+from vlsm.system.console import first_few, say_once
+from vlsm.system.files import hash_of
+
+SPLIT_NAMES = {  # of folders, and of lists of files
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+IMAGE_FOLDERS = ("images", "image", "imgs", "img")
+MASK_FOLDERS = ("masks", "mask", "labels", "label", "gt")
+SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
+FEW_GROUPS = 60  # fewer are split by rank; of so many each keeps its split when others are added
+SUBFOLDERS = 5  # so many subfolders of images/ or more are patients, each of which stays in one split
+SUBFOLDER = r"(?:(?:train|training|val|valid|validation|test|testing)/)?([^/]+)/"
+FORMATS = {  # what lies in a folder without masks/ -> the format of --import that reads it
+    "imagesTr": "nnunet", "**/*.nii.gz": "nifti", "**/*.nii": "nifti", "**/*.dcm": "dicom",
+    "**/labelmap.txt": "cvat", "**/labels/**/*.txt": "yolo", "**/*.json": "labelme, coco or label-studio",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SplitRules:
+    """How the images of a data set become its splits.
+
+    seed: of the split by names. group: a regular expression of what an image's name tells of the patient, who
+    stays in one split; without it the subfolder below images/, if there are several, else the image. fold:
+    (k, n) holds out the k-th of n parts. no_mask_is_empty: an image without a mask shows nothing of the
+    class.
+    """
+
+    seed: int = 0
+    group: str | None = None
+    fold: tuple | None = None
+    no_mask_is_empty: bool = False
+
+
+DEFAULT_RULES = SplitRules()
+
+
+def split_rules(settings):
+    """Return the `SplitRules` in a run's options or metadata; earlier runs have the seed alone."""
+    return SplitRules(
+        settings["split_seed"],
+        settings.get("group"),
+        parse_fold(settings["fold"]) if settings.get("fold") else None,
+        settings.get("no_mask_is_empty", False),
+    )
+
+
+def parse_fold(text):
+    """Return (k, n) of a fold "k/n". Raises ValueError for another text."""
+    match = re.fullmatch(r"([1-9]\d?)/([1-9]\d?)", text)
+    if not match or not int(match[1]) <= int(match[2]) > 1:
+        raise ValueError(f"a fold is written such as 2/5, the second of five, and this is '{text}'")
+    return int(match[1]), int(match[2])
+
+
+def folder_splits(root, rules, wanted=tuple(SHARES)):
+    """Return {split: records} of the wanted splits of a folder; splits without records are left out.
+
+    Raises ValueError for another layout, a wrong dataset.json, or groups that cannot be split.
+    """
+    folders = {split: _split_folder(root, split) for split in SHARES}
+    if folders["train"]:
+        parts = {}
+        for split, folder in folders.items():
+            if folder:
+                parts[split] = _folder_records(folder, rules.no_mask_is_empty)
+    else:
+        parts = _own_splits(root, _folder_records(root, rules.no_mask_is_empty))
+    places = {split: (folder or folders["train"] or root, root) for split, folder in folders.items()}
+    labels = {split: find_labels(*place) for split, place in places.items()}
+    every = [record for rows in parts.values() for record in rows]
+    if not any(labels.values()) and not any(record.class_word for record in every):
+        judge_masks(every)
+    splits = {}
+    for split, rows in divide(parts, rules, root).items():
+        if rows and (split in wanted or "train" in wanted):
+            splits[split] = _with_classes(rows, labels[split])
+            add_spacing(splits[split], *places[split])
+    if labels["train"] and "train" in wanted:
+        _refuse_unused_labels(labels["train"], splits)
+    return {split: splits[split] for split in wanted if split in splits}
+
+
+def _with_classes(rows, labels):
+    """Return the records of the classes that images hold: of folders for each class, or of label maps."""
+    if labels and not any(record.class_word for record in rows):
+        return mark_absent(present_records(label_records(rows, labels), labels), labels.numbers)
+    words = {record.class_word for record in rows} - {None}
+    return mark_absent(present_records(rows), words) if words else rows
+
+
+def _refuse_unused_labels(labels, splits):
+    """Raise ValueError if a label of a dataset.json has no pixel in any split."""
+    words = {record.class_word for rows in splits.values() for record in rows}
+    unused = [word for word in labels.numbers if word not in words]
+    if unused and words:
+        raise ValueError(
+            f"'{labels.file}': 'labels' names {first_few(unused)}, of which no map holds a pixel; "
+            "correct the number, or remove the class."
+        )
+
+
+# Files
+
+
+def _subfolder(folder, names):
+    """Return the subfolder with one of these names, in any case, or None."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.name.casefold() in names and path.is_dir():
+            return path
+    return None
+
+
+def _split_folder(root, split):
+    """Return the folder of a split that holds images, or None."""
+    folder = _subfolder(root, SPLIT_NAMES[split])
+    return folder if folder and _subfolder(folder, IMAGE_FOLDERS) else None
+
+
+def _folder_records(folder, no_mask_is_empty):
+    """Return the records of a folder of images and masks, also of masks in a folder for each class.
+
+    Files without a partner become records with `problem` set. Raises ValueError for another layout.
+    """
+    images = _subfolder(folder, IMAGE_FOLDERS)
+    masks = _subfolder(folder, MASK_FOLDERS)
+    if not images or not masks or not image_files(images) or not image_files(masks):
+        raise ValueError(_describe_layout(folder, images, masks))
+    for place in (images, masks):
+        say_left_out(place)
+    words = _class_folders(images, masks)
+    if not words:
+        return paired_records(images, masks, no_mask_is_empty=no_mask_is_empty)
+    rows = []
+    for word in words:
+        rows += paired_records(images, masks, word)
+    stems = {stem_of(record.name) for record in rows}
+    for record in records_without_mask(images, masks, stems, no_mask_is_empty):
+        record.class_word = words[hash_of(record.name) % len(words)]
+        record.prompts = {"p0": "", "p1": record.class_word}
+        rows.append(record)
+    return sorted(rows, key=lambda record: record.name)
+
+
+def _describe_layout(folder, images, masks):
+    """Say which layout is read, what a folder holds instead, and what brings that in."""
+    for place in (images, masks):
+        if place and not image_files(place) and left_out(place):
+            content = f"'{place}' holds {left_out(place)} files and no images that are read"
+            break
+    else:
+        names = first_few(sorted(path.name for path in folder.iterdir()), 8)
+        content = f"it holds {names or 'nothing'}"
+    line = (
+        f"'{folder}' should hold images/ and masks/ (equal stems), or train/, val/ and test/ with these "
+        f"inside, or anns/ beside them; {content}."
+    )
+    for pattern, name in FORMATS.items():
+        if next(folder.glob(pattern), None):
+            command = f"python datasets.py --import {name.split(',')[0]} {folder} --out DIR"
+            return f"{line} If it holds annotations of {name}, bring them in: {command}"
+    return line
+
+
+def _class_folders(images, masks):
+    """Return the names of the folders in masks/ if each holds the masks of one class, else [].
+
+    That is so if all masks lie in folders, of whose names images/ has none.
+    """
+    names = set()
+    for file in image_files(masks):
+        name, *inner = file.relative_to(masks).parts
+        if not inner or (images / name).is_dir():
+            return []
+        names.add(name)
+    return sorted(names)
+
+
+# Splits
+
+
+def _own_splits(root, rows):
+    """Return {split: records} as lists of files or subfolders of images/ tell it; else {"": all records}."""
+    return named_splits(rows, _listed_splits(root, rows), root)
+
+
+def named_splits(rows, split_of=None, root=""):
+    """Return {split: records} by {image's name: split}, else by subfolders' names, else {"": records}."""
+    if not split_of:
+        split_of = {}
+        for record in rows:
+            first, *inner = PurePosixPath(record.name).parts
+            for split, names in SPLIT_NAMES.items():
+                if inner and first.casefold() in names:
+                    split_of[record.name] = split
+    if not split_of:
+        return {"": rows}
+    parts = defaultdict(list)
+    outside = set()
+    for record in rows:
+        if record.name in split_of:
+            parts[split_of[record.name]].append(record)
+        else:
+            outside.add(record.name)
+    if outside:
+        names = first_few(sorted(outside))
+        say_once(
+            f"outside {root}", f"'{root}': {len(outside)} images are in no split ({names}) and left out."
+        )
+    return dict(parts)
+
+
+def _listed_splits(root, rows):
+    """Return {image's name: split} of train.txt, val.txt and test.txt in a folder; {} without a list.
+
+    Raises ValueError for a line that names no image, and for an image in two lists.
+    """
+    stems = {stem_of(record.name): record.name for record in rows}
+    split_of = {}
+    for split, names in SPLIT_NAMES.items():
+        for file in (root / f"{name}.txt" for name in names):
+            lines = file.read_text("utf-8-sig").splitlines() if file.is_file() else []
+            for line in filter(None, map(str.strip, lines)):
+                name = _listed_image(line, stems)
+                if name is None:
+                    raise ValueError(
+                        f"'{file}' names '{line}', which is no image of the folder; correct the line."
+                    )
+                if split_of.setdefault(name, split) != split:
+                    raise ValueError(
+                        f"'{file}' names '{line}', which is in the list of {split_of[name]}, too."
+                    )
+    return split_of
+
+
+def _listed_image(line, stems):
+    """Return the image that a line of a list names, with or without folders before it and its ending."""
+    parts = PurePosixPath(line.replace("\\", "/")).parts
+    for k in range(len(parts)):
+        path = "/".join(parts[k:])
+        for stem in (path.casefold(), stem_of(path)):
+            if stem in stems:
+                return stems[stem]
+    return None
+
+
+def divide(parts, rules, place):
+    """Return {split: records} of the user's parts; {"": all records} is split here, by groups.
+
+    A tenth of the training groups validates where no part does. A held-out fold tests and the next one
+    validates; beside a test part it validates. Raises ValueError if there are too few groups for the folds.
+    """
+    every = [record for rows in parts.values() for record in rows]
+    pattern = rules.group or default_group(every)
+    for record in every:
+        record.group = group_of(record.name, pattern) if pattern else None
+    if rules.group and every and not any(re.search(pattern, record.name) for record in every):
+        raise ValueError(f"--group '{pattern}' is found in no image's name in '{place}' ({every[0].name}).")
+    if rules.fold:
+        splits = _held_out(parts, rules, pattern, place)
+    elif "" in parts:
+        splits = _shared_out(parts[""], SHARES, rules.seed, pattern)
+    elif "val" not in parts and "train" in parts:
+        splits = parts | _shared_out(parts["train"], {"val": 0.1, "train": 0.9}, rules.seed, pattern)
+    else:
+        splits = parts
+    if pattern:
+        _tell_of_groups(splits, pattern, place)
+    return splits
+
+
+def default_group(records):
+    """Return the pattern of an image's group, its subfolder, if there are some; else None."""
+    groups = {match[1] for match in (re.match(SUBFOLDER, record.name) for record in records) if match}
+    return SUBFOLDER if len(groups) >= SUBFOLDERS else None
+
+
+def _by_group(records, seed, pattern):
+    """Return {group: its records}, ordered by a hash of the group's name."""
+    groups = defaultdict(list)
+    for record in records:
+        groups[group_of(record.name, pattern)].append(record)
+    return dict(sorted(groups.items(), key=lambda item: _unit_hash(item[0], seed)))
+
+
+def _shared_out(records, shares, seed, pattern):
+    """Split records by groups, {split: share}; few groups by rank, so that no split is empty."""
+    groups = _by_group(records, seed, pattern)
+    names = list(groups)
+    main = max(shares, key=shares.get)
+    counts = {}
+    for split in shares:
+        left = len(names) - 1 - sum(counts.values())
+        if split != main:
+            counts[split] = max(0, min(left, max(1, round(shares[split] * len(names)))))
+    counts[main] = len(names) - sum(counts.values())
+    splits = {}
+    low = 0
+    end = 0
+    for split, share in shares.items():
+        start = end
+        high = low + share
+        end += counts[split]
+        if len(names) < FEW_GROUPS:
+            chosen = names[start:end]
+        else:
+            chosen = [name for name in names if low <= _unit_hash(name, seed) < high]
+        low = high
+        splits[split] = [record for name in chosen for record in groups[name]]
+    return splits
+
+
+def _held_out(parts, rules, pattern, place):
+    """Return the splits of a fold, see `divide`."""
+    held, count = rules.fold
+    pool = [record for split, rows in parts.items() if split != "test" for record in rows]
+    groups = _by_group(pool, rules.seed, pattern)
+    if count > len(groups) or count < 3 and "test" not in parts:
+        raise ValueError(
+            f"--fold {held}/{count}: '{place}' has {len(groups)} groups. A fold needs one, and without a "
+            "test split of its own there must be 3 folds: one tests, the next one validates."
+        )
+    folds = [[] for _ in range(count)]
+    for rank, rows in enumerate(groups.values()):
+        folds[rank % count] += rows
+    out = folds[held - 1]
+    if "test" in parts:
+        rest = [row for fold in folds if fold is not out for row in fold]
+        return {"train": rest, "val": out, "test": parts["test"]}
+    val = folds[held % count]
+    rest = [row for fold in folds if fold is not out and fold is not val for row in fold]
+    return {"train": rest, "val": val, "test": out}
+
+
+def shared_groups(splits, pattern):
+    """Return {group: splits} of the groups that are in several splits, {split: records}."""
+    places = defaultdict(list)
+    for split, records in splits.items():
+        for group in dict.fromkeys(group_of(record.name, pattern) for record in records):
+            places[group].append(split)
+    return {group: found for group, found in places.items() if len(found) > 1}
+
+
+def _tell_of_groups(splits, pattern, place):
+    """Say once how many groups the splits have, and of groups in several of them."""
+    counts = [f"{len(_by_group(rows, 0, pattern))} {split}" for split, rows in splits.items()]
+    words = "subfolders of images/" if pattern == SUBFOLDER else f"matches of '{pattern}'"
+    line = f"'{place}': split by groups, {words}: {', '.join(counts)}."
+    shared = shared_groups(splits, pattern)
+    if shared:
+        names = first_few([f"{group} in {' and '.join(found)}" for group, found in shared.items()])
+        line += f" WARNING: {len(shared)} are in two splits ({names}): scores would be too good."
+    say_once(f"groups {place}", line)
+
+
+def _unit_hash(name, seed):
+    """Return a number in 0..1 from a name alone, so that it keeps its split when others are added."""
+    return hash_of(f"{seed}:{name}") / 2**64

@@ -1,0 +1,97 @@
+"""Decide from all masks of a folder what values other than 0 and 255 mean."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from scipy import ndimage
+
+from vlsm.data.images import ImageError, open_image
+from vlsm.data.masks import APART, IMPORT_ADVICE, MaskUnion, MaskValues, colour_distance, mask_colour
+from vlsm.system.console import say_once
+
+READERS = min(16, os.cpu_count() or 1)  # threads
+SAMPLE = 48  # masks that are looked at before all are
+FEW_INSTANCES = 5  # fewer blobs in every file may as well be classes
+ONE_BLOB = 0.9  # share of instances that are one blob; others were cut apart
+
+
+def judge_masks(records):
+    """Set the masks of binary records anew if the files hold other values, judged by all files together.
+
+    One value beside 0 in all files is the class; numbers 1 to n, each a blob, of which the files hold more or
+    fewer, are its instances: both are united, and this is said. Other values are left to the reader, which
+    refuses them. Raises ValueError for files whose foregrounds differ in colour.
+    """
+    usable = [record for record in records if isinstance(record.mask, Path) and not record.problem]
+    colours = {}
+    odd = False
+    for record in usable[:: max(1, len(usable) // SAMPLE)]:
+        try:
+            colours[record.mask] = mask_colour(record.mask)
+        except MaskValues:
+            odd = True
+        except (ImageError, OSError):  # the cache reports why
+            pass
+    _refuse_other_colours(colours)
+    kind = _kind_of_values([record.mask for record in usable]) if odd else None
+    if kind:
+        folder = usable[0].mask.parent
+        say_once(f"values {folder}", f"'{folder}': {kind}")
+        for record in usable:
+            record.mask = MaskUnion((record.mask,), record.image, any_value=True)
+
+
+def _refuse_other_colours(colours):
+    """Raise ValueError if the foregrounds of files, {file: colour or None}, differ in colour."""
+    coloured = {file: colour for file, colour in colours.items() if colour}
+    for file, colour in coloured.items():
+        first = next(iter(coloured))
+        if colour_distance(colour, coloured[first]) > APART:
+            raise ValueError(
+                f"The masks of one class have one colour, and '{first}' has {coloured[first]}, '{file}' "
+                f"{colour}{IMPORT_ADVICE}."
+            )
+
+
+def _kind_of_values(files):
+    """Return in words what the values other than 0 are in all files: one class or instances; else None."""
+    with ThreadPoolExecutor(READERS) as pool:
+        found = list(pool.map(_values_and_blobs, files))
+    if any(values is None for values, _ in found):
+        return None
+    every = set().union(*(values for values, _ in found))
+    if len(every) == 1:
+        return f"its masks hold 0 and {every.pop()} alone, which is taken for foreground."
+    numbered = all(values == set(range(1, len(values) + 1)) for values, _ in found)
+    counts = {len(values) for values, _ in found}
+    if numbered and all(blobs for _, blobs in found) and len(counts) >= 3 and max(counts) >= FEW_INSTANCES:
+        return (
+            f"its masks hold numbers from 1 to at most {max(counts)}, each a blob: instances of one class, "
+            "which are united. If they are classes, name them in dataset.json."
+        )
+    return None
+
+
+def _values_and_blobs(file):
+    """Return (values of a mask file but 0, or None; whether each number is one blob).
+
+    Of colours on black the values are texts. None: it cannot be read, or holds many colours.
+    """
+    try:
+        pixels = np.asarray(open_image(file))
+    except (ImageError, OSError):
+        return None, False
+    if pixels.ndim == 3:
+        colours = np.unique(pixels[..., :3].reshape(-1, 3), axis=0)
+        names = {str(tuple(colour)) for colour in colours.tolist() if any(colour)}
+        return (names if len(names) <= 1 else None), False
+    values = set(np.unique(pixels).tolist()) - {0}
+    if len(values) > 1 and pixels.dtype.kind in "ui":
+        boxes = ndimage.find_objects(pixels.astype(np.int32))
+        pieces = [
+            ndimage.label(pixels[box] == n + 1, np.ones((3, 3)))[1] for n, box in enumerate(boxes) if box
+        ]
+        return values, np.mean(np.array(pieces) == 1) > ONE_BLOB
+    return values, True

@@ -1,0 +1,168 @@
+"""Pair images and masks by their names: equal stems, else stems of which one difference explains most."""
+
+import os
+import re
+from pathlib import PurePosixPath
+
+from vlsm.data.images import image_files
+from vlsm.data.masks import MaskUnion
+from vlsm.data.records import Record
+from vlsm.system.console import first_few, say_once
+
+FURTHER = re.compile(r"(.+)[_\-. ]\(?\d+\)?")  # of a further mask of an image: "x_1", "x (2)"
+MOST = 0.5  # of the names left over: so many must be paired by one difference, or none is
+NO_MASK = "image without mask"
+
+
+class ImageFolder:
+    """Files below a folder, found by exact name, else by the one file of the same stem."""
+
+    def __init__(self, root):
+        self.root = root
+        self.by_name = {}
+        self.by_stem = {}
+        for path in image_files(root):
+            name = path.relative_to(root).as_posix()
+            self.by_name[name] = path
+            self.by_stem.setdefault(stem_of(name), []).append(path)
+
+    def find(self, name):
+        """Return the file of a name. A missing file is reported later, when it is read, with all others."""
+        if name in self.by_name:
+            return self.by_name[name]
+        paths = self.by_stem.get(stem_of(name), [])
+        if not paths:
+            return self.root / name
+        if len(paths) > 1:
+            names = first_few(path.name for path in paths)
+            raise ValueError(
+                f"'{name}' is not in '{self.root}', and {len(paths)} files share its stem: {names}."
+            )
+        return paths[0]
+
+
+def stem_of(name):
+    """Return a relative name without its suffix, in lower case, by which images and masks are paired."""
+    return str(PurePosixPath(name).with_suffix("")).casefold()
+
+
+def paired_records(image_root, mask_root, class_word="", no_mask_is_empty=False):
+    """Return a record for each image with a mask, sorted by name, and one with `problem` set for other files.
+
+    class_word: of masks in the folder of this name below `mask_root`; then an image without a mask has no
+    record. no_mask_is_empty: an image without a mask gets an empty one.
+    """
+    images = ImageFolder(image_root)
+    masks = ImageFolder(mask_root / class_word)
+    pairs = match_names(images.by_stem, masks.by_stem, mask_root)
+    rows = []
+    paired = set()
+    for stem, mask_stems in pairs.items():
+        paired.update(mask_stems)
+        files = [file for mask_stem in mask_stems for file in masks.by_stem[mask_stem]]
+        several = len(images.by_stem[stem]) > 1 or len(files) > len(mask_stems)
+        rows.append(_record(images, stem, files, mask_root, "stem with several files" if several else None))
+    for stem in masks.by_stem.keys() - paired:
+        name = masks.by_stem[stem][0].relative_to(masks.root).as_posix()
+        rows.append(Record(name, name, image_root / name, masks.root / name, problem="mask without image"))
+    if class_word:
+        for record in rows:
+            record.class_word = class_word
+            record.prompts = {"p0": "", "p1": class_word}
+    else:
+        rows += records_without_mask(image_root, mask_root, pairs, no_mask_is_empty)
+    return sorted(rows, key=lambda record: record.name)
+
+
+def records_without_mask(image_root, mask_root, stems, no_mask_is_empty):
+    """Return a record for each image whose stem is not in `stems`, of those that have a mask."""
+    images = ImageFolder(image_root)
+    problem = None if no_mask_is_empty else NO_MASK
+    rows = []
+    for stem in images.by_stem:
+        if stem not in stems:
+            rows.append(_record(images, stem, [], mask_root, problem))
+    return rows
+
+
+def _record(images, stem, files, mask_root, problem):
+    """Return the record of an image's stem and its mask's files."""
+    image = images.by_stem[stem][0]
+    name = image.relative_to(images.root).as_posix()
+    mask_name = (
+        files[0].relative_to(mask_root).as_posix() if files else str(PurePosixPath(name).with_suffix(".png"))
+    )
+    mask = files[0] if len(files) == 1 else MaskUnion(tuple(files), image)
+    return Record(name, mask_name, image, mask, problem=problem)
+
+
+def match_names(images, masks, place):
+    """Return {image: [its masks]} of two collections of stems; place: of the masks, for messages.
+
+    Equal stems are a pair. Those left over are paired where one difference of endings or beginnings
+    ("_segmentation") explains most of them. A mask "x_1" beside the mask or the image "x" is a further one.
+    """
+    pairs = {stem: [stem] for stem in images if stem in masks}
+    left_images = [stem for stem in images if stem not in pairs]
+    left_masks = [stem for stem in masks if stem not in pairs and _base(stem) not in masks]
+    image_ends = common_ends(left_images)
+    mask_ends = common_ends(left_masks)
+    cores = {_core(stem, mask_ends): stem for stem in left_masks}
+    matched = {}
+    for stem in left_images:
+        core = _core(stem, image_ends)
+        if core in cores:
+            matched[stem] = [cores[core]]
+    other_number = image_ends[0] != mask_ends[0] and re.search(r"\d", image_ends[0] + mask_ends[0])
+    if len(matched) > MOST * min(len(left_images), len(left_masks)) and not other_number:
+        pairs |= matched
+        names = [f"'{'...'.join(ends)}'" for ends in (image_ends, mask_ends)]
+        say_once(
+            f"ends {place}",
+            f"'{place}': {len(matched)} masks are named {names[1]} where their images are named {names[0]}; "
+            "they are paired.",
+        )
+    _add_further(pairs, images, masks, place)
+    return pairs
+
+
+def _base(stem):
+    """Return the stem "x" of "x_1", else None."""
+    match = FURTHER.fullmatch(stem)
+    return match[1] if match else None
+
+
+def _add_further(pairs, images, masks, place):
+    """Add to each image's masks the further ones: "x_1" and "x_2" of the mask "x", or of the image "x"."""
+    owner = {mask: image for image, (mask,) in pairs.items()}
+    added = []
+    for stem in sorted(masks):
+        base = _base(stem)
+        image = owner.get(base, base)
+        if image in images and stem not in owner and stem not in images:
+            pairs.setdefault(image, []).append(stem)
+            added.append(stem)
+    if added:
+        say_once(
+            f"further {place}",
+            f"'{place}': {len(added)} masks are further ones of an image ({first_few(added)}); the masks of "
+            "an image are united.",
+        )
+
+
+def common_ends(stems):
+    """Return (beginning, ending) that the file names of several stems share, each up to a separator."""
+    names = [PurePosixPath(stem).name for stem in stems]
+    if len(names) < 2:
+        return "", ""
+    start = re.match(r".*[_\-. ]|", os.path.commonprefix(names))[0]
+    backwards = [name.removeprefix(start)[::-1] for name in names]
+    end = re.search(r"[_\-. ].*|$", os.path.commonprefix(backwards)[::-1])[0]
+    return start, end
+
+
+def _core(stem, ends):
+    """Return a stem without the beginning and the ending of its file name."""
+    path = PurePosixPath(stem)
+    name = path.name.removeprefix(ends[0]).removesuffix(ends[1])
+    return str(path.with_name(name or path.name))

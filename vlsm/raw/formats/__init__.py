@@ -1,0 +1,1 @@
+"""Formats of annotation tools and volumes: one file each, read by `datasets.py --import`."""

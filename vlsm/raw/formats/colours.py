@@ -1,0 +1,82 @@
+"""Masks in colours: images/ beside masks/ or labels/ with files of equal paths, and each class's colour."""
+
+import posixpath
+import re
+from pathlib import PurePosixPath
+
+import numpy as np
+
+from vlsm.raw.download import LabelledImage, checked_class
+from vlsm.system.console import first_few
+
+IMAGE = r"(?P<stem>.+)\.(?:jpe?g|png|tiff?|bmp|webp)"
+FORM = '--classes "polyp=255,0,0;tool=0,255,0"'
+BLACK = (0, 0, 0)  # background, unless it is a class's colour
+TOLERANCE = 48  # of each channel; compression changes colours
+MOST_UNKNOWN = 0.005  # of an image; compression leaves a few pixels of other colours along outlines
+
+
+def parse_classes(text):
+    """Return {class in words: (red, green, blue)} of "polyp=255,0,0;tool=0,255,0". Raises ValueError."""
+    pattern = r"(.+)=\s*(\d{1,3})\s*,\s*(\d{1,3})\s*,\s*(\d{1,3})\s*"
+    return class_colours(text.strip("; ").split(";"), pattern, FORM)
+
+
+def class_colours(lines, pattern, source):
+    """Return {class in words: (red, green, blue)} of lines of a pattern with these four groups.
+
+    Raises ValueError, which names the `source`, for another line, or two equal classes or colours.
+    """
+    classes = {}
+    for line in lines:
+        match = re.fullmatch(pattern, line)
+        if not match:
+            raise ValueError(f"{source}: '{line}' is no class with its colour.")
+        word = checked_class(match[1])
+        colour = tuple(int(number) for number in match.groups()[1:])
+        if max(colour) > 255 or word in classes or colour in classes.values():
+            raise ValueError(f"{source}: '{line}' exceeds 255, or has the class or colour of another.")
+        classes[word] = colour
+    return classes
+
+
+def colour_masks(pixels, classes, tolerance=TOLERANCE, most_unknown=MOST_UNKNOWN):
+    """Return {class: mask} of pixels uint8 `[H, W, 3]`: each pixel belongs to the nearest colour.
+
+    classes: as `class_colours` returns them. Raises ValueError if a colour farther than `tolerance` from all
+    has more than a share `most_unknown` of the pixels.
+    """
+    colours = np.array([*classes.values(), BLACK], np.int16)
+    distances = [np.abs(pixels - colour).max(-1) for colour in colours]
+    nearest = np.argmin(distances, 0)  # the first of equal ones: a black class comes before the background
+    unknown = pixels[np.min(distances, 0) > tolerance].astype(int)  # [n, 3]
+    bins = (unknown + 16) // 32 @ (81, 9, 1)  # of 9 levels a channel, whose centres are 0, 32, ... 256
+    counts = np.bincount(bins, minlength=1)
+    if counts.max() > most_unknown * nearest.size:
+        colour = np.median(unknown[bins == counts.argmax()], 0).astype(int)
+        raise ValueError(f"{counts.max()} pixels have the colour {colour.tolist()}, which is no class's")
+    masks = {word: nearest == number for number, word in enumerate(classes)}
+    return {word: mask for word, mask in masks.items() if mask.any()}
+
+
+def read(download, classes=None):
+    """Yield the images whose masks are in colours. classes: as `parse_classes` returns them.
+
+    Raises ValueError without classes, and if no image has a mask.
+    """
+    if not classes:
+        raise ValueError(f"masks-from-colours needs the colour of each class: {FORM}")
+    images = download.by_stem(rf"images/{IMAGE}", with_place=True)
+    masks = download.by_stem(rf"(?:masks|labels)/{IMAGE}", with_place=True)
+    places = {place for place, _ in images.keys() & masks.keys()}
+    if not places:
+        raise ValueError(
+            f"'{download.path}' holds no images/ beside masks/ or labels/ with files of equal names. It "
+            f"holds {first_few(download.names)}."
+        )
+    root = posixpath.commonpath(places)
+    for (place, stem), image, mask in download.join(images, masks):
+        with download.skipping(mask):
+            folder = posixpath.relpath(f"/{place}", f"/{root}")  # train/images/ and val/images/ stay apart
+            name = PurePosixPath(folder, stem + PurePosixPath(image).suffix)
+            yield LabelledImage(name.as_posix(), image, colour_masks(download.image(mask), classes))

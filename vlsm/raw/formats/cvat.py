@@ -1,0 +1,45 @@
+"""CVAT's export "Segmentation mask 1.1"; its export "COCO 1.0" is read by `coco`."""
+
+import re
+from pathlib import PurePosixPath
+
+from vlsm.raw.download import LabelledImage
+from vlsm.raw.formats.colours import IMAGE, class_colours, colour_masks
+from vlsm.raw.formats.paths import COMMON, split_of
+
+
+def read(download):
+    """Yield the images of SegmentationClass/, whose classes' colours labelmap.txt tells."""
+    (file, _), *others = download.find(r"labelmap\.txt")
+    if others:
+        raise ValueError(f"'{download.path}' holds several labelmap.txt; import each export by itself.")
+    text = download.read(file).decode()
+    lines = re.findall(r"^[^#\s].*", text, re.MULTILINE)  # polyp:250,50,83:parts:actions
+    classes = class_colours(lines, r"(.+?):(\d{1,3}),(\d{1,3}),(\d{1,3})\b.*", f"'{file}'")
+    splits = _splits(download)
+    images = download.by_stem(rf"(?:JPEGImages|images)/{IMAGE}")
+    masks = download.by_stem(r"SegmentationClass/(?P<stem>.+)\.png")
+    for stem in sorted(splits.keys() & images.keys() - masks.keys()):
+        yield _labelled(splits, stem, images.pop(stem), {})  # listed, but CVAT writes no mask without objects
+    for stem, image, mask in download.join(images, masks):
+        with download.skipping(mask):
+            masks_of_image = colour_masks(download.image(mask), classes, 0, 0)
+            masks_of_image.pop("background", None)
+            yield _labelled(splits, stem, image, masks_of_image)
+
+
+def _labelled(splits, stem, image, masks):
+    """Return a `LabelledImage` in the folder of its split."""
+    split = splits.get(stem) or split_of(stem)
+    name = PurePosixPath(split, COMMON.sub("", stem) + PurePosixPath(image).suffix)
+    return LabelledImage(name.as_posix(), image, masks)
+
+
+def _splits(download):
+    """Return {path without ending: split} of ImageSets/Segmentation/train.txt and others."""
+    splits = {}
+    for file, _ in download.find(r"ImageSets/Segmentation/[^/]+\.txt"):
+        split = split_of(f"{PurePosixPath(file).stem}/")
+        for line in download.read(file).decode().splitlines():
+            splits[line.strip(' "')] = split
+    return splits

@@ -1,0 +1,55 @@
+"""The classes of label maps, as dataset.json names them, and the masks of a map."""
+
+import numpy as np
+
+from vlsm.data.masks import LABELS_FORM
+from vlsm.system.files import field, leaves_folder, parse_json
+
+
+def read_classes(download):
+    """Return {class: its numbers} of a download's dataset.json, as nnU-Net has it; None without such a file.
+
+    {"background": 0, "liver": 1, "organ": [1, 2]}, or {"0": "background", "1": "liver"}. Raises ValueError.
+    """
+    files = [file for file, _ in download.find(r"dataset\.json")]
+    if not files:
+        return None
+    if len(files) > 1:
+        raise ValueError(f"'{download.path}' holds {', '.join(files[:3])}: name the folder of one of them.")
+    file = files[0]
+    content = parse_json(download.read(file), file)
+    labels = field(file, content, "labels", kind=dict, words=f"an object, as in {LABELS_FORM}")
+    classes = {}
+    for word, numbers in labels.items():
+        if word.isdigit():  # of version 1
+            word, numbers = numbers, word
+        numbers = numbers if isinstance(numbers, list) else [numbers]
+        if not all(str(number).isdigit() for number in numbers):
+            raise ValueError(f"'{file}': 'labels' should be as in {LABELS_FORM}; it has {numbers}.")
+        word = str(word).strip()
+        if not word or "/" in word or leaves_folder(word):
+            raise ValueError(f"'{file}': the class '{word}' cannot name a folder; rename it.")
+        classes.setdefault(word, []).extend(map(int, numbers))
+    classes.pop("background", None)
+    return classes
+
+
+def name_numbers(name, numbers, classes):
+    """Return `classes`; if they are None, class1, class2, ... Raises ValueError for a number of no class."""
+    present = np.bincount(numbers.ravel()).nonzero()[0].tolist()
+    if classes is None:
+        return {f"class{number}": [number] for number in present if number}
+    unnamed = sorted(set(present).difference([0], *classes.values()))
+    if unnamed:
+        raise ValueError(f"'{name}' holds the numbers {unnamed}, which no class of dataset.json has")
+    return classes
+
+
+def class_masks(numbers, classes):
+    """Return {class: mask bool `[H, W]`} of the classes that class numbers `[H, W]` hold."""
+    masks = {}
+    for word, values in classes.items():
+        mask = np.isin(numbers, values)
+        if mask.any():
+            masks[word] = mask
+    return masks
