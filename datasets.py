@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vlsm.data.folders import DEFAULT_RULES, divide, folder_splits, split_rules
-from vlsm.data.masks import LabelMask
+from vlsm.data.images import LabelMask
 from vlsm.data.pairing import NO_MASK, ImageFolder
 from vlsm.data.records import (
     DataError,

@@ -12,7 +12,7 @@ import numpy as np
 
 from datasets import open_run_split
 from vlsm.checkpoint import read_metadata, refuse_other_runs
-from vlsm.data.masks import LabelMask
+from vlsm.data.images import LabelMask
 from vlsm.data.negatives import ABSENT_SETS, absent_prompts, unused_words
 from vlsm.data.records import choose_prompt, describe_groups
 from vlsm.results.evaluation import (

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import datasets
-from vlsm.data.masks import mask_image, read_mask
+from vlsm.data.images import mask_image, read_mask
 from vlsm.data.normalise import normalise as normalise_images
 from vlsm.networks.base import IMAGENET_MEAN, IMAGENET_STD
 from vlsm.system.console import friendly_errors

@@ -9,8 +9,7 @@ from PIL import Image
 
 import vlsm
 from tests.conftest import close
-from vlsm.data.images import read_image
-from vlsm.data.masks import read_mask
+from vlsm.data.images import read_image, read_mask
 from vlsm.networks.clipseg import CLIPSeg
 from vlsm.results.predict import Ensemble, Predictor, class_colours, clean_mask, prompt_folders
 from vlsm.segment import prompt_notice

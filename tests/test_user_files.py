@@ -17,8 +17,7 @@ import datasets
 from tests.conftest import ROOT
 from vlsm.checkpoint import load, read_tuned
 from vlsm.data.describe import components, describe
-from vlsm.data.images import ImageError, image_files, read_image
-from vlsm.data.masks import read_mask
+from vlsm.data.images import ImageError, image_files, read_image, read_mask
 from vlsm.networks.clipseg import CLIPSegConfig
 from vlsm.networks.tokenizer import Tokenizer
 from vlsm.networks.weights import MINI

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from vlsm.data.images import read_image, resize_image, to_eight_bits
+from vlsm.data.images import read_image, to_eight_bits
 from vlsm.data.normalise import normalise
+from vlsm.data.resize import resize_image
 from vlsm.networks.weights import image_side
 from vlsm.system.console import first_few, say_once
 from vlsm.system.parallel import autocast

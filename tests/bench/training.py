@@ -23,7 +23,7 @@ from kernels import dice_bce_loss
 from kernels.dice_bce import dice_bce_torch
 from tests.bench.published import published_network
 from vlsm.data.cache import device_batches, open_split
-from vlsm.data.masks import mask_image, read_mask
+from vlsm.data.images import mask_image, read_mask
 from vlsm.data.normalise import normalise
 from vlsm.networks import transformer
 from vlsm.networks.base import IMAGENET_MEAN, IMAGENET_STD

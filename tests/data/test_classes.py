@@ -7,11 +7,11 @@ import pytest
 from PIL import Image
 
 import datasets
-from vlsm.data import images, masks
+from vlsm.data import images
 from vlsm.data.cache import open_split
-from vlsm.data.images import ImageError
-from vlsm.data.masks import LabelMask, read_labels, read_mask, read_target, resize_mask
+from vlsm.data.images import ImageError, LabelMask, read_labels, read_mask, read_target
 from vlsm.data.records import choose_prompt
+from vlsm.data.resize import resize_mask
 
 LABELS = {"background": 0, "liver": 1, "tumour": 2, "ignore": 255}
 
@@ -103,8 +103,7 @@ def test_a_label_map_is_decoded_once_and_cached_as_0_1_255(maps, tmp_path, monke
     opened = []
     open_image = images.open_image
     count = lambda source, name=None: opened.append(source) or open_image(source)  # noqa: E731
-    for module in (images, masks):
-        monkeypatch.setattr(module, "open_image", count)
+    monkeypatch.setattr(images, "open_image", count)
     data = open_split(records, 32, tmp_path / "cache", "x")
     n_images = len({record.name for record in records})
     assert len(data) == len(records) > n_images == len(data.images)

@@ -15,9 +15,9 @@ from tests.conftest import disk, normalise, write_demo, write_pair
 from vlsm.data.augment import affine_matrices, augment
 from vlsm.data.cache import open_split
 from vlsm.data.folders import SplitRules
-from vlsm.data.images import read_image, resize_image
-from vlsm.data.masks import read_mask, resize_mask
+from vlsm.data.images import read_image, read_mask
 from vlsm.data.records import DataError, Record, choose_prompt, describe_groups, group_names
+from vlsm.data.resize import resize_image, resize_mask
 from vlsm.mini import demo
 
 

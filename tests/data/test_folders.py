@@ -9,10 +9,10 @@ from scipy import ndimage
 
 import datasets
 from vlsm.data.folders import SplitRules, folder_splits, parse_fold
-from vlsm.data.images import ImageError, read_image
-from vlsm.data.masks import MaskUnion, least_side, read_mask, resize_mask
+from vlsm.data.images import ImageError, MaskUnion, read_image, read_mask
 from vlsm.data.pairing import common_ends, match_names
 from vlsm.data.records import group_of
+from vlsm.data.resize import least_side, resize_mask
 from vlsm.system import console
 
 

@@ -11,7 +11,7 @@ import torch
 import datasets
 import vlsm
 from tests.conftest import ROOT, normalise
-from vlsm.data.masks import read_mask
+from vlsm.data.images import read_mask
 from vlsm.data.negatives import ABSENT_SETS
 from vlsm.networks.tokenizer import Tokenizer
 from vlsm.networks.weights import MINI

@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.raw.layouts import LAYOUTS, Layout
-from vlsm.data.images import NeedsPackage
-from vlsm.data.masks import read_mask
+from vlsm.data.images import NeedsPackage, read_mask
 from vlsm.raw import download
 from vlsm.raw.prepare import prepare
 from vlsm.system.files import HOST

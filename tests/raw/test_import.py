@@ -8,8 +8,7 @@ from PIL import Image
 
 import datasets
 from tests.raw.test_import_coco import save
-from vlsm.data.images import read_image
-from vlsm.data.masks import read_mask
+from vlsm.data.images import read_image, read_mask
 from vlsm.raw.download import LabelledImage
 from vlsm.raw.formats import importing
 

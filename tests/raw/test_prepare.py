@@ -10,8 +10,7 @@ from PIL import Image
 import datasets
 from tests.raw.layouts import LAYOUTS, Layout
 from tests.raw.test_formats import strips
-from vlsm.data.images import read_image
-from vlsm.data.masks import read_mask
+from vlsm.data.images import read_image, read_mask
 from vlsm.raw.prepare import draw_splits
 from vlsm.results import figures
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import datasets
-from vlsm.data.masks import read_target
+from vlsm.data.images import read_target
 from vlsm.results.scores import calibration_counts, describe, score, summarise
 
 WORDS = [f"organ {k}" for k in range(1, 9)]

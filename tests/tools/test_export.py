@@ -10,7 +10,7 @@ from PIL import Image
 
 import vlsm
 from tests.conftest import ROOT, normalise
-from vlsm.data.masks import read_mask
+from vlsm.data.images import read_mask
 from vlsm.tools.export import to_onnx
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="pip install onnxscript onnxruntime")

@@ -11,7 +11,7 @@ import train
 import vlsm
 from tests.conftest import ROOT, normalise, rows, same_tensors, same_tensors_nearly
 from tests.training.test_frozen_cache import cache_of, cached_logits, split
-from vlsm.data.masks import read_mask
+from vlsm.data.images import read_mask
 from vlsm.networks.weights import image_side
 from vlsm.results.predict import load_predictor
 from vlsm.training.arguments import parse_arguments

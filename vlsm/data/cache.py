@@ -15,19 +15,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vlsm.data.images import ImageError, is_turned, read_image, resize_image
-from vlsm.data.masks import (
+from vlsm.data.images import (
+    ImageError,
     LabelMask,
     MaskUnion,
     class_target,
-    describe_smaller,
-    least_side,
+    is_turned,
+    read_image,
     read_labels,
     read_mask,
     read_target,
-    resize_mask,
 )
 from vlsm.data.records import DataError, index_images, source_key
+from vlsm.data.resize import describe_smaller, least_side, resize_image, resize_mask
 from vlsm.system.console import ADVICE, progress, say
 from vlsm.system.files import atomic_write, digest, reserve, sweep_temporary
 

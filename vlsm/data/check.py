@@ -9,9 +9,9 @@ from itertools import combinations
 import numpy as np
 from PIL import Image
 
-from vlsm.data.images import ImageError, read_image
-from vlsm.data.masks import describe_smaller, least_side, read_mask
+from vlsm.data.images import ImageError, read_image, read_mask
 from vlsm.data.records import index_images, prompt_texts
+from vlsm.data.resize import describe_smaller, least_side
 from vlsm.system.console import first_few, progress
 from vlsm.system.files import digest
 

@@ -12,8 +12,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from vlsm.data.images import ImageError
-from vlsm.data.masks import LABELS_FORM, LabelMask, read_labels, read_mask
+from vlsm.data.images import LABELS_FORM, ImageError, LabelMask, read_labels, read_mask
 from vlsm.data.records import check_texts
 from vlsm.system.console import first_few
 from vlsm.system.files import field, hash_of, leaves_folder, read_json

@@ -1,4 +1,4 @@
-"""Read and resize images: one reader for all formats that users have; `masks` reads masks.
+"""Read images and masks: one reader for each, for all formats that users have; it refuses what is ambiguous.
 
 Images and masks are turned upright by their EXIF orientation, as viewers show them, so that both match.
 """
@@ -6,18 +6,34 @@ Images and masks are turned upright by their EXIF orientation, as viewers show t
 import io
 import re
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from scipy import ndimage
 
-from vlsm.system.console import say_once
+from vlsm.system.console import first_few, say_once
 
 EXTENSIONS = (
     ".png", ".jpg", ".jpeg", ".jfif", ".jp2", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm",
 )  # fmt: skip
 BESIDE_IMAGES = (".json", ".txt", ".csv", ".xml", ".yaml", ".yml", ".md", ".html", ".db", ".ini")
 HIDDEN = re.compile(r"(^|/)\.")  # in paths: files and folders such as macOS adds to archives
+GREY_FROM = 32  # of 255: from here to GREY_TO a value is neither background nor foreground
+GREY_TO = 223
+# Grey pixels of a mask are noise if they are few: as a share of the image, or of the foreground.
+ONE_VALUE = (5e-4, 0.02)  # the pixels of one grey value
+ALL_VALUES = (5e-3, 0.2)  # the pixels of all grey values together
+FEW_NUMBERS = 8  # up to so many dark values of many pixels are class numbers beside white, not noise
+APART = 64  # of 255: colours that differ by more in a channel are two colours, not one and its noise
+EDGE = 3  # pixels: so far from a mask's edge smoothing leaves grey
+IGNORED = 255  # in a target: the pixel counts in neither loss nor metrics
+LABELS_FORM = '{"labels": {"background": 0, "liver": 1, "tumour": 2}}'  # of dataset.json
+IMPORT_ADVICE = (
+    "; if colours are classes: python datasets.py --import masks-from-colours SRC --out DIR --classes "
+    '"polyp=255,0,0;tool=0,255,0"'
+)
 NOT_FINITE = "it holds NaN or infinite values"
 LFS_POINTER = b"version https://git-lfs"
 
@@ -32,6 +48,35 @@ class ImageError(ValueError):
 
 class NeedsPackage(ImageError):
     """A file that needs an optional package."""
+
+
+class MaskValues(ImageError):
+    """A file whose values are not the two of a mask."""
+
+
+@dataclass(frozen=True)
+class LabelMask:
+    """The mask of one class in a label map.
+
+    file: the map's path, or its numbers, uint8 or uint16 `[H, W]`. Foreground: pixels of number `value`.
+    ignore: the number of pixels that do not count.
+    """
+
+    file: object
+    value: int
+    ignore: int | None = None
+
+
+@dataclass(frozen=True)
+class MaskUnion:
+    """The mask that several files hold together; without files it is empty, and of the size of `image`.
+
+    any_value: whatever is not 0 is foreground, such as the numbers of instances.
+    """
+
+    files: tuple
+    image: object
+    any_value: bool = False
 
 
 def image_files(root):
@@ -190,6 +235,215 @@ def to_eight_bits(values, name):
     return (values * (255 / top)).astype(np.uint8)
 
 
-def resize_image(image, size):
-    """Resize uint8 `[H, W, 3]` to `[size, size, 3]`, bilinear with antialiasing, whatever its aspect."""
-    return np.array(Image.fromarray(image).resize((size, size), Image.BILINEAR))
+# Masks
+
+
+def read_labels(source):
+    """Read a label map as its class numbers, uint8 or uint16 `[H, W]`; an array is returned as it is.
+
+    Raises FileNotFoundError, or ImageError for colours without a palette.
+    """
+    if isinstance(source, np.ndarray):
+        return source
+    image = open_image(source)
+    numbers = np.asarray(image)
+    whole = image.mode in ("1", "L", "P") or image.mode.startswith("I")
+    if not whole or numbers.min() < 0 or numbers.max() > 65535:
+        raise ImageError(source, "a label map holds class numbers of 8 or 16 bits, grey or with a palette")
+    return numbers.astype(np.uint16 if numbers.max() > 255 else np.uint8)
+
+
+def read_target(source):
+    """Read any mask source as uint8 `[H, W]`: 0, 1, and 255 where ignored. Raises as `read_mask`."""
+    if isinstance(source, LabelMask):
+        return class_target(read_labels(source.file), source)
+    return read_mask(source).astype(np.uint8)
+
+
+def class_target(labels, mask):
+    """Return the target, as `read_target`, of one class (a `LabelMask`) in a map's numbers `[H, W]`."""
+    target = (labels == mask.value).astype(np.uint8)
+    if mask.ignore is not None:
+        target[labels == mask.ignore] = IGNORED
+    return target
+
+
+def read_mask(source, name=None, one_colour=False):
+    """Read a mask as bool `[H, W]`; of an array: bool, or foreground above 127; of a `LabelMask`: its class.
+
+    Foreground is white (255, 65535), any bright colour, or 1; in an image of one colour, the opaque pixels. A
+    palette counts by its colours, or by its numbers if the colours are not those of a mask. one_colour:
+    refuse several bright colours. Raises FileNotFoundError, or MaskValues, which names the values, if there
+    are others than two, and a little noise of compression, or grey along the edges.
+    """
+    if isinstance(source, LabelMask):
+        return read_target(source) == 1
+    if isinstance(source, MaskUnion):
+        return _read_union(source)
+    if isinstance(source, np.ndarray):
+        return source > 127 if source.dtype == np.uint8 else source
+    image = open_image(source, name)
+    mask = _foreground(_mask_values(image), name or source)
+    if one_colour and mask.any():
+        _refuse_colours(image, mask, name or source)
+    return mask
+
+
+def _read_union(union):
+    """Read a `MaskUnion`. Raises ImageError for files of different size."""
+    if not union.files:
+        width, height = open_image(union.image).size
+        return np.zeros((height, width), bool)
+    reader = _read_nonzero if union.any_value else read_mask
+    masks = [reader(file) for file in union.files]
+    if len({mask.shape for mask in masks}) > 1:
+        raise ImageError(union.files[0], "the masks of one image differ in size")
+    return np.any(masks, axis=0)
+
+
+def _read_nonzero(file):
+    """Return which pixels of a file are neither 0 nor black, bool `[H, W]`."""
+    pixels = np.asarray(open_image(file))
+    return pixels[..., :3].any(2) if pixels.ndim == 3 else pixels > 0
+
+
+def mask_colour(file):
+    """Return the colour (red, green, blue) of a mask's foreground, or None for a mask without colours.
+
+    Raises as `read_mask`.
+    """
+    mask = read_mask(file, one_colour=True)
+    image = open_image(file)
+    if image.mode in ("1", "L", "I;16") or not mask.any():
+        return None
+    return common_colour(np.asarray(image.convert("RGB"))[mask])
+
+
+def _refuse_colours(image, mask, name):
+    """Raise MaskValues if the foreground has several colours: they may be classes."""
+    colours = np.asarray(image.convert("RGB"))[mask]  # [n, 3]
+    main = common_colour(colours)
+    others = colours[colour_distance(colours, main) > APART]
+    if not len(others):
+        return
+    second = common_colour(others)
+    alike = (colour_distance(others, second) <= APART).sum()
+    if alike > max(ONE_VALUE[0] * mask.size, ONE_VALUE[1] * len(colours)):
+        raise MaskValues(
+            name, f"its foreground has several colours, such as {main} and {second}{IMPORT_ADVICE}"
+        )
+
+
+def colour_distance(colours, colour):
+    """Return the largest difference between the channels of colours `[..., 3]` and a colour, `[...]`."""
+    return np.abs(np.asarray(colours, np.int16) - colour).max(-1)
+
+
+def common_colour(colours):
+    """Return the commonest colour (red, green, blue) of pixels uint8 `[n, 3]`: the mean of those alike."""
+    codes = (colours >> 5) @ np.array([64, 8, 1])
+    alike = codes == np.bincount(codes).argmax()
+    return tuple(int(channel) for channel in colours[alike].mean(0).round())
+
+
+def _mask_values(image):
+    """Return the numbers `[H, W]` of a Pillow image in which foreground is high and background low."""
+    if image.mode.startswith(("I", "F")):
+        return np.asarray(image)
+    if image.mode in ("1", "L"):
+        return np.asarray(image.convert("L"))
+    if image.mode == "P":
+        colours = np.asarray(image.convert("RGB")).max(2)
+        numbers = np.asarray(image)
+        by_number = len(_grey_values(colours)) > 0 and numbers.max() <= 1
+        return numbers if by_number else colours
+    if not image.mode.upper().endswith("A"):
+        return np.asarray(image.convert("RGB")).max(2)
+    rgba = np.asarray(image.convert("RGBA"))
+    values = rgba[..., :3].max(2)
+    alpha = rgba[..., 3]
+    visible = values[alpha > 0]
+    one_colour = not visible.size or visible.min() == visible.max()
+    if one_colour and alpha.min() < 255:  # a stencil
+        return alpha
+    return np.where(alpha > 127, values, 0)
+
+
+def _foreground(values, name):
+    """Return the bool mask of numbers `[H, W]`. Raises ImageError unless they are those of a mask."""
+    if not np.isfinite(values).all():
+        raise ImageError(name, NOT_FINITE)
+    low = values.min()
+    high = values.max()
+    if low >= 0 and high <= 1 and not (values % 1).any():
+        return values > 0
+    full = 65535  # the number that stands for white
+    if high <= 255:
+        full = 1 if high <= 1 else 255
+    scaled = values if full == 255 else values * (255 / full)
+    wrong = np.unique(scaled) if low < 0 else _grey_values(scaled)
+    if len(wrong) and _is_smoothed(scaled):
+        say_once("smoothed", f"'{name}' is grey along its edges: above 127 is foreground (said once).")
+        return values > full / 2
+    if not len(wrong):
+        wrong = _class_numbers(scaled)
+    if len(wrong):
+        wrong = first_few([f"{float(value) * full / 255:.4g}" for value in wrong], 6)
+        ignored = ', and "ignore": 255 if these pixels should not count' if high == 255 else ""
+        raise MaskValues(
+            name,
+            f"a mask holds 0 and 255, or 0 and 1, and this one also {wrong}; if these are class numbers, "
+            f"name them in dataset.json beside masks/: {LABELS_FORM}{ignored}",
+        )
+    return values > full / 2
+
+
+def _is_smoothed(values):
+    """Tell whether numbers (of 0..255) are those of a mask with grey of many levels along its edges alone."""
+    grey = (values >= GREY_FROM) & (values <= GREY_TO)
+    if len(np.unique(values[grey])) <= FEW_NUMBERS or not (values > GREY_TO).any():
+        return False
+    bright = values > 127
+    near = ndimage.binary_dilation(bright, iterations=EDGE)
+    inside = ndimage.binary_erosion(bright, iterations=EDGE, border_value=1)
+    return (near & ~inside)[grey].mean() > 0.99
+
+
+def _grey_values(values):
+    """Return the values (of 0..255) that are neither background, foreground nor noise, the commonest first.
+
+    JPEG and smoothing leave values between the two ends: few, and each of them rare.
+    """
+    grey = values[(values >= GREY_FROM) & (values <= GREY_TO)]
+    if not grey.size:
+        return grey
+    levels, counts = np.unique(grey, return_counts=True)
+    bright = (values > GREY_TO).sum()
+    most_of_one = max(ONE_VALUE[0] * values.size, ONE_VALUE[1] * bright)
+    most_of_all = max(ALL_VALUES[0] * values.size, ALL_VALUES[1] * bright)
+    if counts.max() > most_of_one or len(grey) > most_of_all:
+        return levels[np.argsort(-counts)]
+    return grey[:0]
+
+
+def _class_numbers(values):
+    """Return the dark values (of 0..255) that must be class numbers, the largest first.
+
+    They are if there is nothing bright, or if few values have many pixels beside one value of white:
+    compression leaves many values, at both ends.
+    """
+    dark = values[(values > 0) & (values < GREY_FROM)]
+    numbers = np.unique(dark)[::-1]
+    bright = values[values > GREY_TO]
+    if not bright.size and len(dark) > ONE_VALUE[0] * values.size:
+        return numbers
+    many = len(dark) > max(ALL_VALUES[0] * values.size, ALL_VALUES[1] * len(bright))
+    one_white = bright.size and bright.min() == bright.max()
+    if many and one_white and len(numbers) <= FEW_NUMBERS and values.min() == 0:
+        return numbers
+    return numbers[:0]
+
+
+def mask_image(mask):
+    """Return a bool mask `[H, W]` as a Pillow image of 0 and 255."""
+    return Image.fromarray(np.asarray(mask).astype(np.uint8) * 255)

@@ -7,8 +7,16 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from vlsm.data.images import ImageError, open_image
-from vlsm.data.masks import APART, IMPORT_ADVICE, MaskUnion, MaskValues, colour_distance, mask_colour
+from vlsm.data.images import (
+    APART,
+    IMPORT_ADVICE,
+    ImageError,
+    MaskUnion,
+    MaskValues,
+    colour_distance,
+    mask_colour,
+    open_image,
+)
 from vlsm.system.console import say_once
 
 READERS = min(16, os.cpu_count() or 1)  # threads

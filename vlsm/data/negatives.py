@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from vlsm.data.describe import ATTRIBUTES
-from vlsm.data.masks import IGNORED
+from vlsm.data.images import IGNORED
 from vlsm.data.records import choose_prompt, prompt_texts
 from vlsm.system.files import hash_of
 

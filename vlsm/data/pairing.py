@@ -4,8 +4,7 @@ import os
 import re
 from pathlib import PurePosixPath
 
-from vlsm.data.images import image_files
-from vlsm.data.masks import MaskUnion
+from vlsm.data.images import MaskUnion, image_files
 from vlsm.data.records import Record
 from vlsm.system.console import first_few, say_once
 

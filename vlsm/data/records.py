@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vlsm.data.masks import LabelMask, MaskUnion
+from vlsm.data.images import LabelMask, MaskUnion
 from vlsm.system.console import first_few
 from vlsm.system.files import field, leaves_folder, read_json
 

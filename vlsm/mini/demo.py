@@ -8,7 +8,7 @@ random draws is fixed: another order would be another data set.
 import numpy as np
 from PIL import Image
 
-from vlsm.data.masks import LabelMask
+from vlsm.data.images import LabelMask
 from vlsm.data.records import Record
 
 SHAPE = (112, 128)  # height, width

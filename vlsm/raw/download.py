@@ -13,8 +13,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from vlsm.data.images import EXTENSIONS, HIDDEN, ImageError, NeedsPackage, open_image, read_image
-from vlsm.data.masks import read_mask
+from vlsm.data.images import EXTENSIONS, HIDDEN, ImageError, NeedsPackage, open_image, read_image, read_mask
 from vlsm.system.console import first_few
 from vlsm.system.files import leaves_folder
 

@@ -13,8 +13,7 @@ import numpy as np
 from PIL import Image
 
 from vlsm.data.describe import describe
-from vlsm.data.images import read_image
-from vlsm.data.masks import mask_image
+from vlsm.data.images import mask_image, read_image
 from vlsm.data.records import read_annotations
 from vlsm.raw.download import Download
 from vlsm.raw.readers import READERS

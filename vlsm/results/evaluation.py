@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from vlsm.data.cache import chunks, default_cache, prefetch
-from vlsm.data.masks import read_labels, read_target
+from vlsm.data.images import read_labels, read_target
 from vlsm.data.records import group_names, index_images
 from vlsm.metrics import counted_pixels, is_alarm
 from vlsm.results.predict import mask_target, masks_at_size, save_png, save_probability

@@ -4,8 +4,7 @@ import textwrap
 
 import numpy as np
 
-from vlsm.data.images import read_image
-from vlsm.data.masks import read_mask
+from vlsm.data.images import read_image, read_mask
 from vlsm.system import plots
 from vlsm.system.files import owned_write
 

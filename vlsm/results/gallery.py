@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vlsm.data.images import read_image
-from vlsm.data.masks import read_mask
+from vlsm.data.images import read_image, read_mask
 from vlsm.results.figures import PREDICTION, TRUTH, rgb, unpack_mask
 from vlsm.system import plots
 from vlsm.system.console import progress

@@ -12,8 +12,15 @@ from scipy import ndimage
 
 from vlsm.checkpoint import load
 from vlsm.data.cache import chunks
-from vlsm.data.images import EXTENSIONS, ImageError, image_files, left_out, read_image, say_left_out
-from vlsm.data.masks import mask_image
+from vlsm.data.images import (
+    EXTENSIONS,
+    ImageError,
+    image_files,
+    left_out,
+    mask_image,
+    read_image,
+    say_left_out,
+)
 from vlsm.results.figures import PREDICTION, overlay, rgb
 from vlsm.segment import enlarge, image_logits, logit_of, to_batch
 from vlsm.system import parallel

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import torch
 
-from vlsm.data.images import image_files, say_left_out
-from vlsm.data.masks import read_mask
+from vlsm.data.images import image_files, read_mask, say_left_out
 from vlsm.data.records import group_of
 from vlsm.results.scores import RESULT_FILES, describe, score, summarise, write_results
 from vlsm.system.arguments import Parser, number, pattern

@@ -10,8 +10,7 @@ from PIL import Image
 
 from datasets import open_run_split
 from vlsm.data.cache import default_cache
-from vlsm.data.images import read_image
-from vlsm.data.masks import mask_image
+from vlsm.data.images import mask_image, read_image
 from vlsm.results.figures import PREDICTION, overlay
 from vlsm.results.predict import load_predictor, logits_at_size
 from vlsm.segment import prompt_notice, to_batch

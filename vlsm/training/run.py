@@ -26,6 +26,7 @@ from vlsm.system.files import (
 
 # Stamps of the data in config.json, and what each is of.
 STAMPS = dict(records="names or prompts", contents="pixels")
+FIRST_SAVE = 2  # lines of log.csv; without state.pt its run was stopped in its first save, and begins anew
 PROGRESS = 1e-4  # by which the monitored value must improve
 COLUMNS = (
     "epoch", "train_loss", "train_dsc", "val_loss", "val_dsc", "val_iou", "val_alarms", "lr", "seconds",
@@ -255,10 +256,12 @@ def check_folder(out, resume, overwrite):
         return
     if resume:
         if (out / "log.csv").is_file() and not (out / "state.pt").is_file():
-            raise ValueError(
-                f"'{out}' has a log.csv and no state.pt, so the run in it cannot continue where it stopped. "
-                "Put state.pt back, or start again with --overwrite."
-            )
+            lines = (out / "log.csv").read_text("utf-8").splitlines()
+            if len(lines) > FIRST_SAVE:
+                raise ValueError(
+                    f"'{out}' has a log.csv and no state.pt, so the run in it cannot continue where it "
+                    "stopped. Put state.pt back, or start again with --overwrite."
+                )
         return
     if not overwrite:
         raise FileExistsError(

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vlsm.data.masks import LABELS_FORM
+from vlsm.data.images import LABELS_FORM
 from vlsm.system.files import field, leaves_folder, parse_json
 
 

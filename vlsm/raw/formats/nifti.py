@@ -3,7 +3,7 @@
 import re
 from pathlib import PurePosixPath
 
-from vlsm.data.masks import LABELS_FORM
+from vlsm.data.images import LABELS_FORM
 from vlsm.raw.formats.label_maps import read_classes
 from vlsm.raw.formats.volumes import NIFTI, read_volume, slices
 from vlsm.system.console import first_few, say_once
