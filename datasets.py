@@ -100,6 +100,8 @@ def read_splits(dataset, data_root="data", rules=DEFAULT_RULES, wanted=SPLITS):
         root, source = _locate(dataset, data_root)
         if not source:
             return folder_splits(root, rules, wanted)
+        if rules.no_mask_is_empty:
+            raise ValueError(f"--no-mask-is-empty: '{root}' has annotation files, which name each mask.")
         splits = _annotated_splits(root, source, rules, wanted)
     return {split: mark_absent(rows) for split, rows in splits.items()}
 
@@ -186,6 +188,7 @@ def _annotated_records(root, split, source, pattern):
         word = source.word or class_word(prompts)
         record = Record(name, mask_name, images.find(name), masks.find(mask_name), prompts, word)
         record.group = group_of(name, pattern) if pattern else None
+        record.several_colours = True
         rows.append(record)
     return rows
 
@@ -199,8 +202,9 @@ def open_dataset(
 ):  # fmt: skip
     """Return `{split: CachedSplit}` of the wanted splits at `size` pixels: checked, resized, cached.
 
-    skip_bad: drop records that cannot be used, and print how many. limit_train: fraction of the training
-    records to take; it is fixed which ones, and smaller fractions are subsets of larger ones.
+    skip_bad: drop records that cannot be used, and print how many; None: it cannot be asked for. limit_train:
+    fraction of the training records to take; it is fixed which ones, and smaller fractions are subsets of
+    larger ones.
     need_foreground: splits that are refused if all their masks are empty. Raises ValueError, which lists the
     problems of all splits.
     """
@@ -223,9 +227,9 @@ def open_dataset(
                 kinds.update(error.problems)
             except (ValueError, FileNotFoundError) as error:
                 problems.append(str(error))
-    if kinds and not skip_bad:
+    if kinds and skip_bad is False:
         problems.append("Mend the files, or pass --skip-bad to go on without these records.")
-    if NO_MASK in kinds:
+    if NO_MASK in kinds and skip_bad is not None:
         problems.append("If the images without a mask show nothing of the class, pass --no-mask-is-empty.")
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
@@ -259,7 +263,8 @@ def _chosen_records(rows, place, prompts, limit_train):
         count = max(1, round(limit_train * len(rows)))
         rows = [rows[i] for i in sorted(order[:count])]
     for i, record in enumerate(rows):
-        choose_prompt(record, prompts, 0, i)  # reject a missing key now, not in the middle of an epoch
+        if not record.problem:
+            choose_prompt(record, prompts, 0, i)  # reject a missing key now, not in the middle of an epoch
     return rows
 
 
@@ -280,7 +285,9 @@ def open_run_split(
     if seed is None:
         seed = metadata["recipe"]["seed"]
     size = metadata["image_size"]
-    splits = open_dataset(dataset, [split], size, data_root, cache_dir, rules, prompts, need_foreground=())
+    splits = open_dataset(
+        dataset, [split], size, data_root, cache_dir, rules, prompts, skip_bad=None, need_foreground=()
+    )
     data = splits[split]
     texts = [choose_prompt(record, prompts, seed, i) for i, record in enumerate(data.records)]
     return data, texts

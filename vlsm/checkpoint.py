@@ -171,6 +171,7 @@ def run_settings(metadata):
     for name in ("method", "model", "reference", "image_size", "prompts", "split_seed", "group", "fold"):
         settings[name] = metadata.get(name)
     settings["dataset"] = Path(metadata["dataset"]).name
+    settings["folds"] = (metadata.get("fold") or "/").split("/")[1]
     settings["no_mask_is_empty"] = bool(metadata.get("no_mask_is_empty"))
     settings["weights"] = f"{Path(metadata['weights']).name} {metadata['fingerprint'][:6]}"
     earlier = {"negatives": 0}  # runs of earlier versions had none

@@ -308,7 +308,7 @@ def test_small_lesions_and_masks_without_background_are_said(tmp_path, capsys):
     assert "the lesions of 4 of 4 masks are too small for 16 x 16" in capsys.readouterr().out
     fill(tmp_path / "full", [f"{n}.png" for n in range(6)], mask=lambda i: np.full((40, 50), 255, np.uint8))
     datasets.open_dataset(str(tmp_path / "full"), ["train"], 16, prompts="x")
-    assert "4 of 4 masks have no background" in capsys.readouterr().out
+    assert "4 of 4 masks cover all corners, or have no background" in capsys.readouterr().out
 
 
 # Splits
@@ -342,7 +342,7 @@ def test_groups_stay_in_one_part(tmp_path, capsys):
         places = parts_of_groups(root, rules.get("group", r"^[^/]+"), **rules)
         assert len(places) == 10 and all(len(found) == 1 for found in places.values())
         assert set.union(*places.values()) == {"train", "val", "test"}
-    assert "subfolders of images/: 8 train, 1 val, 1 test" in capsys.readouterr().err
+    assert "folders: 8 train, 1 val, 1 test" in capsys.readouterr().err
     with pytest.raises(ValueError, match="--group 'case' is found in no image's name"):
         splits(tmp_path / "flat", group="case")
     assert group_of("case_12_3.png", r"case_(\d+)_") == "12" and group_of("x.png", "y") == "x.png"
@@ -368,10 +368,10 @@ def test_lists_are_the_split(tmp_path):
     names = {split: [r.name[2] for r in rows] for split, rows in splits(tmp_path).items()}
     assert names == {"train": list("0123"), "val": ["4"], "test": ["5"]}
     (tmp_path / "test.txt").write_text("s/4.png")
-    with pytest.raises(ValueError, match="test.txt' names 's/4.png', which is in the list of val, too"):
+    with pytest.raises(ValueError, match="valid.txt' names .*4.jpg', which the list of test has, too"):
         splits(tmp_path)
     (tmp_path / "test.txt").write_text("s/9.png")
-    with pytest.raises(ValueError, match="test.txt' names 's/9.png', which is no image"):
+    with pytest.raises(ValueError, match="test.txt' names 's/9.png', which is no image here"):
         splits(tmp_path)
 
 
@@ -420,3 +420,160 @@ def test_spacing_is_read_by_folder_and_name(tmp_path):
         (tmp_path / "dataset.json").write_text(json.dumps({"spacing": wrong}))
         with pytest.raises(ValueError, match="dataset.json': 'spacing' of .* two lengths in mm"):
             splits(tmp_path)
+
+
+# What must not be read wrong without a word
+
+
+def opened(root, **settings):
+    return datasets.open_dataset(
+        str(root), ["train", "val", "test"], 32, prompts="x", need_foreground=(), **settings
+    )
+
+
+def two(large, small, size=3):
+    """A mask of a large piece of one value, or colour, and a small one of another."""
+
+    def mask(i):
+        values = np.zeros((40, 50, *np.shape(large)), np.uint8)
+        values[blob(i)] = large
+        values[30 : 30 + size, 40 : 40 + size] = small
+        return values
+
+    return mask
+
+
+@pytest.mark.parametrize(
+    "large, small",
+    [
+        (255, 1),
+        (255, 8),
+        (255, 100),
+        (255, 128),
+        (255, 200),
+        (255, 230),
+        ((255, 0, 0), (255, 64, 0)),
+        ((0, 255, 0), (60, 255, 0)),
+    ],
+)
+def test_a_small_second_value_is_refused(large, small, tmp_path):
+    for size in (1, 3, 9):
+        root = fill(tmp_path / str(size), [f"{n}.png" for n in range(6)], mask=two(large, small, size))
+        with pytest.raises(ValueError, match="class numbers, name them|several colours"):
+            opened(root)
+
+
+@pytest.mark.parametrize("colour", [(128, 0, 0), (48, 112, 32), (10, 20, 90)])
+def test_palettes_of_a_dark_colour_are_read_by_colour(colour, tmp_path):
+    names = [f"{n}.gif" for n in range(6)]
+    fill(tmp_path, names)
+    for i, name in enumerate(names):
+        image = Image.fromarray((~blob(i)).astype(np.uint8), "P")  # the colour is number 0, black is 1
+        image.putpalette([*colour, 0, 0, 0])
+        image.save(tmp_path / "masks" / name)
+    assert all((read_mask(r.mask) == blob(int(r.name[0]))).all() for r in everything(tmp_path))
+
+
+def test_colours_of_folders_of_classes_and_of_every_other_file_are_compared(tmp_path):
+    root = fill(tmp_path / "classes", [f"{n}.png" for n in range(6)], mask=two((255, 0, 0), (0, 255, 0)))
+    (root / "masks").rename(root / "liver")
+    (root / "masks").mkdir()
+    (root / "liver").rename(root / "masks/liver")
+    with pytest.raises(ValueError, match="several colours"):
+        opened(root)
+    each = lambda i: blob(i)[..., None] * np.array([(255, 0, 0), (0, 255, 0)][i % 2], np.uint8)  # noqa: E731
+    fill(tmp_path / "each", [f"{n:03}.png" for n in range(120)], mask=each)
+    with pytest.raises(ValueError, match="masks of one class have one colour"):
+        opened(tmp_path / "each")
+
+
+def test_white_with_smooth_edges_has_one_colour(tmp_path):
+    def smooth(i):
+        disc = np.add.outer((np.arange(40) - 18) ** 2, (np.arange(50) - 20) ** 2) < 90 + i
+        return np.repeat(ndimage.gaussian_filter(disc * 255.0, 0.8).astype(np.uint8)[..., None], 3, 2)
+
+    data = opened(fill(tmp_path, [f"{n}.png" for n in range(6)], mask=smooth))
+    assert all(mask.any() for split in data.values() for mask in split.masks)
+
+
+def test_inverted_masks_are_said(tmp_path, capsys):
+    fill(tmp_path, [f"{n}.png" for n in range(6)], mask=lambda i: (~blob(i)).astype(np.uint8) * 255)
+    datasets.open_dataset(str(tmp_path), ["train"], 32, prompts="x")
+    assert "4 of 4 masks cover all corners" in capsys.readouterr().out
+    datasets.main(["--check", str(tmp_path), "--out", str(tmp_path / "sheet.png")])
+    assert "are they inverted?" in capsys.readouterr().out
+
+
+def test_a_turned_square_photo_is_said(tmp_path, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for n in range(3):
+        save(tmp_path / f"images/{n}.jpg", np.zeros((40, 40, 3), np.uint8), exif=exif)
+        save(tmp_path / f"masks/{n}.png", blob(n, (40, 40)).astype(np.uint8) * 255)
+    opened(tmp_path)
+    assert capsys.readouterr().err.count("turned upright by its EXIF orientation") == 1
+
+
+def test_label_maps_that_lack_or_repeat_a_file(tmp_path):
+    root = fill(tmp_path, [f"{n}.png" for n in range(8)], mask=lambda i: two(1, 2)(i))
+    (root / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "liver": 1, "cyst": 2}}))
+    (root / "masks/3.png").unlink()
+    with pytest.raises(ValueError, match="1 x image without mask: 3.png"):
+        opened(root)
+    rows = everything(root, no_mask_is_empty=True)
+    [empty] = [record for record in rows if record.name == "3.png"]
+    assert empty.class_word in ("liver", "cyst") and not read_mask(empty.mask).any()
+    save(root / "masks/4_1.png", two(1, 2)(4))
+    with pytest.raises(ValueError, match="several label maps of one image: 4.png"):
+        opened(root, rules=SplitRules(no_mask_is_empty=True))
+
+
+def test_a_mask_without_its_image_is_no_further_one(tmp_path):
+    fill(tmp_path, ["scan.png", "scan (2).png", "scan (3).png"])
+    save(tmp_path / "masks/scan (11).png", blob(1).astype(np.uint8))
+    with pytest.raises(ValueError, match="mask without image: scan .11..png"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("lists", ["Train.TXT", "splits/train.txt"])
+def test_lists_are_found_in_any_case_and_in_splits(lists, tmp_path):
+    fill(tmp_path, [f"{n}.png" for n in range(6)])
+    for name, lines in (
+        (lists, "0\n1\n2"),
+        (lists.replace("rain", "est"), "5"),
+        (lists.replace("train", "val").replace("Train", "Val"), "4"),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(lines)
+    assert {split: len(rows) for split, rows in splits(tmp_path).items()} == dict(train=3, val=1, test=1)
+    (tmp_path / lists).write_text("0\n1", "utf-16")
+    with pytest.raises(ValueError, match="is no text in UTF-8; save it so"):
+        splits(tmp_path)
+
+
+def test_dev_and_holdout_are_splits(tmp_path):
+    for part, n in (("train", 3), ("dev", 2), ("holdout", 1)):
+        fill(tmp_path, [f"{part}/{part}{k}.png" for k in range(n)])
+    assert {split: len(rows) for split, rows in splits(tmp_path).items()} == dict(train=3, val=2, test=1)
+
+
+def test_splits_of_masks_alone_are_refused(tmp_path):
+    fill(tmp_path, [f"{k}.png" for k in range(4)], [f"{'train' if k else 'val'}/{k}.png" for k in range(4)])
+    with pytest.raises(ValueError, match="has folders of splits, which .*images' has not"):
+        splits(tmp_path)
+
+
+def test_dataset_json_may_name_the_group(tmp_path):
+    fill(tmp_path, [f"v{k // 6}/{k}.png" for k in range(24)])
+    assert any(len(found) > 1 for found in parts_of_groups(tmp_path, r"^[^/]+").values())
+    (tmp_path / "dataset.json").write_text(json.dumps({"group": "^[^/]+"}))
+    assert all(len(found) == 1 for found in parts_of_groups(tmp_path, r"^[^/]+").values())
+    assert {record.group for record in everything(tmp_path)} == {"v0", "v1", "v2", "v3"}
+    (tmp_path / "dataset.json").write_text(json.dumps({"group": "("}))
+    with pytest.raises(ValueError, match="dataset.json': 'group' is no regular expression"):
+        splits(tmp_path)
+
+
+def test_patients_below_sites_are_groups(tmp_path):
+    fill(tmp_path, [f"site{k % 2}/patient{k % 8}/{k}.png" for k in range(40)])
+    assert all(len(found) == 1 for found in parts_of_groups(tmp_path, r"patient\d").values())

@@ -126,7 +126,7 @@ def test_pictures_are_paired_within_one_place(tmp_path):
             x.picture(f"{place}/images/{i}.png")
             x.truth[place, i] = x.mask(f"{place}/masks/{i}.png")
     x.write(tmp_path / "d")
-    with pytest.raises(ValueError, match="'d/a', 'd/b'.*--src"):
+    with pytest.raises(ValueError, match="'d/a', 'd/b'.*Name one of them"):
         prepare("kvasir", tmp_path / "d", tmp_path / "out")
     prepare("kvasir", tmp_path / "d" / "b", tmp_path / "out")
     for i in range(3):

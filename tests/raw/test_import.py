@@ -172,3 +172,30 @@ def test_a_folder_of_colours_from_the_command_line(cli, tmp_path):
     assert "tool: in 6 images" in out and f"--check {tmp_path / 'mine'}" in out
     code, out, _ = cli("datasets", "--check", tmp_path / "mine", "--out", tmp_path / "check.png")
     assert code == 0 and "classes: polyp (4), tool (4)" in out
+
+
+def test_a_second_import_leaves_nothing_of_the_first(bring, capsys):
+    bring(images(8, tool=square(0, 0)))
+    out = bring(images(6, polyp=square(0, 0), tool=square(6, 8)))
+    rows = records(out)
+    assert {record.name for record in rows} == {f"{k}.png" for k in range(6)} and len(rows) == 12
+    assert all((read_mask(r.mask) == square(6, 8)).all() for r in rows if r.class_word == "tool")
+    bring(images(6, polyp=square(0, 0, 9), tool=square(1, 1)))  # they overlap
+    assert not (out / "dataset.json").exists() and len(records(out)) == 12
+    bring(images(6, polyp=square(0, 0)), templates=True)
+    bring(images(6, tool=square(0, 0)))
+    assert {record.class_word for record in records(out)} == {"tool"} and not list(out.glob("anns/*"))
+    (out / "images/mine.png").write_bytes((out / "images/0.png").read_bytes())
+    with pytest.raises(ValueError, match="holds files of another origin, such as .*mine.png"):
+        bring(images(6, tool=square(0, 0)), overwrite=True)
+    assert (out / "images/mine.png").exists()
+
+
+def test_the_slices_of_few_volumes_stay_in_one_split(bring):
+    rows = [
+        LabelledImage(f"case{k}/{n}.png", PIXELS, {"liver": square(n, k)}, (1, 1))
+        for k in range(4)
+        for n in range(5)
+    ]
+    splits = datasets.read_splits(str(bring(rows)))
+    assert sorted(len({r.group for r in found}) for found in splits.values()) == [1, 1, 2]

@@ -55,7 +55,7 @@ def test_segmentation_mask(tmp_path):
         )
         assert masks["left tool"].sum() == 35 and masks["left tool"][2:9, 3:8].all()
     assert (
-        "3.png: unusable (1 pixels have the colour [250, 50, 84]" in skipped
+        "3.png: unusable (1 pixels have a colour like (250, 50, 84)" in skipped
         and "unlisted.jpg: image without mask" in skipped
     )
     write(tmp_path / "labelmap.txt", "polyp:300,0,0::")

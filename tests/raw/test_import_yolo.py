@@ -99,9 +99,10 @@ def test_a_bad_line_costs_itself_alone(tmp_path):
         "2 0.1 0.1 0.5 0.1 0.5 0.5": "data.yaml names no class 2",
         "1 0.1 0.1 0.5 0.1 0.5 0.5": "'a/b' cannot name a folder",
         "0 0.1 0.1": "1 points are no polygon",
+        "0 10 10 0 60 70 0": "no fractions of width and height",
         "polyp 0.1 0.1 0.5 0.1 0.5 0.5": "polyp",
     }
-    outside = "0 0 0 2 1 -1 1"
+    outside = "0 0 0 1.4 0 0 1.4"
     write(tmp_path, "images/a.png", "\n".join([*bad, outside]))
     write(tmp_path, "images/b.png", next(iter(bad)))
     (tmp_path / "labels/gone.txt").write_text(BOX)
@@ -110,7 +111,7 @@ def test_a_bad_line_costs_itself_alone(tmp_path):
     images, skipped = load(tmp_path)
     assert list(images) == ["a.png"], "an image of boxes alone is no healthy image"
     mask = images["a.png"].masks["polyp"]
-    assert mask[20, :26].all() and not mask[20, 32:].any(), "a corner is clipped to the image's"
+    assert mask[3, :3].all() and mask[0, -1] and not mask[-1, -1], "a corner is clipped to the image's"
     told = reasons(skipped)
     for number, reason in enumerate(bad.values(), 1):
         assert reason in told[f"labels/a.txt, line {number}, left out of its image's mask"]

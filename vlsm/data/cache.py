@@ -20,15 +20,22 @@ from vlsm.data.images import (
     LabelMask,
     MaskUnion,
     class_target,
-    is_turned,
+    orientation,
     read_image,
     read_labels,
     read_mask,
     read_target,
 )
 from vlsm.data.records import DataError, index_images, source_key
-from vlsm.data.resize import describe_smaller, least_side, resize_image, resize_mask
-from vlsm.system.console import ADVICE, progress, say
+from vlsm.data.resize import (
+    describe_inverted,
+    describe_smaller,
+    least_side,
+    resize_image,
+    resize_mask,
+    touches_corners,
+)
+from vlsm.system.console import ADVICE, progress, say, say_once
 from vlsm.system.files import atomic_write, digest, reserve, sweep_temporary
 
 FORMAT = 3  # increased whenever a reader or a resizer gives other pixels: old cache files are then ignored
@@ -139,17 +146,22 @@ def _read_pair(record):
     image = _read(read_image, record.image, "image", record.name)
     reader = read_labels
     if not isinstance(record.mask, LabelMask):
-        # the prompts of an annotation file tell what a mask of several colours holds
-        reader = partial(read_mask, one_colour=not record.prompts)
+        reader = partial(read_mask, one_colour=not record.several_colours)
     mask = _read(reader, record.mask_source, "mask", record.mask_name)
     if image.shape[:2] != mask.shape:
         height, width, _ = image.shape
         mask_height, mask_width = mask.shape
         sizes = f"{width} x {height}, mask {mask_width} x {mask_height}"
         problem = "image and mask of different size"
-        if (width, height) == (mask_height, mask_width) and is_turned(record.image):
+        if (width, height) == (mask_height, mask_width) and orientation(record.image) != 1:
             problem = "photo that its EXIF orientation turns, and mask that is not turned; turn the mask"
         raise _BadRecord(problem, f"{record.name} ({sizes})")
+    if orientation(record.image) != orientation(record.files[-1]):
+        say_once(
+            "orientation",
+            f"'{record.name}' is turned upright by its EXIF orientation, and its mask has another: look with "
+            "python datasets.py --check whether masks match (said once).",
+        )
     return image, mask
 
 
@@ -242,9 +254,9 @@ def _check_foreground(records, masks, label):
             "white (255), or 1 in a file of 0 and 1."
         )
     size = masks.shape[-1]
-    full = (areas == size**2).sum()
-    if full > len(areas) / 2:
-        say(f"{label}: {full} of {len(areas)} masks have no background. Are they masks, or inverted ones?")
+    inverted = sum(touches_corners(mask == 1) for mask in masks)
+    if inverted > len(areas) / 2:
+        say(f"{label}: {describe_inverted(inverted, len(areas))}")
     sides = [least_side(read_target(records[i].mask)) for i in np.flatnonzero(areas == 1)]
     smaller = [side for side in sides if side > size]
     if smaller:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from vlsm.data.images import ImageError, read_image, read_mask
 from vlsm.data.records import index_images, prompt_texts
-from vlsm.data.resize import describe_smaller, least_side
+from vlsm.data.resize import describe_inverted, describe_smaller, least_side, touches_corners
 from vlsm.system.console import first_few, progress
 from vlsm.system.files import digest
 
@@ -36,6 +36,7 @@ class Summary:
     classes: Counter = field(default_factory=Counter)  # class word -> number of records
     words: list = field(default_factory=list)  # number of words of every prompt
     sides: list = field(default_factory=list)  # the `least_side` of every mask
+    inverted: int = 0  # masks that cover all corners
     unreadable: list = field(default_factory=list)  # names
 
 
@@ -56,6 +57,7 @@ def inspect_splits(splits):
                     raise ImageError(record.name, "image and mask of different size")
                 summary.areas.append(float(mask.mean()))
                 summary.sides.append(least_side(mask))
+                summary.inverted += touches_corners(mask)
             except (ImageError, OSError):
                 summary.unreadable.append(record.name)
             summary.prompts.update(record.prompts.keys())
@@ -149,8 +151,8 @@ def _describe(summary):
         percent = ", ".join(f"{area:.1f}" for area in np.quantile(filled, QUANTILES))
         lines.append(f"  mask area in % of the image (5, 25, 50, 75, 95 % of the masks): {percent}")
     lines.append(f"  empty masks: {len(areas) - len(filled)}")
-    if (areas == 1).sum() > len(areas) / 2:
-        lines.append(f"  WARNING: {(areas == 1).sum()} masks have no background. Are they masks?")
+    if summary.inverted > len(areas) / 2:
+        lines.append(f"  WARNING: {describe_inverted(summary.inverted, len(areas))}")
     smaller = [side for side in summary.sides if side > SIDE]
     if smaller:
         lines.append(f"  WARNING: {describe_smaller(smaller, len(areas), SIDE)}")

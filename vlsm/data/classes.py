@@ -5,6 +5,7 @@ Each class that an image holds becomes a record.
 
 import dataclasses
 import os
+import re
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -12,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from vlsm.data.images import LABELS_FORM, ImageError, LabelMask, read_labels, read_mask
+from vlsm.data.images import LABELS_FORM, ImageError, LabelMask, MaskUnion, read_labels, read_mask
 from vlsm.data.records import check_texts
 from vlsm.system.console import first_few
 from vlsm.system.files import field, hash_of, leaves_folder, read_json
@@ -37,9 +38,22 @@ class Labels:
 def find_labels(*folders):
     """Return the `Labels` of the first dataset.json in the folders, or None. Raises as `parse_labels`."""
     file, content = _dataset_json(*folders)
-    if content is None or "labels" not in content and "spacing" in content:
+    if content is None or "labels" not in content and {"spacing", "group"} & content.keys():
         return None
     return parse_labels(content, file)
+
+
+def find_group(folder):
+    """Return the "group" of a folder's dataset.json, as --group is written, or None. Raises ValueError."""
+    file, content = _dataset_json(folder)
+    if "group" not in (content or {}):
+        return None
+    pattern = field(file, content, "group", kind=str, words="a regular expression")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"'{file}': 'group' is no regular expression ({error}).") from None
+    return pattern
 
 
 def _dataset_json(*folders):
@@ -104,16 +118,24 @@ def parse_labels(content, file):
 
 
 def label_records(records, labels):
-    """Return a record for each class of each label map, from records whose mask is the map's path."""
+    """Return a record for each class of each label map, from records whose mask is the map's path.
+
+    An image without a map gets one record, with its empty mask.
+    """
     rows = []
     for record in records:
+        union = isinstance(record.mask, MaskUnion)
+        if union and record.mask.files:
+            record.problem = record.problem or "several label maps of one image"
         if record.problem:
             rows.append(record)
             continue
-        for word, number in labels.numbers.items():
+        words = list(labels.numbers)
+        for word in [words[hash_of(record.name) % len(words)]] if union else words:
             row = dataclasses.replace(record, class_word=word, mask_name=f"{word}/{record.mask_name}")
-            row.mask = LabelMask(record.mask, number, labels.ignore)
             row.prompts = {"p0": "", "p1": labels.prompts.get(word, word)}
+            if not union:
+                row.mask = LabelMask(record.mask, labels.numbers[word], labels.ignore)
             rows.append(row)
     return rows
 

@@ -2,28 +2,30 @@
 
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
-from vlsm.data.classes import add_spacing, find_labels, label_records, present_records
+from vlsm.data.classes import add_spacing, find_group, find_labels, label_records, present_records
 from vlsm.data.images import image_files, left_out, say_left_out
 from vlsm.data.judge import judge_masks
 from vlsm.data.pairing import paired_records, records_without_mask, stem_of
-from vlsm.data.records import group_of, mark_absent
+from vlsm.data.records import group_of, mark_absent, refuse_idle_pattern
 from vlsm.system.console import first_few, say_once
-from vlsm.system.files import hash_of
+from vlsm.system.files import hash_of, read_lines
 
 SPLIT_NAMES = {  # of folders, and of lists of files
     "train": ("train", "training"),
-    "val": ("val", "valid", "validation"),
-    "test": ("test", "testing"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing", "holdout"),
 }
 IMAGE_FOLDERS = ("images", "image", "imgs", "img")
 MASK_FOLDERS = ("masks", "mask", "labels", "label", "gt")
 SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
 FEW_GROUPS = 60  # fewer are split by rank; of so many each keeps its split when others are added
 SUBFOLDERS = 5  # so many subfolders of images/ or more are patients, each of which stays in one split
-SUBFOLDER = r"(?:(?:train|training|val|valid|validation|test|testing)/)?([^/]+)/"
+# The group in an image's name: its first folder below that of the split, or all its folders
+IN_SPLIT = rf"(?i:^(?:{'|'.join(name for names in SPLIT_NAMES.values() for name in names)})/)?"
+FOLDER_GROUPS = {f"{IN_SPLIT}([^/]+)/": "folders", f"{IN_SPLIT}(.+)/": "folders in folders"}
 FORMATS = {  # what lies in a folder without masks/ -> the format of --import that reads it
     "imagesTr": "nnunet", "**/*.nii.gz": "nifti", "**/*.nii": "nifti", "**/*.dcm": "dicom",
     "**/labelmap.txt": "cvat", "**/labels/**/*.txt": "yolo", "**/*.json": "labelme, coco or label-studio",
@@ -83,9 +85,11 @@ def folder_splits(root, rules, wanted=tuple(SHARES)):
     places = {split: (folder or folders["train"] or root, root) for split, folder in folders.items()}
     labels = {split: find_labels(*place) for split, place in places.items()}
     every = [record for rows in parts.values() for record in rows]
-    if not any(labels.values()) and not any(record.class_word for record in every):
-        judge_masks(every)
+    if not any(labels.values()):
+        for word in {record.class_word for record in every}:
+            judge_masks([record for record in every if record.class_word == word])
     splits = {}
+    rules = replace(rules, group=rules.group or find_group(root))
     for split, rows in divide(parts, rules, root).items():
         if rows and (split in wanted or "train" in wanted):
             splits[split] = _with_classes(rows, labels[split])
@@ -179,7 +183,8 @@ def _describe_layout(folder, images, masks):
 def _class_folders(images, masks):
     """Return the names of the folders in masks/ if each holds the masks of one class, else [].
 
-    That is so if all masks lie in folders, of whose names images/ has none.
+    That is so if all masks lie in folders, of whose names images/ has none. Raises ValueError for folders
+    named as splits are.
     """
     names = set()
     for file in image_files(masks):
@@ -187,6 +192,10 @@ def _class_folders(images, masks):
         if not inner or (images / name).is_dir():
             return []
         names.add(name)
+    for split_names in SPLIT_NAMES.values():
+        if {name.casefold() for name in names} & set(split_names):
+            raise ValueError(f"'{masks}' has folders of splits, which '{images}' has not; sort them alike.")
+    say_once(f"classes {masks}", f"'{masks}': a folder for each class: {first_few(sorted(names), 8)}.")
     return sorted(names)
 
 
@@ -231,19 +240,14 @@ def _listed_splits(root, rows):
     """
     stems = {stem_of(record.name): record.name for record in rows}
     split_of = {}
-    for split, names in SPLIT_NAMES.items():
-        for file in (root / f"{name}.txt" for name in names):
-            lines = file.read_text("utf-8-sig").splitlines() if file.is_file() else []
-            for line in filter(None, map(str.strip, lines)):
+    for file in sorted([*root.glob("*.[tT][xX][tT]"), *root.glob("splits/*.txt")]):
+        for split, names in SPLIT_NAMES.items():
+            for line in read_lines(file) if file.stem.casefold() in names else ():
                 name = _listed_image(line, stems)
                 if name is None:
-                    raise ValueError(
-                        f"'{file}' names '{line}', which is no image of the folder; correct the line."
-                    )
+                    raise ValueError(f"'{file}' names '{line}', which is no image here; correct the line.")
                 if split_of.setdefault(name, split) != split:
-                    raise ValueError(
-                        f"'{file}' names '{line}', which is in the list of {split_of[name]}, too."
-                    )
+                    raise ValueError(f"'{file}' names '{line}', which the list of {split_of[name]} has, too.")
     return split_of
 
 
@@ -268,8 +272,10 @@ def divide(parts, rules, place):
     pattern = rules.group or default_group(every)
     for record in every:
         record.group = group_of(record.name, pattern) if pattern else None
-    if rules.group and every and not any(re.search(pattern, record.name) for record in every):
-        raise ValueError(f"--group '{pattern}' is found in no image's name in '{place}' ({every[0].name}).")
+    if rules.group:
+        refuse_idle_pattern(pattern, every)
+    if rules.seed and not rules.fold and "" not in parts and "val" in parts:
+        say_once(f"seed {place}", f"'{place}' has a split of its own: --split-seed has no effect.")
     if rules.fold:
         splits = _held_out(parts, rules, pattern, place)
     elif "" in parts:
@@ -284,9 +290,19 @@ def divide(parts, rules, place):
 
 
 def default_group(records):
-    """Return the pattern of an image's group, its subfolder, if there are some; else None."""
-    groups = {match[1] for match in (re.match(SUBFOLDER, record.name) for record in records) if match}
-    return SUBFOLDER if len(groups) >= SUBFOLDERS else None
+    """Return the pattern of an image's group, its folder, if there are several of these; else None."""
+    for pattern in FOLDER_GROUPS:
+        groups = {match[1] for match in (re.match(pattern, record.name) for record in records) if match}
+        if len(groups) >= SUBFOLDERS:
+            return pattern
+    if len(groups) > 1:
+        names = first_few(sorted(groups))
+        say_once(
+            f"groups {names}",
+            f"Images lie in {len(groups)} folders ({names}), too few to be patients for certain; --group "
+            "'^[^/]+' keeps each in one split.",
+        )
+    return None
 
 
 def _by_group(records, seed, pattern):
@@ -301,6 +317,24 @@ def _shared_out(records, shares, seed, pattern):
     """Split records by groups, {split: share}; few groups by rank, so that no split is empty."""
     groups = _by_group(records, seed, pattern)
     names = list(groups)
+    chosen = _by_hash(names, shares, seed)
+    if len(names) < FEW_GROUPS or not all(chosen.values()):
+        chosen = _by_rank(names, shares)
+    return {split: [row for name in of_split for row in groups[name]] for split, of_split in chosen.items()}
+
+
+def _by_hash(names, shares, seed):
+    """Return {split: names} by each name's own hash."""
+    chosen = {}
+    low = 0
+    for split, share in shares.items():
+        chosen[split] = [name for name in names if low <= _unit_hash(name, seed) < low + share]
+        low += share
+    return chosen
+
+
+def _by_rank(names, shares):
+    """Return {split: names} in their order, at least one for each split as long as there are enough."""
     main = max(shares, key=shares.get)
     counts = {}
     for split in shares:
@@ -308,20 +342,12 @@ def _shared_out(records, shares, seed, pattern):
         if split != main:
             counts[split] = max(0, min(left, max(1, round(shares[split] * len(names)))))
     counts[main] = len(names) - sum(counts.values())
-    splits = {}
-    low = 0
-    end = 0
-    for split, share in shares.items():
-        start = end
-        high = low + share
-        end += counts[split]
-        if len(names) < FEW_GROUPS:
-            chosen = names[start:end]
-        else:
-            chosen = [name for name in names if low <= _unit_hash(name, seed) < high]
-        low = high
-        splits[split] = [record for name in chosen for record in groups[name]]
-    return splits
+    chosen = {}
+    start = 0
+    for split in shares:
+        chosen[split] = names[start : start + counts[split]]
+        start += counts[split]
+    return chosen
 
 
 def _held_out(parts, rules, pattern, place):
@@ -358,7 +384,7 @@ def shared_groups(splits, pattern):
 def _tell_of_groups(splits, pattern, place):
     """Say once how many groups the splits have, and of groups in several of them."""
     counts = [f"{len(_by_group(rows, 0, pattern))} {split}" for split, rows in splits.items()]
-    words = "subfolders of images/" if pattern == SUBFOLDER else f"matches of '{pattern}'"
+    words = FOLDER_GROUPS.get(pattern, f"matches of '{pattern}'")
     line = f"'{place}': split by groups, {words}: {', '.join(counts)}."
     shared = shared_groups(splits, pattern)
     if shared:

@@ -25,7 +25,9 @@ GREY_TO = 223
 # Grey pixels of a mask are noise if they are few: as a share of the image, or of the foreground.
 ONE_VALUE = (5e-4, 0.02)  # the pixels of one grey value
 ALL_VALUES = (5e-3, 0.2)  # the pixels of all grey values together
-FEW_NUMBERS = 8  # up to so many dark values of many pixels are class numbers beside white, not noise
+WHITE_FROM = 248  # of 255
+FEW_NUMBERS = 8  # up to so many values, or colours, are somebody's; compression and smoothing leave more
+SHADE = 48  # of 255, in a channel: flat colours that differ by more are two colours
 APART = 64  # of 255: colours that differ by more in a channel are two colours, not one and its noise
 EDGE = 3  # pixels: so far from a mask's edge smoothing leaves grey
 IGNORED = 255  # in a target: the pixel counts in neither loss nor metrics
@@ -140,13 +142,13 @@ def open_image(source, name=None):
         raise ImageError(name, _reason(error, data)) from error
 
 
-def is_turned(source):
-    """Tell whether an image file's EXIF orientation turns it by a quarter."""
+def orientation(source):
+    """Return the EXIF orientation of an image file, 1 if it has none."""
     try:
         with Image.open(source) as image:
-            return image.getexif().get(0x0112, 1) >= 5
+            return image.getexif().get(0x0112, 1)
     except (OSError, AttributeError):  # of a format that Pillow does not read, or pixels in memory
-        return False
+        return 1
 
 
 def _bits(image, data):
@@ -303,8 +305,19 @@ def _read_union(union):
 
 def _read_nonzero(file):
     """Return which pixels of a file are neither 0 nor black, bool `[H, W]`."""
-    pixels = np.asarray(open_image(file))
-    return pixels[..., :3].any(2) if pixels.ndim == 3 else pixels > 0
+    pixels = numbers_or_colours(open_image(file))
+    return pixels.any(2) if pixels.ndim == 3 else pixels > 0
+
+
+def numbers_or_colours(image):
+    """Return the numbers `[H, W]` of a Pillow image, or its colours `[H, W, 3]`.
+
+    Those of a palette are numbers if the first of its colours is black, as background is.
+    """
+    first = image.getpalette()[:3] if image.mode == "P" else None
+    if image.mode in ("1", "L") or image.mode.startswith(("I", "F")) or first == [0, 0, 0]:
+        return np.asarray(image)
+    return np.asarray(image.convert("RGB"))
 
 
 def mask_colour(file):
@@ -323,15 +336,23 @@ def _refuse_colours(image, mask, name):
     """Raise MaskValues if the foreground has several colours: they may be classes."""
     colours = np.asarray(image.convert("RGB"))[mask]  # [n, 3]
     main = common_colour(colours)
-    others = colours[colour_distance(colours, main) > APART]
+    flat = count_colours(colours) <= FEW_NUMBERS  # without noise
+    others = colours[colour_distance(colours, main) > (SHADE if flat else APART)]
+    if max(main) - min(main) < APART / 4:  # beside white, grey is an edge
+        others = others[np.ptp(others, axis=1) > APART / 4]
     if not len(others):
         return
     second = common_colour(others)
     alike = (colour_distance(others, second) <= APART).sum()
-    if alike > max(ONE_VALUE[0] * mask.size, ONE_VALUE[1] * len(colours)):
+    if flat or alike > max(ONE_VALUE[0] * mask.size, ONE_VALUE[1] * len(colours)):
         raise MaskValues(
             name, f"its foreground has several colours, such as {main} and {second}{IMPORT_ADVICE}"
         )
+
+
+def count_colours(pixels):
+    """Return the number of colours of pixels uint8 `[..., 3]`."""
+    return len(np.unique(pixels.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1])))
 
 
 def colour_distance(colours, colour):
@@ -355,7 +376,8 @@ def _mask_values(image):
     if image.mode == "P":
         colours = np.asarray(image.convert("RGB")).max(2)
         numbers = np.asarray(image)
-        by_number = len(_grey_values(colours)) > 0 and numbers.max() <= 1
+        black_first = image.getpalette()[:3] == [0, 0, 0]
+        by_number = len(_grey_values(colours)) > 0 and numbers.max() <= 1 and black_first
         return numbers if by_number else colours
     if not image.mode.upper().endswith("A"):
         return np.asarray(image.convert("RGB")).max(2)
@@ -382,11 +404,12 @@ def _foreground(values, name):
         full = 1 if high <= 1 else 255
     scaled = values if full == 255 else values * (255 / full)
     wrong = np.unique(scaled) if low < 0 else _grey_values(scaled)
-    if len(wrong) and _is_smoothed(scaled):
+    exact = _exact_values(scaled)
+    if len(wrong) and not len(exact) and _is_smoothed(scaled):
         say_once("smoothed", f"'{name}' is grey along its edges: above 127 is foreground (said once).")
         return values > full / 2
-    if not len(wrong):
-        wrong = _class_numbers(scaled)
+    if len(exact) or not len(wrong):
+        wrong = exact if len(exact) else _class_numbers(scaled)
     if len(wrong):
         wrong = first_few([f"{float(value) * full / 255:.4g}" for value in wrong], 6)
         ignored = ', and "ignore": 255 if these pixels should not count' if high == 255 else ""
@@ -426,22 +449,23 @@ def _grey_values(values):
     return grey[:0]
 
 
-def _class_numbers(values):
-    """Return the dark values (of 0..255) that must be class numbers, the largest first.
+def _exact_values(values):
+    """Return the values (of 0..255) between black and white of an image without noise, the largest first.
 
-    They are if there is nothing bright, or if few values have many pixels beside one value of white:
-    compression leaves many values, at both ends.
+    Compression and smoothing leave many values; a few beside one white are somebody's, however rare.
     """
+    levels = np.unique(values)
+    if len(levels) > 2 + FEW_NUMBERS or levels[0] != 0 or (levels >= WHITE_FROM).sum() != 1:
+        return levels[:0]
+    return levels[1:-1][::-1]
+
+
+def _class_numbers(values):
+    """Return the dark values (of 0..255) if there is nothing bright: class numbers, the largest first."""
     dark = values[(values > 0) & (values < GREY_FROM)]
-    numbers = np.unique(dark)[::-1]
-    bright = values[values > GREY_TO]
-    if not bright.size and len(dark) > ONE_VALUE[0] * values.size:
-        return numbers
-    many = len(dark) > max(ALL_VALUES[0] * values.size, ALL_VALUES[1] * len(bright))
-    one_white = bright.size and bright.min() == bright.max()
-    if many and one_white and len(numbers) <= FEW_NUMBERS and values.min() == 0:
-        return numbers
-    return numbers[:0]
+    if (values > GREY_TO).any() or len(dark) <= ONE_VALUE[0] * values.size:
+        return dark[:0]
+    return np.unique(dark)[::-1]
 
 
 def mask_image(mask):

@@ -1,6 +1,7 @@
 """Decide from all masks of a folder what values other than 0 and 255 mean."""
 
 import os
+import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from vlsm.data.images import (
     MaskValues,
     colour_distance,
     mask_colour,
+    numbers_or_colours,
     open_image,
 )
 from vlsm.system.console import say_once
@@ -35,14 +37,14 @@ def judge_masks(records):
     usable = [record for record in records if isinstance(record.mask, Path) and not record.problem]
     colours = {}
     odd = False
-    for record in usable[:: max(1, len(usable) // SAMPLE)]:
+    for record in random.Random(0).sample(usable, min(SAMPLE, len(usable))):
         try:
             colours[record.mask] = mask_colour(record.mask)
         except MaskValues:
             odd = True
         except (ImageError, OSError):  # the cache reports why
             pass
-    _refuse_other_colours(colours)
+    _refuse_other_colours(dict(sorted(colours.items())))
     kind = _kind_of_values([record.mask for record in usable]) if odd else None
     if kind:
         folder = usable[0].mask.parent
@@ -56,7 +58,7 @@ def _refuse_other_colours(colours):
     coloured = {file: colour for file, colour in colours.items() if colour}
     for file, colour in coloured.items():
         first = next(iter(coloured))
-        if colour_distance(colour, coloured[first]) > APART:
+        if colour_distance(colour, coloured[first]) > APART / 2:
             raise ValueError(
                 f"The masks of one class have one colour, and '{first}' has {coloured[first]}, '{file}' "
                 f"{colour}{IMPORT_ADVICE}."
@@ -88,11 +90,11 @@ def _values_and_blobs(file):
     Of colours on black the values are texts. None: it cannot be read, or holds many colours.
     """
     try:
-        pixels = np.asarray(open_image(file))
+        pixels = numbers_or_colours(open_image(file))
     except (ImageError, OSError):
         return None, False
     if pixels.ndim == 3:
-        colours = np.unique(pixels[..., :3].reshape(-1, 3), axis=0)
+        colours = np.unique(pixels.reshape(-1, 3), axis=0)
         names = {str(tuple(colour)) for colour in colours.tolist() if any(colour)}
         return (names if len(names) <= 1 else None), False
     values = set(np.unique(pixels).tolist()) - {0}

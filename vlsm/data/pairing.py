@@ -134,11 +134,12 @@ def _base(stem):
 def _add_further(pairs, images, masks, place):
     """Add to each image's masks the further ones: "x_1" and "x_2" of the mask "x", or of the image "x"."""
     owner = {mask: image for image, (mask,) in pairs.items()}
+    numbered = {_base(stem) for stem in images}  # "scan" of an image "scan_2": then "scan_3" lacks its image
     added = []
     for stem in sorted(masks):
         base = _base(stem)
         image = owner.get(base, base)
-        if image in images and stem not in owner and stem not in images:
+        if image in images and base not in numbered and stem not in owner and stem not in images:
             pairs.setdefault(image, []).append(stem)
             added.append(stem)
     if added:

@@ -31,6 +31,7 @@ class Record:
     class_word: str | None = None
     problem: str | None = None  # why it cannot be used, if that is known before its files are read
     absent: tuple = ()  # class words of the split that are not in the image
+    several_colours: bool = False  # an annotation file tells what the colours of its mask are together
     group: str | None = None
     spacing: tuple | None = None
 
@@ -71,11 +72,21 @@ def group_of(name, pattern=None):
 
 
 def group_names(records, pattern=None):
-    """Return the group of each record: what `pattern` finds in its name, else its own, else its name."""
-    names = []
-    for record in records:
-        names.append(group_of(record.name, pattern) if pattern else record.group or record.name)
-    return names
+    """Return the group of each record: what `pattern` finds in its name, else its own, else its name.
+
+    Raises ValueError if the pattern is found in no name.
+    """
+    if not pattern:
+        return [record.group or record.name for record in records]
+    refuse_idle_pattern(pattern, records)
+    return [group_of(record.name, pattern) for record in records]
+
+
+def refuse_idle_pattern(pattern, records):
+    """Raise ValueError if a pattern of --group is found in no image's name."""
+    names = [record.name for record in records]
+    if names and not any(re.search(pattern, name) for name in names):
+        raise ValueError(f"--group '{pattern}' is found in no image's name, such as '{names[0]}'.")
 
 
 def describe_groups(records, pattern=None):

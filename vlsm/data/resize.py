@@ -54,3 +54,13 @@ def describe_smaller(sides, total, size):
         f"the lesions of {len(sides)} of {total} masks are too small for {size} x {size} pixels, and kept "
         f"as one pixel. At --image-size {max(sides)} each has a pixel, at {int(np.median(sides))} half."
     )
+
+
+def touches_corners(mask):
+    """Tell whether all corners of a mask bool `[H, W]` are foreground."""
+    return bool(mask[[0, 0, -1, -1], [0, -1, 0, -1]].all())
+
+
+def describe_inverted(count, total):
+    """Say that masks cover the corners of their images."""
+    return f"{count} of {total} masks cover all corners, or have no background: are they inverted?"

@@ -64,9 +64,7 @@ class Download:
             self.archive = zipfile.ZipFile(self.path)
             names = [entry.filename for entry in self.archive.infolist() if not entry.is_dir()]
         else:
-            raise FileNotFoundError(
-                f"'{self.path}' is neither a folder nor a zip archive. Name the download with --src."
-            )
+            raise FileNotFoundError(f"'{self.path}' is neither a folder nor a zip archive.")
         self.names = sorted(name for name in names if not HIDDEN.search(name))
 
     def read(self, name):
@@ -107,9 +105,7 @@ class Download:
         places = sorted({place for place, _ in images.keys() & masks.keys()})
         if len(places) > 1:
             names = first_few([f"'{place or '.'}'" for place in places], 6)
-            raise ValueError(
-                f"'{self.path}' holds images with masks in {names}. Name one of them with --src."
-            )
+            raise ValueError(f"'{self.path}' holds images with masks in {names}. Name one of them.")
         yield from self.join(images, masks)
 
     def by_stem(self, pattern, with_place=False):

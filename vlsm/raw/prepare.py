@@ -19,8 +19,10 @@ from vlsm.raw.download import Download
 from vlsm.raw.readers import READERS
 from vlsm.system.console import first_few, progress, say
 from vlsm.system.files import (
+    LEDGER,
     check_targets,
     digest,
+    is_owned,
     leaves_folder,
     owned_write,
     read_json,
@@ -42,14 +44,14 @@ class Writer:
     """Files below a folder that are written together or not at all, and only if their content is new.
 
     They are in a temporary folder beside it until `commit`. overwrite: replace files that were changed since
-    an earlier run wrote them. Attributes `written`, `unchanged`: numbers of files.
+    an earlier run wrote them. Attributes: `written`, a number of files; `unchanged`, paths.
     """
 
     def __init__(self, root, overwrite=False):
         self.root = Path(root)
         self.overwrite = overwrite
         self.written = 0
-        self.unchanged = 0
+        self.unchanged = set()
         self.waiting = {}  # path -> temporary file
 
     def __enter__(self):
@@ -68,7 +70,7 @@ class Writer:
             raise ValueError(f"the name '{name}' leaves the data set's folder")
         path = self.root / name
         if path.is_file() and not path.is_symlink() and path.read_bytes() == data:
-            self.unchanged += 1
+            self.unchanged.add(path)
             return
         staged = self.stage / name
         staged.parent.mkdir(parents=True, exist_ok=True)
@@ -81,6 +83,17 @@ class Writer:
         data = io.BytesIO()
         image.save(data, format="PNG")
         self.write(name, data.getvalue())
+
+    def outdated(self):
+        """Return the files that an earlier run wrote and this one does not. Raises ValueError for others."""
+        files = [path for path in sorted(self.root.rglob("*")) if path.is_file() and path.name != LEDGER]
+        rest = [path for path in files if path not in self.waiting and path not in self.unchanged]
+        foreign = [path for path in rest if not is_owned(path)]
+        if foreign:
+            raise ValueError(
+                f"'{self.root}' holds files of another origin, such as '{foreign[0]}'. Name a new folder."
+            )
+        return rest
 
     def commit(self, outdated=()):
         """Move the files to their places, and remove the `outdated` ones. Raises as `check_targets`."""
@@ -95,6 +108,8 @@ class Writer:
                 temporary.write_bytes(staged.read_bytes())
         for path in outdated:
             path.unlink()
+            if [other.name for other in path.parent.iterdir()] == [LEDGER]:
+                shutil.rmtree(path.parent)
         self.written = len(self.waiting)
 
 
@@ -126,7 +141,7 @@ def prepare(name, source, root, anns=None, descriptions=(), overwrite=False):
     counts = ", ".join(f"{len(rows)} {split}" for split, rows in splits.items())
     say(f"{name}: {len(images)} images and {len(entries)} masks from '{source}'")
     say(f"  records: {counts} ({'published' if anns else 'made here'})")
-    say(f"  files in '{root}': {writer.written} written, {writer.unchanged} unchanged")
+    say(f"  files in '{root}': {writer.written} written, {len(writer.unchanged)} unchanged")
     for line in skipped:
         say(line)
     return splits

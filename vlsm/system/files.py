@@ -236,6 +236,20 @@ def csv_text(rows):
     return text.getvalue()
 
 
+def read_lines(path):
+    """Return the lines of a text file that are not blank. Raises ValueError unless it is in UTF-8."""
+    try:
+        text = Path(path).read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"'{path}' is no text in UTF-8; save it so.") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def is_owned(path):
+    """Tell whether a file is as this program wrote it."""
+    return _is_own(path, _ledger(path.parent))
+
+
 def read_json(path, kind=dict, words="a JSON object"):
     """Return the value of type `kind` (in words: `words`) that a JSON file holds.
 

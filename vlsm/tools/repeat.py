@@ -31,7 +31,7 @@ def main(argv=None):
     repeats = {f"seed{seed}": f"--seed={seed}" for seed in args.seeds or ()}
     for i in range(1, 1 + (args.folds or 0)):
         repeats[f"fold{i}"] = f"--fold={i}/{args.folds}"
-    values = vars(parse_arguments(args.train))
+    values = vars(parse_arguments([*args.train, *list(repeats.values())[-1:]]))
     group = args.out or default_folder(
         values["dataset"], values["model"], values["peft"], values["branches"], values["dim"],
         values["prompt_depth"], "folds" if args.folds else "seeds",

@@ -6,11 +6,13 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
+from vlsm.data.images import FEW_NUMBERS, colour_distance, common_colour, count_colours
 from vlsm.raw.download import LabelledImage, checked_class
 from vlsm.system.console import first_few
 
 IMAGE = r"(?P<stem>.+)\.(?:jpe?g|png|tiff?|bmp|webp)"
 FORM = '--classes "polyp=255,0,0;tool=0,255,0"'
+BACKGROUND = ""  # the class of black
 BLACK = (0, 0, 0)  # background, unless it is a class's colour
 TOLERANCE = 48  # of each channel; compression changes colours
 MOST_UNKNOWN = 0.005  # of an image; compression leaves a few pixels of other colours along outlines
@@ -46,16 +48,17 @@ def colour_masks(pixels, classes, tolerance=TOLERANCE, most_unknown=MOST_UNKNOWN
     classes: as `class_colours` returns them. Raises ValueError if a colour farther than `tolerance` from all
     has more than a share `most_unknown` of the pixels.
     """
-    colours = np.array([*classes.values(), BLACK], np.int16)
-    distances = [np.abs(pixels - colour).max(-1) for colour in colours]
-    nearest = np.argmin(distances, 0)  # the first of equal ones: a black class comes before the background
-    unknown = pixels[np.min(distances, 0) > tolerance].astype(int)  # [n, 3]
-    bins = (unknown + 16) // 32 @ (81, 9, 1)  # of 9 levels a channel, whose centres are 0, 32, ... 256
-    counts = np.bincount(bins, minlength=1)
-    if counts.max() > most_unknown * nearest.size:
-        colour = np.median(unknown[bins == counts.argmax()], 0).astype(int)
-        raise ValueError(f"{counts.max()} pixels have the colour {colour.tolist()}, which is no class's")
-    masks = {word: nearest == number for number, word in enumerate(classes)}
+    named = classes if BLACK in classes.values() else {BACKGROUND: BLACK, **classes}
+    distances = [colour_distance(pixels, colour) for colour in named.values()]
+    nearest = np.argmin(distances, 0)  # of equally near ones the background
+    unknown = pixels[np.min(distances, 0) > tolerance]  # [n, 3]
+    flat = count_colours(pixels) <= len(named) + FEW_NUMBERS  # without noise
+    if len(unknown):
+        colour = common_colour(unknown)
+        count = (colour_distance(unknown, colour) <= 16).sum()
+        if flat or count > most_unknown * nearest.size:
+            raise ValueError(f"{count} pixels have a colour like {colour}, which is no class's")
+    masks = {word: nearest == number for number, word in enumerate(named) if word != BACKGROUND}
     return {word: mask for word, mask in masks.items() if mask.any()}
 
 

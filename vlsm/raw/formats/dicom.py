@@ -22,7 +22,7 @@ def read(download, axis=None, keep_empty=0.1, window=None):
     without a .dcm file, NeedsPackage without pydicom.
     """
     folders = defaultdict(list)
-    for name, _ in download.find(r"[^/]+\.dcm"):
+    for name, _ in download.find(r"[^/]+\.(?:dcm|ima)"):
         folders[PurePosixPath(name).parent].append(name)
     if not folders:
         raise ValueError(f"'{download.path}' holds no .dcm file. It holds {first_few(download.names)}.")

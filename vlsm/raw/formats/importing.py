@@ -21,7 +21,9 @@ from vlsm.system.files import hash_of
 
 
 def read_cvat(download):
-    """Return an iterator over the images of one of CVAT's two exports."""
+    """Return an iterator over the images of one of CVAT's two exports. Raises ValueError for another one."""
+    if download.find(r"annotations\.xml"):
+        raise ValueError("annotations.xml of CVAT is not read: export 'COCO 1.0' or 'Segmentation mask 1.1'.")
     return cvat.read(download) if download.find(r"labelmap\.txt") else coco.read(download)
 
 
@@ -30,6 +32,9 @@ FORMATS = {
     "label-studio": labelstudio.read, "nnunet": nnunet.read, "nifti": nifti.read, "dicom": dicom.read,
     "masks-from-colours": colours.read,
 }  # fmt: skip
+
+
+FIRST_FOLDER = "(?:(?:train|val|test)/)?([^/]+)/"  # below that of the split: the group of an image
 
 
 @dataclass
@@ -88,14 +93,14 @@ def import_dataset(format_name, source, out, templates=False, overwrite=False, *
                 f"--import {format_name} found no image with a class in '{source}'. It holds {content}"
             )
         form = _write_masks(writer, list(images.values()), sorted(counts), templates)
-        writer.commit()
+        writer.commit(writer.outdated())
     say(f"{format_name}: {len(images)} images from '{source}', masks as {form}")
     for word in sorted(counts):
         say(f"  {word}: in {counts[word]} images")
     say(f"  no class: {sum(not image.masks for image in images.values())} images")
     for line in skipped:
         say(line)
-    say(f"  files in '{out}': {writer.written} written, {writer.unchanged} unchanged")
+    say(f"  files in '{out}': {writer.written} written, {len(writer.unchanged)} unchanged")
     say(f"Look at it with: python datasets.py --check {out}")
 
 
@@ -154,6 +159,7 @@ def _write_masks(writer, images, words, templates):
     }
     if spacing:
         content["spacing"] = spacing
+        content["group"] = FIRST_FOLDER  # a volume
     if content:
         writer.write("dataset.json", json.dumps(content, indent=1).encode())
     return form

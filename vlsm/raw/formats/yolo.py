@@ -10,6 +10,8 @@ from vlsm.data.images import open_image
 from vlsm.raw.formats.shapes import draw, draw_objects, in_pixels
 from vlsm.system.console import first_few, say_once
 
+FARTHEST = 1.5  # a fraction of width or height; larger ones are pixels
+
 
 def read(download):
     """Yield the images below folders named images; one whose .txt is missing or empty is healthy.
@@ -17,7 +19,7 @@ def read(download):
     Raises ValueError for another layout, or a wrong data.yaml.
     """
     root, classes = _classes(download)
-    texts = {name for name in download.names if re.search(r"(^|/)labels/.*\.txt$", name)}
+    texts = {name for name in download.names if re.search(r"(^|/)labels/.*\.txt$", name, re.I)}
     splits = {_split(text) for text in texts}
     images = [name for name in download.image_names() if re.search(r"(^|/)images/", name)]
     if not texts or not images:
@@ -70,7 +72,7 @@ def _classes(download):
         say_once("yolo", "There is no data.yaml with 'names:'; the classes are named class0, class1, ...")
         return ".", None
     if len(settings) > 1:
-        raise ValueError(f"{first_few(settings)} all name classes. Name the folder of one with --src.")
+        raise ValueError(f"{first_few(settings)} all name classes. Name the folder of one.")
     [(name, values)] = settings.items()
     if "kpt_shape" in values:
         raise ValueError(f"'{name}' is of keypoints, not of segmentation: it holds 'kpt_shape'.")
@@ -95,6 +97,8 @@ def _read_line(classes, size, line):
         raise ValueError("a box, not a polygon")
     if len(values) % 2 or not np.isfinite(values).all():
         raise ValueError("its coordinates are no pairs of finite numbers")
+    if np.abs(values).max(initial=0) > FARTHEST:
+        raise ValueError("its coordinates are no fractions of width and height")
     if classes is not None and number not in classes:
         raise ValueError(f"data.yaml names no class {number:g}")
     word = classes[number] if classes else f"class{number:g}"
