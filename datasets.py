@@ -285,8 +285,9 @@ def open_run_split(
     if seed is None:
         seed = metadata["recipe"]["seed"]
     size = metadata["image_size"]
+    skip_bad = metadata.get("skip_bad") or None
     splits = open_dataset(
-        dataset, [split], size, data_root, cache_dir, rules, prompts, skip_bad=None, need_foreground=()
+        dataset, [split], size, data_root, cache_dir, rules, prompts, skip_bad, need_foreground=()
     )
     data = splits[split]
     texts = [choose_prompt(record, prompts, seed, i) for i, record in enumerate(data.records)]

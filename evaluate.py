@@ -415,6 +415,11 @@ def print_means(evaluations, folder):
                 )
                 interval = in_brackets(result["ci95"], factor)
                 say(f"{line}, {interval} over {result['n']} records".lstrip())
+        for name in ABSENT_SETS:
+            alarms = [summaries[key].get("alarms", {}).get(name) for summaries in summaries_of]
+            rates = [100 * of_run["mean"] for of_run in alarms if of_run]
+            if rates:
+                say(f"False alarms {np.mean(rates):.1f} % over {len(rates)} runs: {name}")
     file = Path(folder, outs[0].name, "means.json")
     write_json(file, results)
     say(f"Wrote {file}")

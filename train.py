@@ -20,7 +20,7 @@ from vlsm.data.augment import augment
 from vlsm.data.cache import chunks, device_batches
 from vlsm.data.folders import split_rules
 from vlsm.data.negatives import Negatives, add_empty_masks, unused_words
-from vlsm.data.records import choose_prompt
+from vlsm.data.records import choose_prompt, is_text
 from vlsm.metrics import counted_pixels, dsc, iou, is_alarm
 from vlsm.model import build
 from vlsm.networks.weights import image_side, is_random
@@ -271,6 +271,13 @@ def open_data(args, splits, side):
         )
     counts = ", ".join(f"{len(split)} {name}" for name, split in data.items())
     say(f"{args.dataset}: {counts} records at {side} x {side}")
+    words = {record.class_word for record in data["train"].records}
+    if len(words) > 1 and is_text(args.prompts):
+        say(
+            f"--prompts '{args.prompts}' is one text for {len(words)} classes, which it cannot tell apart; "
+            "leave it out.",
+            file=sys.stderr,
+        )
     return data
 
 

@@ -80,3 +80,16 @@ def test_a_wrong_dataset_json_is_a_sentence(cli, scans, tmp_path):
         (scans / "dataset.json").write_text(json.dumps({"labels": labels}))
         code, _, err = cli("train", "--dataset", scans, "--weights", "mini", "--out", tmp_path / "x")
         assert code == 2 and "dataset.json" in err and word in err and "Traceback" not in err
+
+
+def test_a_text_for_several_classes_and_a_run_without_bad_records(cli, scans, tmp_path):
+    for split in ("train", "test"):
+        next((scans / split / "masks").glob("*.png")).unlink()
+    small = ["--weights", "mini", "--image-size", 48, "--batch-size", 8, "--dim", 8, "--epochs", 1]
+    ask = ("train", "--dataset", scans, *small, "--prompts", "a thing", "--out", tmp_path / "run")
+    code, _, err = cli(*ask)
+    assert code == 2 and "image without mask" in err and "--skip-bad" in err
+    code, said, err = cli(*ask, "--skip-bad")
+    assert code == 0 and "'a thing' is one text for 2 classes" in err and "dropped 1 of" in said, err
+    code, said, err = cli("evaluate", "--ckpt", tmp_path / "run")
+    assert code == 0 and "dropped 1 of" in said, err

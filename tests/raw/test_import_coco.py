@@ -8,7 +8,7 @@ from PIL import Image
 
 from vlsm.data.images import NeedsPackage
 from vlsm.raw.download import Download
-from vlsm.raw.formats import coco
+from vlsm.raw.formats import coco, importing
 
 SIZE = (37, 53)
 
@@ -192,13 +192,21 @@ def test_files_of_one_name_in_several_folders(tmp_path):
     assert "images[2]: unusable (2 image files fit its name '4.png'" in skipped
 
 
-def test_what_is_no_coco(tmp_path, monkeypatch):
-    write(tmp_path / "labels.json", {"labels": []})
-    with pytest.raises(ValueError, match="no JSON file of COCO's form.* It holds labels.json"):
-        read(tmp_path)
-    write(tmp_path / "cut.json", '{"images": [')
-    with pytest.raises(ValueError, match="'cut.json' is not valid JSON"):
-        read(tmp_path)
+@pytest.mark.parametrize("name", importing.LAYOUTS)
+def test_what_is_not_of_the_format(tmp_path, name):
+    assert importing.LAYOUTS.keys() == importing.FORMATS.keys()
+    write(tmp_path / "src/cut.json", '{"images": [')
+    options = dict(classes={"polyp": (255, 0, 0)}) if name == "masks-from-colours" else {}
+    with pytest.raises(ValueError) as error:
+        importing.import_dataset(name, tmp_path / "src", tmp_path / "out", **options)
+    for words in (f"--import {name} found no image", importing.LAYOUTS[name], "It holds cut.json"):
+        assert words in str(error.value)
+    read_as_json = name in ("coco", "cvat", "labelme", "label-studio")
+    assert ("'cut.json' is not valid JSON" in str(error.value)) == read_as_json
+    assert not (tmp_path / "out").exists()
+
+
+def test_polygons_need_pycocotools(tmp_path, monkeypatch):
     save(tmp_path / "1.png")
     write(tmp_path / "coco.json", content([image(1, "1.png")], [labels(1, 1, [SQUARE])]))
     monkeypatch.setitem(__import__("sys").modules, "pycocotools", None)

@@ -90,7 +90,6 @@ def test_images_as_they_are(tmp_path):
         ({"background": 0, "liver": "one"}, "'labels' should be as in"),
         ({"background": 0, "liver": True}, "'labels' should be as in"),
         (["liver"], "'labels' should be an object"),
-        ({"background": 0}, "no dataset.json, or no imagesTr"),
     ],
 )
 def test_classes_that_cannot_be_right(tmp_path, labels, message):

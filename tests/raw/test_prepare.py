@@ -273,7 +273,7 @@ def test_the_look_at_a_data_set(prepared, cli, tmp_path):
         f"{train[1]['img_name']})" in said
     )
     assert said.count("NOTE") == 1  # an equal image has its warning
-    assert f"UNREADABLE: 1 ({train[2]['img_name']}" in said
+    assert f"UNUSABLE: 1 ({train[2]['img_name']}" in said
     empty = sum(int(line.split(":")[1]) for line in said.splitlines() if "empty masks" in line)
     assert empty in (0, 1) and Image.open(out).width == round(
         figures.DPI * (figures.GAP + 2 * (figures.CELL + figures.GAP))

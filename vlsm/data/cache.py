@@ -285,7 +285,7 @@ def _cache_key(records, size):
     """Return a hash of the size and of every file's path, length and modification time."""
     stamps = []
     for record in records:
-        stamp = list(map(_stamp, record.files))
+        stamp = [record.problem, *map(_stamp, record.files)]
         if isinstance(record.mask, LabelMask):
             stamp += [record.mask.value, record.mask.ignore]
         if isinstance(record.mask, MaskUnion):

@@ -50,6 +50,8 @@ def inspect_splits(splits):
         owners = set(first)
         for i, record in enumerate(progress(records, f"checking {split}")):
             try:
+                if record.problem:
+                    raise ImageError(record.name, record.problem)
                 if i in owners:
                     shapes[image_of[i]] = _add_image(summary, record)
                 mask = read_mask(record.mask)
@@ -58,8 +60,9 @@ def inspect_splits(splits):
                 summary.areas.append(float(mask.mean()))
                 summary.sides.append(least_side(mask))
                 summary.inverted += touches_corners(mask)
-            except (ImageError, OSError):
-                summary.unreadable.append(record.name)
+            except (ImageError, OSError) as error:
+                reason = error.reason if isinstance(error, ImageError) else "missing"
+                summary.unreadable.append(f"{record.name} ({reason})")
             summary.prompts.update(record.prompts.keys())
             summary.classes[record.class_word] += 1
             summary.words += [len(text.split()) for text in prompt_texts(record)]
@@ -166,7 +169,7 @@ def _describe(summary):
         words = f"{np.mean(summary.words):.1f} words on average, {max(summary.words)} at most"
         lines.append(f"  prompts: {', '.join(keys)}; {words}")
     if summary.unreadable:
-        lines.append(f"  UNREADABLE: {len(summary.unreadable)} ({first_few(summary.unreadable)})")
+        lines.append(f"  UNUSABLE: {len(summary.unreadable)} ({first_few(summary.unreadable)})")
     return lines
 
 
@@ -183,6 +186,7 @@ def sheet_rows(splits):
     rows = []
     most = max(1, SHEET_ROWS // len(splits))
     for split, records in splits.items():
+        records = [record for record in records if not record.problem]
         places = np.linspace(0, len(records) - 1, min(len(records), most)).round()
         for i in places.astype(int):
             record = records[i]

@@ -9,7 +9,7 @@ from vlsm.data.classes import add_spacing, find_group, find_labels, label_record
 from vlsm.data.images import image_files, left_out, say_left_out
 from vlsm.data.judge import judge_masks
 from vlsm.data.pairing import paired_records, records_without_mask, stem_of
-from vlsm.data.records import group_of, mark_absent, refuse_idle_pattern
+from vlsm.data.records import group_names, group_of, mark_absent, refuse_idle_pattern
 from vlsm.system.console import first_few, say_once
 from vlsm.system.files import hash_of, read_lines
 
@@ -24,6 +24,7 @@ SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
 FEW_GROUPS = 60  # fewer are split by rank; of so many each keeps its split when others are added
 SUBFOLDERS = 5  # so many subfolders of images/ or more are patients, each of which stays in one split
 # The group in an image's name: its first folder below that of the split, or all its folders
+FIRST_FOLDER = "(?:(?:train|val|test)/)?([^/]+)/"  # as an import writes it: of a volume
 IN_SPLIT = rf"(?i:^(?:{'|'.join(name for names in SPLIT_NAMES.values() for name in names)})/)?"
 FOLDER_GROUPS = {f"{IN_SPLIT}([^/]+)/": "folders", f"{IN_SPLIT}(.+)/": "folders in folders"}
 FORMATS = {  # what lies in a folder without masks/ -> the format of --import that reads it
@@ -81,7 +82,8 @@ def folder_splits(root, rules, wanted=tuple(SHARES)):
             if folder:
                 parts[split] = _folder_records(folder, rules.no_mask_is_empty)
     else:
-        parts = _own_splits(root, _folder_records(root, rules.no_mask_is_empty))
+        rows = _folder_records(root, rules.no_mask_is_empty)
+        parts = named_splits(rows, _listed_splits(root, rows), root)
     places = {split: (folder or folders["train"] or root, root) for split, folder in folders.items()}
     labels = {split: find_labels(*place) for split, place in places.items()}
     every = [record for rows in parts.values() for record in rows]
@@ -202,11 +204,6 @@ def _class_folders(images, masks):
 # Splits
 
 
-def _own_splits(root, rows):
-    """Return {split: records} as lists of files or subfolders of images/ tell it; else {"": all records}."""
-    return named_splits(rows, _listed_splits(root, rows), root)
-
-
 def named_splits(rows, split_of=None, root=""):
     """Return {split: records} by {image's name: split}, else by subfolders' names, else {"": records}."""
     if not split_of:
@@ -277,11 +274,11 @@ def divide(parts, rules, place):
     if rules.seed and not rules.fold and "" not in parts and "val" in parts:
         say_once(f"seed {place}", f"'{place}' has a split of its own: --split-seed has no effect.")
     if rules.fold:
-        splits = _held_out(parts, rules, pattern, place)
+        splits = _held_out(parts, rules, place)
     elif "" in parts:
-        splits = _shared_out(parts[""], SHARES, rules.seed, pattern)
+        splits = _shared_out(parts[""], SHARES, rules.seed)
     elif "val" not in parts and "train" in parts:
-        splits = parts | _shared_out(parts["train"], {"val": 0.1, "train": 0.9}, rules.seed, pattern)
+        splits = parts | _shared_out(parts["train"], {"val": 0.1, "train": 0.9}, rules.seed)
     else:
         splits = parts
     if pattern:
@@ -305,22 +302,22 @@ def default_group(records):
     return None
 
 
-def _by_group(records, seed, pattern):
-    """Return {group: its records}, ordered by a hash of the group's name."""
-    groups = defaultdict(list)
-    for record in records:
-        groups[group_of(record.name, pattern)].append(record)
-    return dict(sorted(groups.items(), key=lambda item: _unit_hash(item[0], seed)))
+def _ordered_groups(records, seed):
+    """Return the names of the records' groups, ordered by a hash."""
+    return sorted(set(group_names(records)), key=lambda name: _unit_hash(name, seed))
 
 
-def _shared_out(records, shares, seed, pattern):
+def _shared_out(records, shares, seed):
     """Split records by groups, {split: share}; few groups by rank, so that no split is empty."""
-    groups = _by_group(records, seed, pattern)
-    names = list(groups)
+    names = _ordered_groups(records, seed)
     chosen = _by_hash(names, shares, seed)
     if len(names) < FEW_GROUPS or not all(chosen.values()):
         chosen = _by_rank(names, shares)
-    return {split: [row for name in of_split for row in groups[name]] for split, of_split in chosen.items()}
+    split_of = {name: split for split, of_split in chosen.items() for name in of_split}
+    splits = {split: [] for split in shares}
+    for record, name in zip(records, group_names(records)):
+        splits[split_of[name]].append(record)
+    return splits
 
 
 def _by_hash(names, shares, seed):
@@ -350,46 +347,41 @@ def _by_rank(names, shares):
     return chosen
 
 
-def _held_out(parts, rules, pattern, place):
+def _held_out(parts, rules, place):
     """Return the splits of a fold, see `divide`."""
     held, count = rules.fold
     pool = [record for split, rows in parts.items() if split != "test" for record in rows]
-    groups = _by_group(pool, rules.seed, pattern)
-    if count > len(groups) or count < 3 and "test" not in parts:
+    names = _ordered_groups(pool, rules.seed)
+    if count > len(names) or count < 3 and "test" not in parts:
         raise ValueError(
-            f"--fold {held}/{count}: '{place}' has {len(groups)} groups. A fold needs one, and without a "
-            "test split of its own there must be 3 folds: one tests, the next one validates."
+            f"--fold {held}/{count}: '{place}' has {len(names)} groups. A fold needs one, and without a test "
+            "split of its own there must be 3 folds: one tests, the next one validates."
         )
-    folds = [[] for _ in range(count)]
-    for rank, rows in enumerate(groups.values()):
-        folds[rank % count] += rows
-    out = folds[held - 1]
+    role_of = {held - 1: "test", held % count: "val"}
+    splits = {"train": [], "val": [], "test": []}
     if "test" in parts:
-        rest = [row for fold in folds if fold is not out for row in fold]
-        return {"train": rest, "val": out, "test": parts["test"]}
-    val = folds[held % count]
-    rest = [row for fold in folds if fold is not out and fold is not val for row in fold]
-    return {"train": rest, "val": val, "test": out}
-
-
-def shared_groups(splits, pattern):
-    """Return {group: splits} of the groups that are in several splits, {split: records}."""
-    places = defaultdict(list)
-    for split, records in splits.items():
-        for group in dict.fromkeys(group_of(record.name, pattern) for record in records):
-            places[group].append(split)
-    return {group: found for group, found in places.items() if len(found) > 1}
+        role_of = {held - 1: "val"}
+        splits["test"] = parts["test"]
+    fold_of = {name: rank % count for rank, name in enumerate(names)}
+    for record, name in zip(pool, group_names(pool)):
+        splits[role_of.get(fold_of[name], "train")].append(record)
+    return splits
 
 
 def _tell_of_groups(splits, pattern, place):
     """Say once how many groups the splits have, and of groups in several of them."""
-    counts = [f"{len(_by_group(rows, 0, pattern))} {split}" for split, rows in splits.items()]
-    words = FOLDER_GROUPS.get(pattern, f"matches of '{pattern}'")
+    splits_of = defaultdict(list)
+    counts = []
+    for split, records in splits.items():
+        groups = set(group_names(records))
+        counts.append(f"{len(groups)} {split}")
+        for group in groups:
+            splits_of[group].append(split)
+    words = {**FOLDER_GROUPS, FIRST_FOLDER: "folders"}.get(pattern, f"matches of '{pattern}'")
     line = f"'{place}': split by groups, {words}: {', '.join(counts)}."
-    shared = shared_groups(splits, pattern)
+    shared = sorted(f"{group} in {' and '.join(of)}" for group, of in splits_of.items() if len(of) > 1)
     if shared:
-        names = first_few([f"{group} in {' and '.join(found)}" for group, found in shared.items()])
-        line += f" WARNING: {len(shared)} are in two splits ({names}): scores would be too good."
+        line += f" WARNING: {len(shared)} are in two splits ({first_few(shared)}): scores would be too good."
     say_once(f"groups {place}", line)
 
 

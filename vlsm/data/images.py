@@ -26,6 +26,8 @@ GREY_TO = 223
 ONE_VALUE = (5e-4, 0.02)  # the pixels of one grey value
 ALL_VALUES = (5e-3, 0.2)  # the pixels of all grey values together
 WHITE_FROM = 248  # of 255
+SMALLEST_NUMBERS = 2  # class numbers beside white, however few their pixels
+FEW_PIXELS = 4  # of one grey value beside white: fewer are noise
 FEW_NUMBERS = 8  # up to so many values, or colours, are somebody's; compression and smoothing leave more
 SHADE = 48  # of 255, in a channel: flat colours that differ by more are two colours
 APART = 64  # of 255: colours that differ by more in a channel are two colours, not one and its noise
@@ -450,22 +452,35 @@ def _grey_values(values):
 
 
 def _exact_values(values):
-    """Return the values (of 0..255) between black and white of an image without noise, the largest first.
+    """Return the class numbers among the values (of 0..255) of an image without noise, the largest first.
 
-    Compression and smoothing leave many values; a few beside one white are somebody's, however rare.
+    Compression and smoothing leave many values. Beside one white a few may be somebody's, however rare: the
+    smallest numbers, and grey of some pixels; dark ones from 4 on are known as noise, of ClinicDB's masks.
     """
-    levels = np.unique(values)
+    levels, counts = np.unique(values, return_counts=True)
     if len(levels) > 2 + FEW_NUMBERS or levels[0] != 0 or (levels >= WHITE_FROM).sum() != 1:
         return levels[:0]
-    return levels[1:-1][::-1]
+    small = levels <= SMALLEST_NUMBERS
+    grey = (levels >= GREY_FROM) & (counts >= FEW_PIXELS)
+    return levels[1:-1][(small | grey)[1:-1]][::-1]
 
 
 def _class_numbers(values):
-    """Return the dark values (of 0..255) if there is nothing bright: class numbers, the largest first."""
+    """Return the dark values (of 0..255) that must be class numbers, the largest first.
+
+    They are if there is nothing bright, or if few values have many pixels beside one value of white:
+    compression leaves many values, at both ends.
+    """
     dark = values[(values > 0) & (values < GREY_FROM)]
-    if (values > GREY_TO).any() or len(dark) <= ONE_VALUE[0] * values.size:
-        return dark[:0]
-    return np.unique(dark)[::-1]
+    numbers = np.unique(dark)[::-1]
+    bright = values[values > GREY_TO]
+    if not bright.size and len(dark) > ONE_VALUE[0] * values.size:
+        return numbers
+    many = len(dark) > max(ALL_VALUES[0] * values.size, ALL_VALUES[1] * len(bright))
+    one_white = bright.size and bright.min() == bright.max()
+    if many and one_white and len(numbers) <= FEW_NUMBERS and values.min() == 0:
+        return numbers
+    return numbers[:0]
 
 
 def mask_image(mask):

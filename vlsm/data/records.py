@@ -200,7 +200,7 @@ def choose_prompt(record, mode, *seed):
                 '--prompts random: these images came without prompts. Give one for all: --prompts "a polyp".'
             )
         key = keys[rng.integers(len(keys))]
-    elif re.fullmatch(r"p\d+", mode):
+    elif not is_text(mode):
         key = mode
         if key not in prompts:
             known = ", ".join(prompts) or "none"
@@ -214,6 +214,11 @@ def choose_prompt(record, mode, *seed):
     if isinstance(value, str):
         return value
     return value[rng.integers(len(value))]
+
+
+def is_text(mode):
+    """Tell whether a mode of `choose_prompt` is itself the prompt."""
+    return mode not in ("random", "class") and not re.fullmatch(r"p\d+", mode)
 
 
 def prompt_texts(record):

@@ -3,7 +3,6 @@
 import gzip
 import math
 import re
-import struct
 import zipfile
 import zlib
 from collections import defaultdict
@@ -15,14 +14,9 @@ import numpy as np
 
 from vlsm.data.images import EXTENSIONS, HIDDEN, ImageError, NeedsPackage, open_image, read_image, read_mask
 from vlsm.system.console import first_few
-from vlsm.system.files import leaves_folder
 
-# Errors that damaged files and archives raise: encrypted, of an unknown compression, cut off, of wrong types.
-UNREADABLE = (
-    OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, NotImplementedError, MemoryError,
-    ArithmeticError, zlib.error, zipfile.BadZipFile, struct.error,
-)  # fmt: skip
 LIMIT = 1 << 30  # bytes of a file in an archive
+MOST_PIXELS = 1 << 28  # of a mask; pycocotools does not survive a size that memory cannot hold
 
 
 @dataclass
@@ -148,7 +142,7 @@ class Download:
             raise
         except ImageError as error:
             self.skip(name, f"unusable ({error.reason})")
-        except UNREADABLE as error:
+        except Exception as error:  # decoders and broken annotations raise many types
             self.skip(name, f"unusable ({str(error) or type(error).__name__})")
 
     def image(self, name):
@@ -167,19 +161,18 @@ class Download:
         return labels
 
 
-def checked_class(word):
-    """Return a class's word without blanks around it. Raises ValueError unless it can name a folder."""
-    text = word.strip() if isinstance(word, str) else ""
-    if not text or "/" in text or leaves_folder(text):
-        raise ValueError(f"its class {word!r} cannot name a folder; rename the class")
-    return text
+def checked_size(height, width):
+    """Return (height, width). Raises ValueError if no image has that size."""
+    whole = isinstance(height, int) and isinstance(width, int)
+    if not whole or min(height, width) < 1 or height * width > MOST_PIXELS:
+        raise ValueError(f"{width} x {height} pixels is no size of an image")
+    return height, width
 
 
 # Formats other than ordinary images
 
 
 MHD_TYPES = {"MET_UCHAR": "<u1", "MET_USHORT": "<u2", "MET_SHORT": "<i2", "MET_FLOAT": "<f4"}
-MOST_PIXELS = 1 << 28  # of a mask in run lengths; pycocotools does not survive a size that memory cannot hold
 
 
 def read_mhd(download, name):
@@ -195,18 +188,21 @@ def read_mhd(download, name):
     return pixels[: math.prod(size)].reshape(size[::-1])
 
 
-def read_nifti(download, name):
-    """Return the pixels of a NIfTI file, rows first. Raises NeedsPackage without nibabel."""
+def open_nifti(download, name):
+    """Return a NIfTI file as nibabel's image. Raises NeedsPackage without nibabel."""
     try:
         import nibabel
     except ImportError:
-        raise NeedsPackage(
-            name, "it is a NIfTI file: pip install nibabel. (CAMUS's .mhd files are read without it)"
-        ) from None
+        raise NeedsPackage(name, "it is a NIfTI file: pip install nibabel") from None
     data = download.read(name)
-    if name.endswith(".gz"):
+    if name.lower().endswith(".gz"):
         data = gzip.decompress(data)
-    return np.asarray(nibabel.Nifti1Image.from_bytes(data).dataobj).T
+    return nibabel.Nifti1Image.from_bytes(data)
+
+
+def read_nifti(download, name):
+    """Return the pixels of a NIfTI file, rows first. Raises NeedsPackage without nibabel."""
+    return np.asarray(open_nifti(download, name).dataobj).T
 
 
 def decode_run_lengths(counts, size, name):
@@ -218,9 +214,7 @@ def decode_run_lengths(counts, size, name):
         from pycocotools import mask as coco
     except ImportError:
         raise NeedsPackage(name, "its masks are COCO's run lengths: pip install pycocotools") from None
-    height, width = size
-    if min(size) < 1 or height * width > MOST_PIXELS:
-        raise ValueError(f"{width} x {height} pixels is no size of an image")
+    height, width = checked_size(*size)
     mask = coco.decode(dict(size=size, counts=counts))
     if coco.encode(mask)["counts"].decode() != counts:  # of too few, decode leaves pixels uninitialised
         raise ValueError(f"run lengths that do not fill {width} x {height} pixels")

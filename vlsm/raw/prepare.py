@@ -6,14 +6,13 @@ import io
 import json
 import random
 import shutil
-from collections import defaultdict
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
 
 from vlsm.data.describe import describe
-from vlsm.data.images import mask_image, read_image
+from vlsm.data.images import mask_image
 from vlsm.data.records import read_annotations
 from vlsm.raw.download import Download
 from vlsm.raw.readers import READERS
@@ -77,12 +76,18 @@ class Writer:
         staged.write_bytes(data)
         self.waiting[path] = staged
 
-    def png(self, name, pixels):
-        """Write pixels: uint8, or bool as 0 and 255."""
-        image = mask_image(pixels) if pixels.dtype == bool else Image.fromarray(pixels)
-        data = io.BytesIO()
-        image.save(data, format="PNG")
-        self.write(name, data.getvalue())
+    def image(self, name, download, image):
+        """Write an image below images/: a file of a download as it is, or pixels as PNG."""
+        data = download.read(image) if isinstance(image, str) else encode_png(image)
+        self.write(PurePosixPath("images", name), data)
+
+    def json(self, name, value):
+        """Write a value as JSON."""
+        self.write(name, json.dumps(value, indent=1).encode())
+
+    def describe(self):
+        """Say how many files were written."""
+        return f"  files in '{self.root}': {self.written} written, {len(self.unchanged)} unchanged"
 
     def outdated(self):
         """Return the files that an earlier run wrote and this one does not. Raises ValueError for others."""
@@ -113,6 +118,26 @@ class Writer:
         self.written = len(self.waiting)
 
 
+def encode_png(pixels):
+    """Return the bytes of a PNG of pixels: uint8, or bool as 0 and 255."""
+    image = mask_image(pixels) if pixels.dtype == bool else Image.fromarray(pixels)
+    data = io.BytesIO()
+    image.save(data, format="PNG")
+    return data.getvalue()
+
+
+def colour_pixels(download, image):
+    """Return the pixels `[H, W, 3]` of an image: a file of a download, or pixels."""
+    pixels = download.image(image) if isinstance(image, str) else image
+    return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, 2)
+
+
+def check_size(pixels, mask):
+    """Raise ValueError if an image and its mask differ in size."""
+    if mask.shape != pixels.shape[:2]:
+        raise ValueError(f"image and mask differ in size, {pixels.shape[:2]} and {mask.shape}")
+
+
 def prepare(name, source, root, anns=None, descriptions=(), overwrite=False):
     """Read the download `source` of a data set, write its folder `root`, and return its splits.
 
@@ -127,12 +152,10 @@ def prepare(name, source, root, anns=None, descriptions=(), overwrite=False):
     refuse_inside(download, root)
     with Writer(root, overwrite) as writer:
         entries = _write_samples(name, download, writer, descriptions, made=anns is None)
-        skipped = describe_skipped(download)
         if not entries:
-            content = "\n".join([first_few(download.names, 5) or "nothing", *skipped])
             raise ValueError(
-                f"'{source}' does not look like {name}'s download: no image with a usable mask was found. It "
-                f"holds {content}"
+                f"'{source}' does not look like {name}'s download: no image with a usable mask was found. "
+                f"{describe_content(download)}"
             )
         splits = _write_splits(name, writer, entries) if anns is None else _published(anns, writer, entries)
         outdated = [file for file in sorted(Path(root).glob("anns/*.json")) if file.stem not in splits]
@@ -141,8 +164,8 @@ def prepare(name, source, root, anns=None, descriptions=(), overwrite=False):
     counts = ", ".join(f"{len(rows)} {split}" for split, rows in splits.items())
     say(f"{name}: {len(images)} images and {len(entries)} masks from '{source}'")
     say(f"  records: {counts} ({'published' if anns else 'made here'})")
-    say(f"  files in '{root}': {writer.written} written, {len(writer.unchanged)} unchanged")
-    for line in skipped:
+    say(writer.describe())
+    for line in describe_skipped(download):
         say(line)
     return splits
 
@@ -165,6 +188,12 @@ def describe_skipped(download):
     return lines
 
 
+def describe_content(download):
+    """Say what a download holds of which nothing could be used."""
+    names = first_few(download.names, 5) or "nothing"
+    return "\n".join([f"It holds {names}", *describe_skipped(download)])
+
+
 def _write_samples(name, download, writer, descriptions, made):
     """Write all images and masks, and return an entry for each mask.
 
@@ -177,17 +206,19 @@ def _write_samples(name, download, writer, descriptions, made):
         for sample in READERS[name](download):
             bar.update()
             with download.skipping(sample.name):
-                data, pixels = _write_image(download, writer, sample, made)
+                pixels = colour_pixels(download, sample.image)
+                writer.image(PurePosixPath(sample.subfolder, sample.name), download, sample.image)
                 group = sample.group or f"{sample.subfolder}/{sample.name}"
-                equal = group_of.setdefault(digest(data, 16), group)
+                equal = group_of.setdefault(digest(pixels.tobytes(), 16), group)
                 group = group_of.setdefault(group, equal)
                 rows = []
                 for mask_name, mask, word in sample.masks:
-                    if pixels is not None and mask.shape != pixels.shape[:2]:
-                        sizes = f"{pixels.shape[:2]} and {mask.shape}"
-                        raise ValueError(f"image and mask differ in size, {sizes}")
-                    writer.png(PurePosixPath("masks", sample.subfolder, mask_name), mask)
-                    prompts = _make_prompts(name, pixels, mask, word, descriptions) if made else None
+                    prompts = {"p0": "", "p1": word}
+                    if made:
+                        check_size(pixels, mask)
+                    if made and name not in CLASS_WORD_ONLY:
+                        prompts = describe(pixels, mask, word, descriptions)
+                    writer.write(PurePosixPath("masks", sample.subfolder, mask_name), encode_png(mask))
                     rows.append(
                         dict(
                             img_name=sample.name,
@@ -202,34 +233,12 @@ def _write_samples(name, download, writer, descriptions, made):
     return entries
 
 
-def _write_image(download, writer, sample, decode):
-    """Write a sample's image; returns (its bytes, pixels `[H, W, 3]` or None unless `decode`)."""
-    target = PurePosixPath("images", sample.subfolder, sample.name)
-    if isinstance(sample.image, str):
-        data = download.read(sample.image)
-        pixels = read_image(data, sample.image) if decode else None
-        writer.write(target, data)
-        return data, pixels
-    pixels = sample.image
-    writer.png(target, pixels)
-    if pixels.ndim == 2:
-        pixels = np.repeat(pixels[..., None], 3, 2)
-    return pixels.tobytes(), pixels
-
-
-def _make_prompts(name, pixels, mask, word, descriptions):
-    """Return the prompts of a mask of a data set."""
-    if name in CLASS_WORD_ONLY:
-        return dict(p0="", p1=word)
-    return describe(pixels, mask, word, descriptions)
-
-
 def _write_splits(name, writer, entries):
     """Split the records, and write annotation files of them; returns the splits."""
     splits = draw_splits(name, entries)
     for split, rows in splits.items():
         records = [{key: entry[key] for key in ("img_name", "mask_name", "prompts")} for entry in rows]
-        writer.write(f"anns/{split}.json", json.dumps(records, indent=1).encode())
+        writer.json(f"anns/{split}.json", records)
     return splits
 
 
@@ -239,29 +248,21 @@ def draw_splits(name, entries):
     An entry's own split counts. The others are drawn from a fixed seed in the published shares, by groups: no
     image (of CAMUS and CheXlocalize: no patient) is in two splits.
     """
-    groups = defaultdict(list)
-    for entry in entries:
-        groups[entry["split"], entry["group"]].append(entry)
-    free = sorted(group for fixed, group in groups if fixed is None)
+    free = sorted({entry["group"] for entry in entries if entry["split"] is None})
     random.Random(SEED).shuffle(free)
     train, val, test = SIZES.get(name, (1, 0, 0))  # test sets have no records to draw
-    if any(fixed == "test" for fixed, _ in groups):
+    if any(entry["split"] == "test" for entry in entries):
         test = 0
     total = train + val + test
     train_end = round(len(free) * train / total)
     val_end = round(len(free) * (train + val) / total)
-    drawn = {"train": free[:train_end], "val": free[train_end:val_end], "test": free[val_end:]}
-    splits = {}
-    for split, names in drawn.items():
-        rows = []
-        for group in sorted(names):
-            rows += groups[None, group]
-        for (fixed, _), group_rows in groups.items():
-            if fixed == split:
-                rows += group_rows
-        if rows:
-            splits[split] = rows
-    return splits
+    split_of = dict.fromkeys(free, "test")
+    split_of.update(dict.fromkeys(free[:val_end], "val"))
+    split_of.update(dict.fromkeys(free[:train_end], "train"))
+    splits = {"train": [], "val": [], "test": []}
+    for entry in sorted(entries, key=lambda entry: entry["group"]):
+        splits[entry["split"] or split_of[entry["group"]]].append(entry)
+    return {split: rows for split, rows in splits.items() if rows}
 
 
 def _published(folder, writer, entries):
@@ -269,8 +270,7 @@ def _published(folder, writer, entries):
 
     Raises ValueError if there are none, or records lack their files.
     """
-    images = {_without_suffix(entry["img_name"]) for entry in entries}
-    masks = {_without_suffix(entry["mask_name"]) for entry in entries}
+    pairs = {_pair(entry) for entry in entries}
     splits = {}
     missing = []
     for split in ("train", "val", "test"):
@@ -279,8 +279,7 @@ def _published(folder, writer, entries):
             continue
         splits[split] = read_annotations(file)
         for record in splits[split]:
-            has_image = _without_suffix(record["img_name"]) in images
-            if not has_image or _without_suffix(record["mask_name"]) not in masks:
+            if _pair(record) not in pairs:
                 missing.append(record["mask_name"])
         writer.write(f"anns/{split}.json", file.read_bytes())
     if not splits:
@@ -293,9 +292,9 @@ def _published(folder, writer, entries):
     return splits
 
 
-def _without_suffix(name):
-    """Return a file's name without its suffix: the published one may differ from the prepared one."""
-    return PurePosixPath(name).with_suffix("")
+def _pair(record):
+    """Return the names of image and mask, without suffixes: published ones may differ from prepared ones."""
+    return tuple(PurePosixPath(record[key]).with_suffix("") for key in ("img_name", "mask_name"))
 
 
 def read_descriptions(file):

@@ -24,7 +24,9 @@ def main(argv=None):
         metavar="K",
         help="K runs, each tested on another part of the data",
     )
-    parser.add_argument("--out", help="folder of the runs (default: runs/<dataset>-<method>-...-seeds)")
+    parser.add_argument(
+        "--out", help="folder of the runs (default: runs/<dataset>-<method>-...-seeds or -folds)"
+    )
     parser.add_argument("--resume", action="store_true", help="continue runs that were begun")
     parser.add_argument("train", nargs="*", metavar="-- OPTIONS", help="options of train.py")
     args = parser.parse_args(argv)

@@ -323,6 +323,7 @@ def describe_run(model, data, side, settings, recipe_fields):
         group=settings["group"],
         fold=settings["fold"],
         no_mask_is_empty=settings["no_mask_is_empty"],
+        skip_bad=settings["skip_bad"],
         prompts=settings["prompts"],
         image_size=side,
         mean=model.network.mean,

@@ -4,8 +4,6 @@ import io
 
 import numpy as np
 
-DIGIT = ord("0")
-
 
 def decode_brush(numbers, size):
     """Return the mask bool `[H, W]` of run lengths: bytes, as a list of numbers.
@@ -16,9 +14,9 @@ def decode_brush(numbers, size):
     """
     height, width = size
     values = np.zeros(4 * height * width, np.uint8)
-    bits = np.unpackbits(np.frombuffer(bytes(list(numbers)), np.uint8))
+    digits = [f"{byte:08b}" for byte in bytes(list(numbers))]
     try:
-        _fill(values, io.BytesIO(bits + DIGIT))
+        _fill(values, io.StringIO("".join(digits)))
     except ValueError:
         raise ValueError(f"run lengths that do not fill {width} x {height} pixels") from None
     alpha = values[3::4].reshape(size)
@@ -28,19 +26,16 @@ def decode_brush(numbers, size):
 def _fill(values, stream):
     """Fill an array from a stream of digits, which int() reads faster than NumPy adds up so few bits."""
     count = _number(stream, 32)
-    if count != len(values) or stream.read(5) != b"00111":  # eight bits a value
+    if count != len(values) or stream.read(5) != "00111":  # eight bits a value
         raise ValueError
     bit_sizes = [_number(stream, 4) + 1 for _ in range(4)]
     start = 0
     while start < len(values):
-        repeated = stream.read(1) == b"1"
+        repeated = stream.read(1) == "1"
         bit_size = bit_sizes[_number(stream, 2)]
         end = start + _number(stream, bit_size) + 1
-        if repeated or end - start == 1:
-            values[start:end] = _number(stream, 8)
-        else:
-            digits = np.frombuffer(stream.read(8 * (end - start)), np.uint8)
-            values[start:end] = np.packbits(digits - DIGIT)
+        count = 1 if repeated else end - start
+        values[start:end] = [_number(stream, 8) for _ in range(count)]
         start = end
 
 

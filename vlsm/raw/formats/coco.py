@@ -5,35 +5,24 @@ from functools import partial
 import numpy as np
 
 from vlsm.data.images import NeedsPackage
-from vlsm.raw.download import decode_run_lengths
+from vlsm.raw.download import checked_size, decode_run_lengths
 from vlsm.raw.formats.paths import find_image, paths_by_name, split_of
-from vlsm.raw.formats.shapes import checked_size, draw_objects
-from vlsm.system.console import first_few
+from vlsm.raw.formats.shapes import draw_objects
 from vlsm.system.files import field, parse_json
 
 
 def read(download):
-    """Yield the images of COCO's files; those without an object are healthy.
-
-    Raises ValueError if there is no such file.
-    """
+    """Yield the images of COCO's files; those without an object are healthy."""
     paths = paths_by_name(download)
-    count = 0
     for file, _ in download.find(r"[^/]+\.json"):
         with download.skipping(file):
             content = parse_json(download.read(file), file)
             if not {"images", "annotations"} <= content.keys():
                 continue
-            count += 1
             if any(isinstance(item, dict) and item.get("segmentation") for item in content["annotations"]):
                 yield from _images_of_file(download, paths, file, content)
             else:  # its images would pass for healthy
                 download.skip(file, "no segmentation, only boxes, keypoints or captions")
-    if not count:
-        raise ValueError(
-            f"'{download.path}' holds no JSON file of COCO's form, an object of images, annotations and "
-            f"categories. It holds {first_few(download.names)}. {' '.join(download.skipped)}"
-        )
 
 
 def _images_of_file(download, paths, file, content):
@@ -107,6 +96,6 @@ def draw_polygons(rings, size, file):
 
 def fill_runs(runs, shape):
     """Return runs of False and True in turn as bool of a shape. Raises ValueError unless they fill it."""
-    if min(runs, default=-1) < 0 or sum(runs) != shape[0] * shape[1]:
+    if sum(runs) != shape[0] * shape[1]:
         raise ValueError(f"run lengths that do not fill {shape} pixels")
     return np.repeat(np.arange(len(runs)) % 2 > 0, runs).reshape(shape)

@@ -1,16 +1,15 @@
 """Masks in colours: images/ beside masks/ or labels/ with files of equal paths, and each class's colour."""
 
-import posixpath
 import re
-from pathlib import PurePosixPath
 
 import numpy as np
 
-from vlsm.data.images import FEW_NUMBERS, colour_distance, common_colour, count_colours
-from vlsm.raw.download import LabelledImage, checked_class
-from vlsm.system.console import first_few
+from vlsm.data.images import EXTENSIONS, FEW_NUMBERS, colour_distance, common_colour, count_colours
+from vlsm.raw.download import LabelledImage
+from vlsm.raw.formats.label_maps import checked_class
+from vlsm.raw.formats.paths import name_below
 
-IMAGE = r"(?P<stem>.+)\.(?:jpe?g|png|tiff?|bmp|webp)"
+IMAGE = rf"(?P<stem>.+)(?:{'|'.join(EXTENSIONS)})"
 FORM = '--classes "polyp=255,0,0;tool=0,255,0"'
 BACKGROUND = ""  # the class of black
 BLACK = (0, 0, 0)  # background, unless it is a class's colour
@@ -58,28 +57,19 @@ def colour_masks(pixels, classes, tolerance=TOLERANCE, most_unknown=MOST_UNKNOWN
         count = (colour_distance(unknown, colour) <= 16).sum()
         if flat or count > most_unknown * nearest.size:
             raise ValueError(f"{count} pixels have a colour like {colour}, which is no class's")
-    masks = {word: nearest == number for number, word in enumerate(named) if word != BACKGROUND}
-    return {word: mask for word, mask in masks.items() if mask.any()}
+    return {word: nearest == number for number, word in enumerate(named) if word != BACKGROUND}
 
 
 def read(download, classes=None):
     """Yield the images whose masks are in colours. classes: as `parse_classes` returns them.
 
-    Raises ValueError without classes, and if no image has a mask.
+    Raises ValueError without classes.
     """
     if not classes:
         raise ValueError(f"masks-from-colours needs the colour of each class: {FORM}")
     images = download.by_stem(rf"images/{IMAGE}", with_place=True)
     masks = download.by_stem(rf"(?:masks|labels)/{IMAGE}", with_place=True)
-    places = {place for place, _ in images.keys() & masks.keys()}
-    if not places:
-        raise ValueError(
-            f"'{download.path}' holds no images/ beside masks/ or labels/ with files of equal names. It "
-            f"holds {first_few(download.names)}."
-        )
-    root = posixpath.commonpath(places)
-    for (place, stem), image, mask in download.join(images, masks):
+    for _, image, mask in download.join(images, masks):
         with download.skipping(mask):
-            folder = posixpath.relpath(f"/{place}", f"/{root}")  # train/images/ and val/images/ stay apart
-            name = PurePosixPath(folder, stem + PurePosixPath(image).suffix)
-            yield LabelledImage(name.as_posix(), image, colour_masks(download.image(mask), classes))
+            masks_of_image = colour_masks(download.image(mask), classes)
+            yield LabelledImage(name_below(image), image, masks_of_image)

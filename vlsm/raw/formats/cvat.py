@@ -5,14 +5,15 @@ from pathlib import PurePosixPath
 
 from vlsm.raw.download import LabelledImage
 from vlsm.raw.formats.colours import IMAGE, class_colours, colour_masks
-from vlsm.raw.formats.paths import COMMON, split_of
+from vlsm.raw.formats.paths import name_below, split_of
 
 
 def read(download):
     """Yield the images of SegmentationClass/, whose classes' colours labelmap.txt tells."""
-    (file, _), *others = download.find(r"labelmap\.txt")
-    if others:
+    files = download.find(r"labelmap\.txt")
+    if len(files) > 1:
         raise ValueError(f"'{download.path}' holds several labelmap.txt; import each export by itself.")
+    file = files[0][0]
     text = download.read(file).decode()
     lines = re.findall(r"^[^#\s].*", text, re.MULTILINE)  # polyp:250,50,83:parts:actions
     classes = class_colours(lines, r"(.+?):(\d{1,3}),(\d{1,3}),(\d{1,3})\b.*", f"'{file}'")
@@ -20,19 +21,12 @@ def read(download):
     images = download.by_stem(rf"(?:JPEGImages|images)/{IMAGE}")
     masks = download.by_stem(r"SegmentationClass/(?P<stem>.+)\.png")
     for stem in sorted(splits.keys() & images.keys() - masks.keys()):
-        yield _labelled(splits, stem, images.pop(stem), {})  # listed, but CVAT writes no mask without objects
+        masks[stem] = None  # listed, but CVAT writes no mask without objects
     for stem, image, mask in download.join(images, masks):
-        with download.skipping(mask):
-            masks_of_image = colour_masks(download.image(mask), classes, 0, 0)
-            masks_of_image.pop("background", None)
-            yield _labelled(splits, stem, image, masks_of_image)
-
-
-def _labelled(splits, stem, image, masks):
-    """Return a `LabelledImage` in the folder of its split."""
-    split = splits.get(stem) or split_of(stem)
-    name = PurePosixPath(split, COMMON.sub("", stem) + PurePosixPath(image).suffix)
-    return LabelledImage(name.as_posix(), image, masks)
+        with download.skipping(mask or image):
+            masks_of_image = colour_masks(download.image(mask), classes, 0, 0) if mask else {}
+            name = name_below(stem + PurePosixPath(image).suffix, splits.get(stem))
+            yield LabelledImage(name, image, masks_of_image)
 
 
 def _splits(download):

@@ -9,7 +9,6 @@ import numpy as np
 from vlsm.data.images import ImageError, NeedsPackage
 from vlsm.raw.formats.label_maps import read_classes
 from vlsm.raw.formats.volumes import NIFTI, slices, stack
-from vlsm.system.console import first_few
 
 NOT_READ = "DICOM SEG and RTSTRUCT are not read: convert them to NIfTI"
 
@@ -17,15 +16,12 @@ NOT_READ = "DICOM SEG and RTSTRUCT are not read: convert them to NIfTI"
 def read(download, axis=None, keep_empty=0.1, window=None):
     """Yield the slices of the series in folders; axis, keep_empty, window: of `slices`.
 
-    axis: by default the one across the slices of the files. Labels: the one NIfTI file in a series' folder,
-    or masks/FOLDER.nii.gz; classes: as in `nifti.read`. Values of MONOCHROME1 are negated. Raises ValueError
-    without a .dcm file, NeedsPackage without pydicom.
+    axis: by default the one across the slices of the files. Labels: the one NIfTI file in a series' folder;
+    classes: as in `nifti.read`. Values of MONOCHROME1 are negated. Raises NeedsPackage without pydicom.
     """
     folders = defaultdict(list)
     for name, _ in download.find(r"[^/]+\.(?:dcm|ima)"):
         folders[PurePosixPath(name).parent].append(name)
-    if not folders:
-        raise ValueError(f"'{download.path}' holds no .dcm file. It holds {first_few(download.names)}.")
     classes = read_classes(download)
     for folder, names in folders.items():
         with download.skipping(str(folder)):
@@ -37,22 +33,18 @@ def read(download, axis=None, keep_empty=0.1, window=None):
 
 
 def _labels_of(download, folder):
-    """Return the NIfTI file with a series' labels. Raises ValueError unless there is one."""
-    files = []
-    for name, match in download.find(rf"(?P<stem>[^/]+?){NIFTI}"):
-        place = PurePosixPath(name).parent
-        named = place.name in ("masks", "labels") and match["stem"] == folder.name
-        if named or place == folder:
-            files.append(name)
+    """Return the NIfTI file in a series' folder. Raises ValueError unless there is one."""
+    names = [name for name, _ in download.find(rf"[^/]+{NIFTI}")]
+    files = [name for name in names if PurePosixPath(name).parent == folder]
     if len(files) != 1:
-        raise ValueError(f"{len(files)} NIfTI files of its labels, not one. {NOT_READ}")
+        raise ValueError(f"{len(files)} NIfTI files of its labels beside it, not one. {NOT_READ}")
     return files[0]
 
 
 def read_series(download, names):
     """Return the volume of a series, as `turn` does, and the axis across its slices.
 
-    Raises NeedsPackage without pydicom, or a decoder of compressed pixels; ImageError.
+    Raises NeedsPackage without pydicom, ImageError.
     """
     try:
         import pydicom
@@ -62,46 +54,29 @@ def read_series(download, names):
     for name in names:
         try:
             dataset = pydicom.dcmread(io.BytesIO(download.read(name)))
-            if dataset.Modality in ("SEG", "RTSTRUCT"):
-                download.skip(name, NOT_READ)
-            else:
-                frames += _frames(dataset)
+            frames.append(_frame(dataset))
         except Exception as error:  # pydicom's own types
-            if "missing dependencies" in str(error):
-                reason = (
-                    "its pixels are compressed: pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
-                )
-                raise NeedsPackage(name, reason) from error
-            raise ImageError(name, f"no slices in '{name}': {str(error)[:80]}") from error
+            # Of compressed pixels, it names the packages that decode them.
+            raise ImageError(name, f"no slices in '{name}': {str(error)[:500]}") from error
     return stack(frames)
 
 
-def _frames(dataset):
-    """Yield (pixels `[H, W]`, affine from (column, row, slice) to millimetres, series) of each frame.
+def _frame(dataset):
+    """Return (pixels `[H, W]`, affine from (column, row, slice) to millimetres) of a file.
 
-    The affine's third column, across the slice, has length 1.
+    The affine's third column, across the slice, has length 1. Raises ValueError for several frames.
     """
-    pixels = dataset.pixel_array.reshape(-1, dataset.Rows, dataset.Columns)
-    sign = -1 if dataset.PhotometricInterpretation == "MONOCHROME1" else 1
-    groups = dataset.get("PerFrameFunctionalGroupsSequence", [])
-    _copy_elements(dataset, dataset.get("SharedFunctionalGroupsSequence", []))
-    for k, values in enumerate(pixels):
-        _copy_elements(dataset, groups[k : k + 1])
-        along_row, along_column = np.reshape(dataset.ImageOrientationPatient, (2, 3)).astype(float)
-        row, column = dataset.PixelSpacing
-        affine = np.eye(4)
-        normal = np.cross(along_row, along_column)
-        axes = [column * along_row, row * along_column, normal, dataset.ImagePositionPatient]
-        affine[:3] = np.transpose(axes)
-        affine[:2] *= -1  # DICOM's axes run to the left and the back
-        values = values * np.float32(dataset.get("RescaleSlope") or 1)
-        values = sign * (values + np.float32(dataset.get("RescaleIntercept") or 0))
-        yield values, affine, dataset.SeriesInstanceUID
-
-
-def _copy_elements(dataset, groups):
-    """Set the elements of functional groups, those of one frame or of all, in the dataset."""
-    for group in groups:
-        for sequence in group:
-            for item in sequence.value:
-                dataset.update(item)
+    if dataset.get("NumberOfFrames", 1) > 1:
+        raise ValueError("several frames in one file; convert the series to NIfTI, by dcm2niix")
+    along_row, along_column = np.reshape(dataset.ImageOrientationPatient, (2, 3)).astype(float)
+    row, column = dataset.PixelSpacing
+    affine = np.eye(4)
+    normal = np.cross(along_row, along_column)
+    axes = [column * along_row, row * along_column, normal, dataset.ImagePositionPatient]
+    affine[:3] = np.transpose(axes)
+    affine[:2] *= -1  # DICOM's axes run to the left and the back
+    values = dataset.pixel_array * np.float32(dataset.get("RescaleSlope") or 1)
+    values += np.float32(dataset.get("RescaleIntercept") or 0)
+    if dataset.PhotometricInterpretation == "MONOCHROME1":
+        values = -values
+    return values, affine

@@ -1,8 +1,6 @@
 """Bring images and masks of another program's format into a folder that `datasets.py` knows."""
 
 import inspect
-import json
-import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -10,20 +8,27 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from vlsm.data.describe import describe
-from vlsm.data.folders import DEFAULT_RULES, divide, named_splits
+from vlsm.data.folders import DEFAULT_RULES, FIRST_FOLDER, divide, named_splits
+from vlsm.data.images import open_image
 from vlsm.data.pairing import stem_of
 from vlsm.data.records import Record
 from vlsm.raw.download import Download
 from vlsm.raw.formats import coco, colours, cvat, dicom, labelme, labelstudio, nifti, nnunet, yolo
-from vlsm.raw.prepare import Writer, describe_skipped, refuse_inside
-from vlsm.system.console import first_few, progress, say
+from vlsm.raw.prepare import (
+    Writer,
+    check_size,
+    colour_pixels,
+    describe_content,
+    describe_skipped,
+    encode_png,
+    refuse_inside,
+)
+from vlsm.system.console import progress, say
 from vlsm.system.files import hash_of
 
 
 def read_cvat(download):
-    """Return an iterator over the images of one of CVAT's two exports. Raises ValueError for another one."""
-    if download.find(r"annotations\.xml"):
-        raise ValueError("annotations.xml of CVAT is not read: export 'COCO 1.0' or 'Segmentation mask 1.1'.")
+    """Return an iterator over the images of one of CVAT's two exports."""
     return cvat.read(download) if download.find(r"labelmap\.txt") else coco.read(download)
 
 
@@ -33,8 +38,17 @@ FORMATS = {
     "masks-from-colours": colours.read,
 }  # fmt: skip
 
-
-FIRST_FOLDER = "(?:(?:train|val|test)/)?([^/]+)/"  # below that of the split: the group of an image
+LAYOUTS = {  # what an importer looks for, for the message that it found nothing
+    "coco": "JSON files, objects of images, annotations and categories",
+    "labelme": "a .json beside each image",
+    "yolo": "folders images/ and labels/, with a .txt of each image",
+    "cvat": "the exports 'COCO 1.0' or 'Segmentation mask 1.1', not annotations.xml",
+    "label-studio": "a list of tasks with annotations, exported as JSON, not as JSON-MIN",
+    "nnunet": "imagesTr/CASE_0000.nii.gz (or .png, .tif) with labelsTr/CASE.nii.gz, and dataset.json",
+    "nifti": "images/a.nii.gz with labels/a.nii.gz, a.nii.gz with a_seg.nii.gz, a/image.nii with a/seg.nii",
+    "dicom": "folders of .dcm files, each beside a NIfTI file of its labels",
+    "masks-from-colours": "images/ beside masks/ or labels/, with files of equal names",
+}
 
 
 @dataclass
@@ -43,17 +57,10 @@ class Imported:
 
     name: str
     shape: tuple
-    masks: dict  # class word -> packed and compressed mask, as `_pack` returns it
+    masks: dict  # class word -> PNG
     prompts: dict  # class word -> MedVLSM's prompts
     spacing: tuple | None
     overlap: bool
-
-    def mask(self, word):
-        """Return the mask of a class, bool `[H, W]`; it is empty where the image does not show the class."""
-        if word not in self.masks:
-            return np.zeros(self.shape, bool)
-        bits = np.frombuffer(zlib.decompress(self.masks[word]), np.uint8)
-        return np.unpackbits(bits, count=self.shape[0] * self.shape[1]).reshape(self.shape) > 0
 
     @property
     def mask_name(self):
@@ -82,15 +89,15 @@ def import_dataset(format_name, source, out, templates=False, overwrite=False, *
             for image in read(download, **options):
                 bar.update()
                 with download.skipping(image.name):
-                    if stem_of(image.name) in images:
+                    stem = stem_of(image.name)
+                    if stem in images:
                         raise ValueError("another image has this name")
-                    images[stem_of(image.name)] = _write_image(download, writer, image, templates)
-        skipped = describe_skipped(download)
+                    images[stem] = _write_image(download, writer, image, templates)
         counts = Counter(word for image in images.values() for word in image.masks)
         if not counts:
-            content = "\n".join([first_few(download.names, 5) or "nothing", *skipped])
             raise ValueError(
-                f"--import {format_name} found no image with a class in '{source}'. It holds {content}"
+                f"--import {format_name} found no image with a class in '{source}'. It reads "
+                f"{LAYOUTS.get(format_name)}. {describe_content(download)}"
             )
         form = _write_masks(writer, list(images.values()), sorted(counts), templates)
         writer.commit(writer.outdated())
@@ -98,38 +105,29 @@ def import_dataset(format_name, source, out, templates=False, overwrite=False, *
     for word in sorted(counts):
         say(f"  {word}: in {counts[word]} images")
     say(f"  no class: {sum(not image.masks for image in images.values())} images")
-    for line in skipped:
+    for line in describe_skipped(download):
         say(line)
-    say(f"  files in '{out}': {writer.written} written, {len(writer.unchanged)} unchanged")
+    say(writer.describe())
     say(f"Look at it with: python datasets.py --check {out}")
 
 
 def _write_image(download, writer, image, templates):
     """Write a `LabelledImage`'s image; returns the `Imported`. Raises ValueError for what cannot be right."""
-    pixels = image.image
-    name = str(PurePosixPath(image.name).with_suffix(".png"))
-    if isinstance(image.image, str):
-        pixels = download.image(image.image)
-        name = str(PurePosixPath(image.name).with_suffix(PurePosixPath(image.image).suffix))
-    shape = pixels.shape[:2]
-    covered = np.zeros(shape, np.uint8)
-    kept = Imported(name, shape, {}, {}, image.spacing, overlap=False)
+    pixels = colour_pixels(download, image.image)
+    suffix = PurePosixPath(image.image).suffix if isinstance(image.image, str) else ".png"
+    name = str(PurePosixPath(image.name).with_suffix(suffix))
+    covered = np.zeros(pixels.shape[:2], np.uint8)
+    kept = Imported(name, covered.shape, {}, {}, image.spacing, overlap=False)
+    image.masks.pop("background", None)
     for word, mask in image.masks.items():
-        if word == "background":
-            continue
-        if mask.shape != shape:
-            raise ValueError(f"image and mask differ in size, {shape} and {mask.shape}")
+        check_size(pixels, mask)
         covered += mask
         if mask.any():
-            kept.masks[word] = zlib.compress(np.packbits(mask).tobytes(), 1)
+            kept.masks[word] = encode_png(mask)
             if templates:
-                colour = pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, 2)
-                kept.prompts[word] = describe(colour, mask, word)
-    kept.overlap = bool((covered > 1).any())
-    if isinstance(image.image, str):
-        writer.write(f"images/{name}", download.read(image.image))
-    else:
-        writer.png(f"images/{name}", pixels)
+                kept.prompts[word] = describe(pixels, mask, word)
+    kept.overlap = covered.max() > 1
+    writer.image(name, download, image.image)
     return kept
 
 
@@ -150,18 +148,16 @@ def _write_masks(writer, images, words, templates):
         form = "label maps"
         content["labels"] = {"background": 0} | {word: number for number, word in enumerate(words, 1)}
         for image in images:
-            labels = np.zeros(image.shape, np.uint8 if len(words) < 256 else np.uint16)
-            for word in image.masks:
-                labels[image.mask(word)] = content["labels"][word]
-            writer.png(f"masks/{image.mask_name}", labels)
-    spacing = {
-        image.name: [round(float(length), 6) for length in image.spacing] for image in images if image.spacing
-    }
+            labels = np.zeros(image.shape, np.min_scalar_type(len(words)))
+            for word, mask in image.masks.items():
+                labels[np.asarray(open_image(mask)) > 0] = content["labels"][word]
+            writer.write(f"masks/{image.mask_name}", encode_png(labels))
+    spacing = {image.name: image.spacing for image in images if image.spacing}
     if spacing:
         content["spacing"] = spacing
         content["group"] = FIRST_FOLDER  # a volume
     if content:
-        writer.write("dataset.json", json.dumps(content, indent=1).encode())
+        writer.json("dataset.json", content)
     return form
 
 
@@ -170,9 +166,9 @@ def _write_class_folders(writer, images, words):
     rows = []
     for image in images:
         drawn = words[hash_of(image.name) % len(words)]
-        for word in image.masks or [drawn]:
+        for word, mask in (image.masks or {drawn: encode_png(np.zeros(image.shape, bool))}).items():
             mask_name = f"{word}/{image.mask_name}"
-            writer.png(f"masks/{mask_name}", image.mask(word))
+            writer.write(f"masks/{mask_name}", mask)
             prompts = image.prompts.get(word, {"p0": "", "p1": word})
             rows.append(Record(image.name, mask_name, None, None, prompts, word))
     return rows
@@ -184,4 +180,4 @@ def _write_annotations(writer, rows):
         entries = []
         for record in records:
             entries.append(dict(img_name=record.name, mask_name=record.mask_name, prompts=record.prompts))
-        writer.write(f"anns/{split}.json", json.dumps(entries, indent=1).encode())
+        writer.json(f"anns/{split}.json", entries)

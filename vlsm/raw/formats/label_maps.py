@@ -3,7 +3,16 @@
 import numpy as np
 
 from vlsm.data.images import LABELS_FORM
+from vlsm.system.console import say_once
 from vlsm.system.files import field, leaves_folder, parse_json
+
+
+def checked_class(word, source="its"):
+    """Return a class's word without blanks around it. Raises ValueError unless it can name a folder."""
+    text = word.strip() if isinstance(word, str) else ""
+    if not text or "/" in text or leaves_folder(text):
+        raise ValueError(f"{source} class {word!r} cannot name a folder; rename the class")
+    return text
 
 
 def read_classes(download):
@@ -13,6 +22,7 @@ def read_classes(download):
     """
     files = [file for file, _ in download.find(r"dataset\.json")]
     if not files:
+        say_once("classes", f"No dataset.json names the classes, as in {LABELS_FORM}: class1, class2, ...")
         return None
     if len(files) > 1:
         raise ValueError(f"'{download.path}' holds {', '.join(files[:3])}: name the folder of one of them.")
@@ -26,10 +36,7 @@ def read_classes(download):
         numbers = numbers if isinstance(numbers, list) else [numbers]
         if not all(str(number).isdigit() for number in numbers):
             raise ValueError(f"'{file}': 'labels' should be as in {LABELS_FORM}; it has {numbers}.")
-        word = str(word).strip()
-        if not word or "/" in word or leaves_folder(word):
-            raise ValueError(f"'{file}': the class '{word}' cannot name a folder; rename it.")
-        classes.setdefault(word, []).extend(map(int, numbers))
+        classes.setdefault(checked_class(word, f"'{file}':"), []).extend(map(int, numbers))
     classes.pop("background", None)
     return classes
 

@@ -1,82 +1,66 @@
 """Label Studio: its JSON export (not JSON-MIN), with the images anywhere below the source."""
 
 import re
-from collections import defaultdict
 from pathlib import PurePosixPath
 from urllib.parse import unquote
 
 import numpy as np
 
+from vlsm.raw.download import checked_size
 from vlsm.raw.formats.brush import decode_brush
-from vlsm.raw.formats.shapes import below_images, checked_size, draw, draw_objects, in_pixels
+from vlsm.raw.formats.paths import find_image, paths_by_name
+from vlsm.raw.formats.shapes import draw, draw_objects, in_pixels
 from vlsm.system.console import first_few, say_once
-from vlsm.system.files import parse_json
+from vlsm.system.files import field, parse_json
 
 UPLOAD = re.compile("^[0-9a-f]{8}-")  # before the name of an uploaded file
 
 
 def read(download):
-    """Yield the images of annotated tasks. Raises ValueError if no file holds tasks."""
-    paths = defaultdict(list)
-    for path in download.image_names():
-        paths[_uploaded_name(path)].append(path)
-    tasks = 0
-    for place, task in _tasks(download):
-        tasks += 1
-        with download.skipping(place):
-            image = _find_image(dict(task["data"]).values(), paths)
-            annotations = [item for item in task["annotations"] if not dict(item).get("was_cancelled")]
-            if len(annotations) > 1:
-                say_once(
-                    "label-studio", f"{place} has several annotations; of such tasks the last one counts."
-                )
-            if annotations:
-                regions = _regions(annotations[-1]["result"])
-                yield from draw_objects(download, place, image, image, regions, _read_region)
-            else:
-                download.skip(place, "image without annotation")
-    if not tasks:
-        raise ValueError(
-            f"'{download.path}' holds no tasks with 'annotations', as Label Studio exports them as JSON (not "
-            f"JSON-MIN), but {first_few(download.names)}."
-        )
-
-
-def _tasks(download):
-    """Yield (place for messages, task)."""
+    """Yield the images of annotated tasks."""
+    paths = paths_by_name(download)
+    for name in list(paths):
+        uploaded = re.sub(r"[^\w.-]", "", name.replace(" ", "_"))  # as Label Studio spells it after an upload
+        if uploaded != name:
+            paths[uploaded] += paths[name]
     for name, _ in download.find(r"[^/]+\.json"):
         with download.skipping(name):
-            tasks = parse_json(download.read(name), name, list, "a list of tasks")
-            for index, task in enumerate(tasks):
-                if isinstance(task, dict) and isinstance(task.get("annotations"), list):
-                    yield f"{name}, task {task.get('id', index)}", task
-                else:
-                    download.skip(f"{name}, item {index}", "no task with 'annotations'")
+            for index, task in enumerate(parse_json(download.read(name), name, list, "a list of tasks")):
+                number = task.get("id", index) if isinstance(task, dict) else index
+                place = f"{name}, task {number}"
+                with download.skipping(place):
+                    yield from _read_task(download, place, task, paths)
 
 
-def _uploaded_name(path):
-    """Return a file's name as Label Studio spells it after an upload."""
-    return re.sub(r"[^\w.-]", "", PurePosixPath(path).name.replace(" ", "_"))
+def _read_task(download, place, task, paths):
+    """Yield the image of a task. Raises ValueError if it has none, or no annotation."""
+    items = field(place, task, "annotations", kind=list, words="a list, as in JSON, not in JSON-MIN")
+    annotations = [item for item in items if not item.get("was_cancelled")]
+    if not annotations:
+        raise ValueError("image without annotation")
+    if len(annotations) > 1:
+        say_once("label-studio", f"{place} has several annotations; of such tasks the last one counts.")
+    image = _find_image(task["data"].values(), paths)
+    regions = _regions(annotations[-1]["result"])
+    yield from draw_objects(download, place, image, image, regions, _read_region)
 
 
 def _find_image(addresses, paths):
     """Return the path of the image that addresses name: of an upload, a local file "?d=", or a URL.
 
-    paths: {name as in an upload: paths}. Raises ValueError unless one file fits.
+    Raises ValueError unless one file fits.
     """
-    fitting = set()
+    names = set()
     for address in addresses:
-        url, _, path = unquote(str(address)).replace("\\", "/").partition("?d=")
-        name = _uploaded_name(path or url.split("?")[0])
-        if name not in paths:
-            name = UPLOAD.sub("", name)
-        for file in paths.get(name, ()):
-            # Only local files tell their folder: patient4/1.png must not become patient3/1.png.
-            if not path or f"/{file}".endswith(f"/{path}") or f"/{path}".endswith(f"/{below_images(file)}"):
-                fitting.add(file)
-    if len(fitting) != 1:
-        raise ValueError(f"{len(fitting)} image files fit {first_few(map(str, addresses))}")
-    return fitting.pop()
+        url, _, name = unquote(str(address)).replace("\\", "/").partition("?d=")
+        if not name:  # only local files tell their folder
+            name = PurePosixPath(url.split("?")[0]).name
+            name = name if name in paths else UPLOAD.sub("", name)
+        if PurePosixPath(name).name in paths:
+            names.add(name)
+    if len(names) != 1:
+        raise ValueError(f"{len(names)} image files fit {first_few(map(str, addresses))}")
+    return find_image(paths, names.pop(), "")[1]
 
 
 def _regions(results):
@@ -85,7 +69,7 @@ def _regions(results):
     for index, region in enumerate(results):
         kind = str(region["type"])
         if kind.endswith("labels"):
-            for word in dict(region["value"]).get(kind) or [None]:
+            for word in region["value"].get(kind) or [None]:
                 regions.append((f"region {region.get('id', index)}", (word, region)))
     return regions
 
@@ -93,7 +77,7 @@ def _regions(results):
 def _read_region(item):
     """Return (class, mask bool `[H, W]`) of (class, region). Raises ValueError if it has no area."""
     word, region = item
-    value = dict(region["value"])
+    value = region["value"]
     size = checked_size(region.get("original_height"), region.get("original_width"))
     if "rle" in value:
         return word, decode_brush(value["rle"], size)

@@ -26,27 +26,33 @@ def paths_by_name(download):
     return paths
 
 
+def name_below(path, split=""):
+    """Return a name below images/, in the folder of its split: images/train2017/1.png becomes train/1.png."""
+    return PurePosixPath(split or split_of(path), COMMON.sub("", path)).as_posix()
+
+
 def find_image(paths, name, split):
     """Return (name below images/, path) of the image that the annotations of a split call `name`.
 
     Raises ValueError unless one file fits best.
     """
-    wanted = PurePosixPath(name.replace("\\", "/"))
+    wanted = PurePosixPath(name.replace("\\", "/")).as_posix()
+    file = PurePosixPath(wanted).name
     if leaves_folder(wanted) or ":" in name:  # a place on another computer
-        wanted = PurePosixPath(wanted.name)
-    below = COMMON.sub("", wanted.as_posix())
-    split = split or split_of(wanted.as_posix())
-    same = paths.get(wanted.name, [])
+        wanted = file
+    split = split or split_of(wanted)
+    same = paths.get(file, [])
     candidates = [path for path in same if split_of(path) == split]
     if not candidates:  # but never of another split, which may use the same names
         candidates = [path for path in same if "" in (split, split_of(path))]
-    exact = (f"{wanted}", f"images/{wanted}")
-    fitting = [path for path in candidates if path in exact]
+    fitting = [path for path in candidates if path in (wanted, f"images/{wanted}")]
     if not fitting:
         fitting = [path for path in candidates if f"/{path}".endswith(f"/{wanted}")]
     if not fitting:  # another folder, unless both name a patient: patient4/1.png is not patient3/1.png
-        fitting = [path for path in candidates if wanted.name in (below, COMMON.sub("", path))]
+        below = COMMON.sub("", wanted)
+        for path in candidates:
+            if below == file or f"/{below}".endswith(f"/{COMMON.sub('', path)}"):
+                fitting.append(path)
     if len(fitting) != 1:
         raise ValueError(f"{len(fitting)} image files fit its name '{name}'")
-    target = PurePosixPath(split or split_of(fitting[0]), below)
-    return target.as_posix(), fitting[0]
+    return name_below(wanted, split or split_of(fitting[0])), fitting[0]

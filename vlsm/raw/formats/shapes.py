@@ -4,12 +4,13 @@ A vertex marks the pixel that it falls into, and the outline belongs to the shap
 """
 
 import math
-import re
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vlsm.raw.download import MOST_PIXELS, LabelledImage, checked_class
+from vlsm.raw.download import LabelledImage
+from vlsm.raw.formats.label_maps import checked_class
+from vlsm.raw.formats.paths import name_below
 
 FARTHEST = 10  # times the image's longer side: the time to draw grows with the size of a shape
 SNAP = 0.02  # pixels; x / width in six decimals, times the width, may lie a little below a whole number
@@ -21,49 +22,29 @@ def draw(shape, points, size):
     points: [[x, y], ...] in pixels, of a polygon; two corners of a rectangle; centre and rim of a circle.
     size: (H, W). Raises ValueError for other shapes and points.
     """
-    points = checked_points(points, size)
-    enough = len(points) > 2 if shape == "polygon" else len(points) == 2
-    if not enough:
-        raise ValueError(f"{len(points)} points are no {shape} with an area")
-    image = Image.new("L", size[::-1])
-    canvas = ImageDraw.Draw(image)
-    if shape == "circle":
-        radius = math.dist(*points)
-        points = np.array([points[0] - radius, points[0] + radius])
-    box = [*points.min(0), *points.max(0)]
-    if shape == "polygon":
-        canvas.polygon(points.ravel().tolist(), fill=1, outline=1)
-    elif shape == "rectangle":
-        canvas.rectangle(box, fill=1)
-    elif shape == "circle":
-        canvas.ellipse(box, fill=1)
-    else:
-        raise ValueError(f"'{shape}' has no area that could be a mask")
-    return np.asarray(image).view(bool)
-
-
-def checked_points(points, size):
-    """Return points as numbers `[N, 2]`. Raises ValueError for others, NaN, and points far from the image."""
     points = np.array(points, float)
     if points.shape[1:] != (2,):
         raise ValueError("its points are no pairs of numbers")
     if not (np.abs(points) <= FARTHEST * max(size)).all():
         raise ValueError("a point is NaN or far outside of the image")
-    return points
+    image = Image.new("L", size[::-1])
+    canvas = ImageDraw.Draw(image)
+    if shape == "polygon" and len(points) > 2:
+        canvas.polygon(points.ravel().tolist(), fill=1, outline=1)
+    elif shape == "rectangle" and len(points) == 2:
+        canvas.rectangle([*points.min(0), *points.max(0)], fill=1)
+    elif shape == "circle" and len(points) == 2:
+        radius = math.dist(*points)
+        canvas.ellipse([*(points[0] - radius), *(points[0] + radius)], fill=1)
+    else:
+        raise ValueError(f"'{shape}' of {len(points)} points is no polygon, rectangle or circle")
+    return np.asarray(image).view(bool)
 
 
 def in_pixels(fractions, size):
     """Return the points `[N, 2]` of fractions of the width and the height, for `draw`."""
     height, width = size
     return fractions * (width, height) + SNAP
-
-
-def checked_size(height, width):
-    """Return (height, width). Raises ValueError if no image has that size."""
-    whole = isinstance(height, int) and isinstance(width, int)
-    if not whole or min(height, width) < 1 or height * width > MOST_PIXELS:
-        raise ValueError(f"{width} x {height} pixels is no size of an image")
-    return height, width
 
 
 def draw_objects(download, source, name, image, objects, read_object):
@@ -83,10 +64,4 @@ def draw_objects(download, source, name, image, objects, read_object):
     if objects and not masks:  # without masks it would pass for a healthy image
         download.skip(source, "none of its objects is usable")
     else:
-        yield LabelledImage(below_images(name), image, masks)
-
-
-def below_images(name):
-    """Return a file's path without folders named images: train/images/1.png becomes train/1.png."""
-    path = re.sub(r"(?<![^/])images/", "", name)
-    return re.sub(r"^(train|val|test)\d{4}/", r"\1/", path)  # such as images/train2017/
+        yield LabelledImage(name_below(name), image, masks)

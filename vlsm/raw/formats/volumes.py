@@ -5,65 +5,43 @@ do: the front at the top of an axial slice, the head at the top of others, the p
 slice the front) on the left.
 """
 
-import gzip
-import math
+from pathlib import PurePosixPath
 
 import numpy as np
 
-from vlsm.data.images import NOT_FINITE, ImageError, NeedsPackage
-from vlsm.raw.download import LabelledImage
-from vlsm.raw.formats.label_maps import class_masks, name_numbers
+from vlsm.data.images import NOT_FINITE
+from vlsm.raw.download import LabelledImage, open_nifti
+from vlsm.raw.formats.label_maps import class_masks, name_numbers, read_classes
 from vlsm.system.files import hash_of
 
 NIFTI = r"\.nii(?:\.gz)?"  # a file's ending
 
 
-def read_volume(download, name):
-    """Return (numbers `[X, Y, Z]`, affine) of a NIfTI file, as `turn` does.
-
-    Raises NeedsPackage without nibabel, ImageError.
-    """
-    try:
-        import nibabel
-    except ImportError:
-        raise NeedsPackage(name, "it is a NIfTI file: pip install nibabel") from None
-    data = download.read(name)
-    try:
-        if name.lower().endswith(".gz"):
-            data = gzip.decompress(data)
-        image = nibabel.Nifti1Image.from_bytes(data)
-        return turn(np.asarray(image.dataobj, np.float32), image.affine)
-    except Exception as error:  # nibabel's own types
-        raise ImageError(name, f"no volume in '{name}': {str(error)[:80]}") from error
-
-
-def turn(numbers, affine):
-    """Return numbers and affine, from indices to millimetres, of a volume that is turned to RAS+.
+def turn(image):
+    """Return numbers and affine, from indices to millimetres, of nibabel's image, turned to RAS+.
 
     Raises ValueError for several volumes in one, NaN, or an affine that cannot be right.
     """
-    from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
+    import nibabel
 
-    shape = (*numbers.shape, 1, 1)[:3]
-    if math.prod(shape) != numbers.size:
-        raise ValueError(f"{numbers.shape} are several volumes; save each in its own file")
+    turned = nibabel.as_closest_canonical(nibabel.squeeze_image(image))
+    numbers = np.asarray(turned.dataobj, np.float32)
+    if numbers.ndim != 3:
+        raise ValueError(f"{numbers.shape} are no volume, or several; save each in its own file")
     if not np.isfinite(numbers).all():
         raise ValueError(NOT_FINITE)
-    axes = io_orientation(affine)
-    turned = apply_orientation(numbers.reshape(shape), axes)
-    return turned, affine @ inv_ornt_aff(axes, shape)
+    return numbers, turned.affine
 
 
 def stack(frames):
     """Return the volume of a series, as `turn` does, and the axis across its slices.
 
-    frames: (pixels `[H, W]`, affine from (column, row, slice) to millimetres, series) of each, in any order;
-    an affine's third column has length 1. Raises ValueError unless they are slices of one volume.
+    frames: (pixels `[H, W]`, affine from (column, row, slice) to millimetres) of each, in any order; an
+    affine's third column has length 1. Raises ValueError unless they are slices of one volume.
     """
-    series = {uid for _, _, uid in frames}
-    if len(series) != 1:
-        raise ValueError(f"{len(series)} series of slices in one folder, which should hold one")
-    affines = np.stack([affine for _, affine, _ in frames])  # [Z, 4, 4]
+    import nibabel
+
+    affines = np.stack([affine for _, affine in frames])  # [Z, 4, 4]
     normal = affines[0, :3, 2]
     order = np.argsort(affines[:, :3, 3] @ normal)
     affines = affines[order]
@@ -73,11 +51,28 @@ def stack(frames):
     if len(frames) > 1:
         steps = np.diff(affines[:, :3, 3], axis=0)  # [Z - 1, 3]
         if (steps @ normal).min() < 1e-3:
-            raise ValueError("several slices lie at one place: times, or echoes")
+            raise ValueError("several slices lie at one place: times, echoes, or several series")
         affine[:3, 2] = steps.mean(0)
     numbers = np.stack([frames[k][0] for k in order])  # [Z, Y, X]
     across = np.abs(normal).argmax()
-    return turn(numbers.transpose(), affine), across
+    return turn(nibabel.Nifti1Image(numbers.transpose(), affine)), across
+
+
+def read_cases(download, cases, axis, keep_empty, window):
+    """Yield the slices of volumes, and images as they are, of cases (name, image, labels).
+
+    axis, keep_empty, window: of `slices`.
+    """
+    classes = read_classes(download)
+    for case, image, mask in cases:
+        with download.skipping(f"{image}, {mask}"):
+            if image.lower().endswith((".nii", ".nii.gz")):
+                volume = turn(open_nifti(download, image))
+                yield from slices(download, case, volume, mask, classes, axis, keep_empty, window)
+            else:
+                numbers = download.labels(mask)
+                masks = class_masks(numbers, name_numbers(mask, numbers, classes))
+                yield LabelledImage(case + PurePosixPath(image).suffix, image, masks)
 
 
 def slices(download, case, volume, mask, classes, axis, keep_empty, window):
@@ -94,17 +89,17 @@ def slices(download, case, volume, mask, classes, axis, keep_empty, window):
     low, high = window or (values.min(), values.max())
     if not low < high:
         raise ValueError(f"values from {low} to {high} are no range of grey")
-    scale = 255 / (high - low)
     column, row = np.delete(sizes, axis).tolist()
     planes = zip(_planes(values, axis), _planes(labels, axis))
     for k, (plane, numbers) in enumerate(planes):
         name = f"{case}/{k:03}.png"
-        grey = (plane.clip(low, high) - low) * scale
-        grey = grey.round().astype(np.uint8)
+        grey = np.interp(plane, (low, high), (0, 255))
         drawn = hash_of(name) < keep_empty * 2**64
         masks = class_masks(numbers, classes)
         if masks or drawn:
-            yield LabelledImage(name, grey, masks, (row, column))
+            yield LabelledImage(name, grey.round().astype(np.uint8), masks, (row, column))
+        else:
+            download.skip(name, f"slice without a class; --keep-empty {keep_empty:g} keeps this share")
 
 
 def _labels_on(download, mask, shape, affine, tolerance):
@@ -112,15 +107,16 @@ def _labels_on(download, mask, shape, affine, tolerance):
 
     tolerance: of the place of the last voxel, in millimetres.
     """
-    labels, own_affine = read_volume(download, mask)
+    labels, own_affine = turn(open_nifti(download, mask))
     if labels.shape != shape:
         raise ValueError(f"the image has {shape} voxels, its labels {labels.shape}")
     shift = np.abs((own_affine - affine) @ (*shape, 1))
     if shift.max() > tolerance:
         raise ValueError(f"image and labels lie {shift.max():.3g} mm apart, by their headers")
-    if labels.min() < 0 or labels.max() > 65535 or (labels % 1).any():
+    numbers = labels.astype(np.uint16)
+    if (numbers != labels).any():
         raise ValueError(f"'{mask}' holds other than class numbers, 0 to 65535")
-    return labels.astype(np.uint16)
+    return numbers
 
 
 def _planes(numbers, axis):
