@@ -81,12 +81,27 @@ def test_names_that_differ_in_one_ending_or_beginning_are_paired(image, mask, tm
     assert capsys.readouterr().err.count("6 masks are named") == 1
 
 
+def test_a_stray_file_does_not_hinder_the_pairs(tmp_path):
+    fill(tmp_path, [f"{n}.png" for n in range(9)], [f"{n}_mask.png" for n in range(9)])
+    save(tmp_path / "masks/legend.png", blob(1).astype(np.uint8))
+    rows = everything(tmp_path)
+    assert [record.problem for record in rows if record.problem] == ["mask without image"] and len(rows) == 10
+
+
+def test_masks_named_after_classes_are_explained(tmp_path, capsys):
+    fill(tmp_path, [f"{n:03}.png" for n in range(6)], [f"{n:03}_polyp.png" for n in range(6)])
+    fill(tmp_path, [f"{n:03}.png" for n in range(6)], [f"{n:03}_tool.png" for n in range(6)])
+    everything(tmp_path)
+    said = capsys.readouterr().err
+    assert "IMAGE_polyp, IMAGE_tool" in said or "IMAGE_tool, IMAGE_polyp" in said
+
+
 def test_other_names_are_not_paired():
     images = [f"patient1_{n}" for n in range(5)]
-    assert match_names(images, [f"patient2_{n}" for n in range(5)], "x") == {}, "another patient's masks"
-    assert match_names(["a", "b", "c"], ["d", "e", "f"], "x") == {}
-    assert match_names(["a_1", "b_2"], [], "x") == {} and common_ends([]) == ("", "")
-    few = match_names([f"x{n}" for n in range(9)], ["x1_mask", "z_mask", "y_mask"], "x")
+    assert match_names(set(images), {f"patient2_{n}" for n in range(5)}, "x") == {}, "another patient's masks"
+    assert match_names({"a", "b", "c"}, {"d", "e", "f"}, "x") == {}
+    assert match_names({"a_1", "b_2"}, set(), "x") == {} and common_ends([]) == ("", "")
+    few = match_names({f"x{n}" for n in range(9)}, {"x1_mask", "z_mask", "y_mask"}, "x")
     assert few == {}, "one of three is no rule"
 
 

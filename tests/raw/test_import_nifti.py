@@ -82,7 +82,7 @@ def test_window_and_empty_slices(write):
 def test_layouts(write, image, mask, case):
     download = Download(write((image, mask)))
     assert [image.name for image in read(download, keep_empty=0)] == [f"{case}/001.png", f"{case}/002.png"]
-    assert not download.skipped
+    assert [len(names) for names in download.skipped.values()] == [3], "slices without a class"
 
 
 def test_classes_without_names(write, capsys):

@@ -25,7 +25,8 @@ def write_flat(root, case, labels, part="Tr"):
 
 
 def reasons(download):
-    return {name: reason for reason, names in download.skipped.items() for name in names}
+    skipped = {name: reason for reason, names in download.skipped.items() for name in names}
+    return {name: reason for name, reason in skipped.items() if "--keep-empty" not in reason}
 
 
 @pytest.mark.parametrize(

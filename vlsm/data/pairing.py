@@ -1,7 +1,7 @@
 """Pair images and masks by their names: equal stems, else stems of which one difference explains most."""
 
-import os
 import re
+from collections import Counter
 from pathlib import PurePosixPath
 
 from vlsm.data.images import MaskUnion, image_files
@@ -9,6 +9,8 @@ from vlsm.data.records import Record
 from vlsm.system.console import first_few, say_once
 
 FURTHER = re.compile(r"(.+)[_\-. ]\(?\d+\)?")  # of a further mask of an image: "x_1", "x (2)"
+SEPARATOR = re.compile(r"[_\-. ]")
+NEARLY_ALL = 0.8  # of the names left over: so many share an ending that is no part of what they name
 MOST = 0.5  # of the names left over: so many must be paired by one difference, or none is
 NO_MASK = "image without mask"
 
@@ -53,7 +55,7 @@ def paired_records(image_root, mask_root, class_word="", no_mask_is_empty=False)
     """
     images = ImageFolder(image_root)
     masks = ImageFolder(mask_root / class_word)
-    pairs = match_names(images.by_stem, masks.by_stem, mask_root)
+    pairs = match_names(images.by_stem.keys(), masks.by_stem.keys(), mask_root)
     rows = []
     paired = set()
     for stem, mask_stems in pairs.items():
@@ -122,6 +124,8 @@ def match_names(images, masks, place):
             "they are paired.",
         )
     _add_further(pairs, images, masks, place)
+    paired = {mask for of_image in pairs.values() for mask in of_image}
+    _tell_of_classes(images, masks - paired, place)
     return pairs
 
 
@@ -151,14 +155,38 @@ def _add_further(pairs, images, masks, place):
 
 
 def common_ends(stems):
-    """Return (beginning, ending) that the file names of several stems share, each up to a separator."""
+    """Return (beginning, ending) that most file names of several stems share, each up to a separator."""
     names = [PurePosixPath(stem).name for stem in stems]
     if len(names) < 2:
         return "", ""
-    start = re.match(r".*[_\-. ]|", os.path.commonprefix(names))[0]
-    backwards = [name.removeprefix(start)[::-1] for name in names]
-    end = re.search(r"[_\-. ].*|$", os.path.commonprefix(backwards)[::-1])[0]
+    start = _shared([name[: place.end()] for place in SEPARATOR.finditer(name)] for name in names)
+    rests = [name.removeprefix(start) for name in names]
+    end = _shared([rest[place.start() :] for place in SEPARATOR.finditer(rest)] for rest in rests)
     return start, end
+
+
+def _shared(texts_of_names):
+    """Return the longest text that most names have, of lists of each name's texts, else ""."""
+    lists = list(texts_of_names)
+    counts = Counter(text for texts in lists for text in texts)
+    shared = [text for text, count in counts.items() if count >= NEARLY_ALL * len(lists)]
+    return max(shared, key=len, default="")
+
+
+def _tell_of_classes(images, masks, place):
+    """Say once that masks are named IMAGE_CLASS, if most of those left over are."""
+    endings = Counter()
+    for stem in masks:
+        for place in SEPARATOR.finditer(stem):
+            if stem[: place.start()] in images:
+                endings[stem[place.end() :]] += 1
+    common = [ending for ending, count in endings.most_common(8) if count > 1]
+    if len(common) > 1 and sum(endings[ending] for ending in common) > MOST * len(masks):
+        say_once(
+            f"classes {place}",
+            f"'{place}': masks are named IMAGE_{common[0]}, IMAGE_{common[1]}, ... Are these classes? A "
+            f"folder for each is read: masks/{common[0]}/IMAGE.png.",
+        )
 
 
 def _core(stem, ends):
