@@ -184,9 +184,9 @@ def _unequal_spacing(pred, target, spacing, whole):
     if len(y):  # the box around all points is enough
         points = points[:, y.min() : y.max() + 1, x.min() : x.max() + 1]
     squared = []
-    for own, other in zip(points, np.roll(points, len(pred), 0)):
+    for mask, other in zip(points, np.roll(points, len(pred), 0)):
         distances = distance_transform_edt(~other, sampling=spacing)
-        squared.append(torch.from_numpy(distances[own]).square())
+        squared.append(torch.from_numpy(distances[mask]).square())
     counts = torch.from_numpy(points.sum((1, 2))).view(2, -1)
     return torch.cat(squared).to(pred.device), counts.to(pred.device)
 

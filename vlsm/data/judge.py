@@ -23,7 +23,7 @@ from vlsm.system.console import say_once
 
 READERS = min(16, os.cpu_count() or 1)  # threads
 SAMPLE = 48  # masks that are looked at before all are
-FEW_INSTANCES = 5  # fewer blobs in every file may as well be classes
+FEW_INSTANCES = 5  # fewer blobs in all_values file may as well be classes
 ONE_BLOB = 0.9  # share of instances that are one blob; others were cut apart
 
 
@@ -45,10 +45,10 @@ def judge_masks(records):
         except (ImageError, OSError):  # the cache reports why
             pass
     _refuse_other_colours(dict(sorted(colours.items())))
-    kind = _kind_of_values([record.mask for record in usable]) if odd else None
-    if kind:
+    meaning = _meaning_of_values([record.mask for record in usable]) if odd else None
+    if meaning:
         folder = usable[0].mask.parent
-        say_once(f"values {folder}", f"'{folder}': {kind}")
+        say_once(f"values {folder}", f"'{folder}': {meaning}")
         for record in usable:
             record.mask = MaskUnion((record.mask,), record.image, any_value=True)
 
@@ -65,18 +65,19 @@ def _refuse_other_colours(colours):
             )
 
 
-def _kind_of_values(files):
+def _meaning_of_values(files):
     """Return in words what the values other than 0 are in all files: one class or instances; else None."""
     with ThreadPoolExecutor(READERS) as pool:
-        found = list(pool.map(_values_and_blobs, files))
-    if any(values is None for values, _ in found):
+        values_of_files = list(pool.map(_values_and_blobs, files))
+    if any(values is None for values, _ in values_of_files):
         return None
-    every = set().union(*(values for values, _ in found))
-    if len(every) == 1:
-        return f"its masks hold 0 and {every.pop()} alone, which is taken for foreground."
-    numbered = all(values == set(range(1, len(values) + 1)) for values, _ in found)
-    counts = {len(values) for values, _ in found}
-    if numbered and all(blobs for _, blobs in found) and len(counts) >= 3 and max(counts) >= FEW_INSTANCES:
+    all_values = set().union(*(values for values, _ in values_of_files))
+    if len(all_values) == 1:
+        return f"its masks hold 0 and {all_values.pop()} alone, which is taken for foreground."
+    numbered = all(values == set(range(1, len(values) + 1)) for values, _ in values_of_files)
+    blobs = all(are_blobs for _, are_blobs in values_of_files)
+    counts = {len(values) for values, _ in values_of_files}
+    if numbered and blobs and len(counts) >= 3 and max(counts) >= FEW_INSTANCES:
         return (
             f"its masks hold numbers from 1 to at most {max(counts)}, each a blob: instances of one class, "
             "which are united. If they are classes, name them in dataset.json."

@@ -43,5 +43,5 @@ def _read_shape(size, shape):
     word = shape["label"]
     if word in NO_CLASS:
         raise ValueError(f"'{word}' is no class")
-    kind = shape.get("shape_type") or "polygon"  # labelme 3 has polygons alone
-    return word, draw(kind, shape["points"], size)
+    shape_type = shape.get("shape_type") or "polygon"  # labelme 3 has polygons alone
+    return word, draw(shape_type, shape["points"], size)

@@ -67,9 +67,9 @@ def _regions(results):
     """Return [(place, (class, region)), ...]; choices, texts and relations are no regions."""
     regions = []
     for index, region in enumerate(results):
-        kind = str(region["type"])
-        if kind.endswith("labels"):
-            for word in region["value"].get(kind) or [None]:
+        type_name = str(region["type"])
+        if type_name.endswith("labels"):
+            for word in region["value"].get(type_name) or [None]:
                 regions.append((f"region {region.get('id', index)}", (word, region)))
     return regions
 
