@@ -164,3 +164,10 @@ def test_a_run_starts_from_another_one(cli, quick, trained, tmp_path):
     assert code == 2 and "not those of --peft shallow" in err
     code, _, err = cli(*start, trained)
     assert code == 2 and "There is no checkpoint" in err and not (tmp_path / "third").exists()
+
+
+def test_a_run_stopped_in_its_first_save_begins_anew(cli, quick, tmp_path):
+    assert cli("train", *quick, "--epochs", 1)[0] == 0
+    (tmp_path / "run" / "state.pt").unlink()
+    code, said, err = cli("train", "--out", tmp_path / "run", "--resume")
+    assert code == 0 and "epoch   1/1" in said, err

@@ -600,3 +600,29 @@ def test_dataset_json_may_name_the_group(tmp_path):
 def test_patients_below_sites_are_groups(tmp_path):
     fill(tmp_path, [f"site{k % 2}/patient{k % 8}/{k}.png" for k in range(40)])
     assert all(len(found) == 1 for found in parts_of_groups(tmp_path, r"patient\d").values())
+
+
+@pytest.mark.parametrize("encoding, slash", [("utf-8-sig", "/"), ("utf-8", "\\"), ("utf-16", "/")])
+def test_annotation_files_of_windows(encoding, slash, tmp_path):
+    names = [f"p{n % 3}/{n}.png" for n in range(6)]
+    fill(tmp_path, names)
+    entries = [
+        dict(img_name=n.replace("/", slash), mask_name=n.replace("/", slash), prompts={"p1": "x"})
+        for n in names
+    ]
+    (tmp_path / "anns").mkdir()
+    (tmp_path / "anns/train.json").write_bytes(json.dumps(entries).encode(encoding))
+    if encoding == "utf-16":
+        with pytest.raises(ValueError, match="train.json' is saved in UTF-16; save it in UTF-8"):
+            datasets.records(str(tmp_path), "train")
+    else:
+        rows = datasets.records(str(tmp_path), "train")
+        assert [record.name for record in rows] == names and all(record.mask.is_file() for record in rows)
+
+
+def test_a_folder_of_a_known_name_is_pointed_to(tmp_path, monkeypatch):
+    fill(tmp_path / "busi", ["1.png"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="folder of your own is --dataset ./busi"):
+        datasets.records("busi", "train")
+    assert len(datasets.records("./busi", "train")) == 1
