@@ -12,7 +12,7 @@ import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vlsm.data.folders import DEFAULT_RULES, divide, folder_splits, split_rules
+from vlsm.data.folders import DEFAULT_RULES, SplitRules, divide, folder_splits, split_rules
 from vlsm.data.images import LabelMask
 from vlsm.data.pairing import NO_MASK, ImageFolder
 from vlsm.data.records import (
@@ -109,12 +109,16 @@ def read_splits(dataset, data_root="data", rules=DEFAULT_RULES, wanted=SPLITS):
 def records(dataset, split, data_root="data", rules=DEFAULT_RULES):
     """Return the records of a split. Raises as `read_splits`, FileNotFoundError for a missing file."""
     splits = read_splits(dataset, data_root, rules, [split])
-    if split in splits or dataset == "demo":
-        return splits.get(split, [])
-    root, source = _locate(dataset, data_root)
-    if source and not _annotation_file(root, split).is_file():
-        raise FileNotFoundError(_describe_missing(root, split))
-    return []
+    return _of_split(splits, split, dataset, data_root)
+
+
+def _of_split(splits, split, dataset, data_root):
+    """Return the records of a split that was asked for. Raises FileNotFoundError for a missing file."""
+    if split not in splits and dataset != "demo":
+        root, source = _locate(dataset, data_root)
+        if source and not _annotation_file(root, split).is_file():
+            raise FileNotFoundError(_describe_missing(root, split))
+    return splits.get(split, [])
 
 
 def available_splits(dataset, data_root="data", rules=DEFAULT_RULES):
@@ -218,7 +222,7 @@ def open_dataset(
         for split in wanted:
             label = f"{Path(dataset).name} {split}"
             try:
-                rows = splits[split] if split in splits else records(dataset, split, data_root, rules)
+                rows = _of_split(splits, split, dataset, data_root)
                 rows = _chosen_records(rows, f"{split} split of '{dataset}'", prompts, limit_train)
                 needed = split in need_foreground
                 data[split] = _open_usable(rows, size, cache_dir, label, skip_bad, needed)
@@ -273,12 +277,12 @@ def open_run_split(
 ):
     """Return (`CachedSplit`, one prompt for each record) of a split, as the run with this metadata read it.
 
-    metadata: a checkpoint's. dataset, data_root, prompts, seed: those of the run unless given; the run's fold
-    and groups are of its own data set alone, which may have moved. Raises as `open_dataset`.
+    metadata: a checkpoint's. dataset, data_root, prompts, seed: those of the run unless given; the run's
+    rules are of its own data set alone, which may have moved. Raises as `open_dataset`.
     """
     rules = split_rules(metadata)
     if dataset and Path(dataset).name != Path(metadata["dataset"]).name:
-        rules = replace(rules, fold=None, group=None)
+        rules = SplitRules(rules.seed)
     dataset = dataset or metadata["dataset"]
     data_root = data_root or metadata["data_root"]
     prompts = prompts or metadata["prompts"]

@@ -343,7 +343,7 @@ def test_cache_folder_that_cannot_be_written(folder, tmp_path):
 def test_cache_in_parallel_equals_one_thread(folder, monkeypatch):
     found, splits = datasets.records(str(folder), "train"), []
     for threads in (1, 4):
-        monkeypatch.setattr("vlsm.data.cache.THREADS", threads)
+        monkeypatch.setattr("vlsm.data.cache.READERS", threads)
         splits.append(open_split(found, 32, None, "x"))
     one, four = splits
     assert (one.images == four.images).all() and (one.masks == four.masks).all()

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from vlsm.data.images import (
+    READERS,
     ImageError,
     LabelMask,
     MaskUnion,
@@ -39,7 +40,6 @@ from vlsm.system.console import ADVICE, progress, say, say_once
 from vlsm.system.files import atomic_write, digest, reserve, sweep_temporary
 
 FORMAT = 3  # increased whenever a reader or a resizer gives other pixels: old cache files are then ignored
-THREADS = min(16, os.cpu_count() or 1)  # Pillow and numpy release the interpreter lock while they decode
 
 
 def default_cache():
@@ -202,7 +202,7 @@ def decode(records, images, masks, label):
         return None
 
     problems = defaultdict(list)
-    with ThreadPoolExecutor(THREADS) as pool, progress(len(records), f"reading {label}") as bar:
+    with ThreadPoolExecutor(READERS) as pool, progress(len(records), f"reading {label}") as bar:
         for indices, problem in zip(groups, pool.map(decode_group, groups)):
             bar.update(len(indices))
             if problem:
@@ -254,7 +254,7 @@ def _check_foreground(records, masks, label):
             "white (255), or 1 in a file of 0 and 1."
         )
     size = masks.shape[-1]
-    inverted = sum(touches_corners(mask == 1) for mask in masks)
+    inverted = sum(touches_corners(mask) for mask in masks)
     if inverted > len(areas) / 2:
         say(f"{label}: {describe_inverted(inverted, len(areas))}")
     sides = [least_side(read_target(records[i].mask)) for i in np.flatnonzero(areas == 1)]

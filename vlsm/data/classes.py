@@ -13,12 +13,10 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from vlsm.data.images import LABELS_FORM, ImageError, LabelMask, MaskUnion, read_labels, read_mask
+from vlsm.data.images import LABELS_FORM, READERS, ImageError, LabelMask, MaskUnion, read_labels, read_mask
 from vlsm.data.records import check_texts
 from vlsm.system.console import first_few
 from vlsm.system.files import field, hash_of, leaves_folder, read_json
-
-READERS = min(16, os.cpu_count() or 1)  # threads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +59,14 @@ def _dataset_json(*folders):
     for folder in folders:
         file = folder / "dataset.json"
         if file.is_file():
-            return file, read_json(file)
+            return file, _read_once(file, file.stat().st_mtime_ns)
     return None, None
+
+
+@lru_cache(maxsize=8)
+def _read_once(file, changed):
+    """Return the content of a JSON file that was last changed at a time: it is asked for three things."""
+    return read_json(file)
 
 
 def add_spacing(records, *folders):
@@ -132,8 +136,8 @@ def label_records(records, labels):
             continue
         words = list(labels.numbers)
         for word in [words[hash_of(record.name) % len(words)]] if union else words:
-            row = dataclasses.replace(record, class_word=word, mask_name=f"{word}/{record.mask_name}")
-            row.prompts = {"p0": "", "p1": labels.prompts.get(word, word)}
+            row = dataclasses.replace(record, mask_name=f"{word}/{record.mask_name}")
+            row.name_class(word, labels.prompts.get(word))
             if not union:
                 row.mask = LabelMask(record.mask, labels.numbers[word], labels.ignore)
             rows.append(row)

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from vlsm.data.classes import add_spacing, find_group, find_labels, label_records, present_records
 from vlsm.data.images import image_files, left_out, say_left_out
 from vlsm.data.judge import judge_masks
-from vlsm.data.pairing import paired_records, records_without_mask, stem_of
+from vlsm.data.pairing import ImageFolder, paired_records, records_without_mask, stem_of
 from vlsm.data.records import group_names, group_of, mark_absent, refuse_idle_pattern
 from vlsm.system.console import first_few, say_once
 from vlsm.system.files import hash_of, read_lines
@@ -142,22 +142,23 @@ def _folder_records(folder, no_mask_is_empty):
 
     Files without a partner become records with `problem` set. Raises ValueError for another layout.
     """
-    images = _subfolder(folder, IMAGE_FOLDERS)
-    masks = _subfolder(folder, MASK_FOLDERS)
-    if not images or not masks or not image_files(images) or not image_files(masks):
-        raise ValueError(_describe_layout(folder, images, masks))
-    for place in (images, masks):
+    image_root = _subfolder(folder, IMAGE_FOLDERS)
+    mask_root = _subfolder(folder, MASK_FOLDERS)
+    images = ImageFolder(image_root) if image_root else None
+    mask_files = image_files(mask_root) if mask_root else []
+    if not images or not images.by_name or not mask_files:
+        raise ValueError(_describe_layout(folder, image_root, mask_root))
+    for place in (image_root, mask_root):
         say_left_out(place)
-    words = _class_folders(images, masks)
+    words = _class_folders(image_root, mask_root, mask_files)
     if not words:
-        return paired_records(images, masks, no_mask_is_empty=no_mask_is_empty)
+        return paired_records(images, mask_root, no_mask_is_empty=no_mask_is_empty)
     rows = []
     for word in words:
-        rows += paired_records(images, masks, word)
+        rows += paired_records(images, mask_root, word)
     stems = {stem_of(record.name) for record in rows}
-    for record in records_without_mask(images, masks, stems, no_mask_is_empty):
-        record.class_word = words[hash_of(record.name) % len(words)]
-        record.prompts = {"p0": "", "p1": record.class_word}
+    for record in records_without_mask(images, mask_root, stems, no_mask_is_empty):
+        record.name_class(words[hash_of(record.name) % len(words)])
         rows.append(record)
     return sorted(rows, key=lambda record: record.name)
 
@@ -182,14 +183,14 @@ def _describe_layout(folder, images, masks):
     return line
 
 
-def _class_folders(images, masks):
+def _class_folders(images, masks, mask_files):
     """Return the names of the folders in masks/ if each holds the masks of one class, else [].
 
     That is so if all masks lie in folders, of whose names images/ has none. Raises ValueError for folders
     named as splits are.
     """
     names = set()
-    for file in image_files(masks):
+    for file in mask_files:
         name, *inner = file.relative_to(masks).parts
         if not inner or (images / name).is_dir():
             return []

@@ -4,6 +4,7 @@ Images and masks are turned upright by their EXIF orientation, as viewers show t
 """
 
 import io
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ EXTENSIONS = (
     ".png", ".jpg", ".jpeg", ".jfif", ".jp2", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm",
 )  # fmt: skip
 BESIDE_IMAGES = (".json", ".txt", ".csv", ".xml", ".yaml", ".yml", ".md", ".html", ".db", ".ini")
+READERS = min(16, os.cpu_count() or 1)  # threads: Pillow and numpy release the interpreter's lock
 HIDDEN = re.compile(r"(^|/)\.")  # in paths: files and folders such as macOS adds to archives
 GREY_FROM = 32  # of 255: from here to GREY_TO a value is neither background nor foreground
 GREY_TO = 223
@@ -100,7 +102,7 @@ def left_out(root):
         ending = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
         ending = ending.lower()
         hidden = HIDDEN.search(path.relative_to(root).as_posix())
-        if path.is_file() and not hidden and ending not in (*EXTENSIONS, *BESIDE_IMAGES):
+        if ending not in (*EXTENSIONS, *BESIDE_IMAGES) and not hidden and path.is_file():
             endings[ending or "without ending"] += 1
     return ", ".join(f"{count} {ending}" for ending, count in endings.most_common())
 
@@ -148,7 +150,7 @@ def orientation(source):
     """Return the EXIF orientation of an image file, 1 if it has none."""
     try:
         with Image.open(source) as image:
-            return image.getexif().get(0x0112, 1)
+            return Image.Image.getexif(image).get(0x0112, 1)  # a PNG's own method decodes all pixels
     except (OSError, AttributeError):  # of a format that Pillow does not read, or pixels in memory
         return 1
 
@@ -286,10 +288,14 @@ def read_mask(source, name=None, one_colour=False):
         return _read_union(source)
     if isinstance(source, np.ndarray):
         return source > 127 if source.dtype == np.uint8 else source
-    image = open_image(source, name)
-    mask = _foreground(_mask_values(image), name or source)
+    return _mask_of(open_image(source, name), name or source, one_colour)
+
+
+def _mask_of(image, name, one_colour):
+    """Return the mask of a Pillow image, as `read_mask` does."""
+    mask = _foreground(_mask_values(image), name)
     if one_colour and mask.any():
-        _refuse_colours(image, mask, name or source)
+        _refuse_colours(image, mask, name)
     return mask
 
 
@@ -327,8 +333,8 @@ def mask_colour(file):
 
     Raises as `read_mask`.
     """
-    mask = read_mask(file, one_colour=True)
     image = open_image(file)
+    mask = _mask_of(image, file, one_colour=True)
     if image.mode in ("1", "L", "I;16") or not mask.any():
         return None
     return common_colour(np.asarray(image.convert("RGB"))[mask])

@@ -1,6 +1,5 @@
 """Decide from all masks of a folder what values other than 0 and 255 mean."""
 
-import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +10,7 @@ from scipy import ndimage
 from vlsm.data.images import (
     APART,
     IMPORT_ADVICE,
+    READERS,
     ImageError,
     MaskUnion,
     MaskValues,
@@ -21,7 +21,6 @@ from vlsm.data.images import (
 )
 from vlsm.system.console import say_once
 
-READERS = min(16, os.cpu_count() or 1)  # threads
 SAMPLE = 48  # masks that are looked at before all are
 FEW_INSTANCES = 5  # fewer blobs in all_values file may as well be classes
 ONE_BLOB = 0.9  # share of instances that are one blob; others were cut apart

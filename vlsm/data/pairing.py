@@ -47,13 +47,12 @@ def stem_of(name):
     return str(PurePosixPath(name).with_suffix("")).casefold()
 
 
-def paired_records(image_root, mask_root, class_word="", no_mask_is_empty=False):
+def paired_records(images, mask_root, class_word="", no_mask_is_empty=False):
     """Return a record for each image with a mask, sorted by name, and one with `problem` set for other files.
 
-    class_word: of masks in the folder of this name below `mask_root`; then an image without a mask has no
-    record. no_mask_is_empty: an image without a mask gets an empty one.
+    images: an `ImageFolder`. class_word: of masks in the folder of this name below `mask_root`; then an image
+    without a mask has no record. no_mask_is_empty: an image without a mask gets an empty one.
     """
-    images = ImageFolder(image_root)
     masks = ImageFolder(mask_root / class_word)
     pairs = match_names(images.by_stem.keys(), masks.by_stem.keys(), mask_root)
     rows = []
@@ -65,19 +64,17 @@ def paired_records(image_root, mask_root, class_word="", no_mask_is_empty=False)
         rows.append(_record(images, stem, files, mask_root, "stem with several files" if several else None))
     for stem in masks.by_stem.keys() - paired:
         name = masks.by_stem[stem][0].relative_to(masks.root).as_posix()
-        rows.append(Record(name, name, image_root / name, masks.root / name, problem="mask without image"))
+        rows.append(Record(name, name, images.root / name, masks.root / name, problem="mask without image"))
     if class_word:
         for record in rows:
-            record.class_word = class_word
-            record.prompts = {"p0": "", "p1": class_word}
+            record.name_class(class_word)
     else:
-        rows += records_without_mask(image_root, mask_root, pairs, no_mask_is_empty)
+        rows += records_without_mask(images, mask_root, pairs, no_mask_is_empty)
     return sorted(rows, key=lambda record: record.name)
 
 
-def records_without_mask(image_root, mask_root, stems, no_mask_is_empty):
+def records_without_mask(images, mask_root, stems, no_mask_is_empty):
     """Return a record for each image whose stem is not in `stems`, of those that have a mask."""
-    images = ImageFolder(image_root)
     problem = None if no_mask_is_empty else NO_MASK
     rows = []
     for stem in images.by_stem:

@@ -35,6 +35,11 @@ class Record:
     group: str | None = None
     spacing: tuple | None = None
 
+    def name_class(self, word, texts=None):
+        """Set the class, and prompts that name it: the word, or texts for it."""
+        self.class_word = word
+        self.prompts = {"p0": "", "p1": texts or word}
+
     @property
     def mask_source(self):
         """What is read for the mask: the label map of several classes, else the mask itself."""

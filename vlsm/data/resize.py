@@ -19,23 +19,28 @@ def resize_mask(mask, size):
     no lesion vanishes.
     """
     small = np.array(Image.fromarray(mask.astype(np.uint8)).resize((size, size), Image.NEAREST))
-    height, width = mask.shape
-    if max(height, width) > size:
+    if max(mask.shape) > size and mask.any():
         labels, count = ndimage.label(mask == 1, np.ones((3, 3)))
-        kept = Image.fromarray(labels.astype(np.int32)).resize((size, size), Image.NEAREST)
+        kept = Image.fromarray(labels.astype(np.int32, copy=False)).resize((size, size), Image.NEAREST)
         is_lost = np.ones(count + 1, bool)
-        is_lost[np.unique(kept)] = False
         is_lost[0] = False
-        rows, columns = np.nonzero(is_lost[labels])
-        places = rows * size // height * size + columns * size // width
-        pairs, areas = np.unique(
-            labels[rows, columns].astype(np.int64) * size**2 + places, return_counts=True
-        )
-        pairs = pairs[np.argsort(areas, kind="stable")]
-        best = np.zeros(count + 1, np.int64)
-        best[pairs // size**2] = pairs % size**2  # of equal labels the last counts: the largest area
-        small.reshape(-1)[best[is_lost]] = 1
+        is_lost[np.asarray(kept)] = False
+        if is_lost.any():
+            _restore(small, labels, is_lost)
     return small
+
+
+def _restore(small, labels, is_lost):
+    """Set the pixel of `small` that each lost component of `labels` covers most; is_lost: bool `[labels]`."""
+    size = len(small)
+    height, width = labels.shape
+    rows, columns = np.nonzero(is_lost[labels])
+    places = rows * size // height * size + columns * size // width
+    pairs, areas = np.unique(labels[rows, columns].astype(np.int64) * size**2 + places, return_counts=True)
+    pairs = pairs[np.argsort(areas, kind="stable")]
+    best = np.zeros(len(is_lost), np.int64)
+    best[pairs // size**2] = pairs % size**2  # of equal labels the last counts: the largest area
+    small.reshape(-1)[best[is_lost]] = 1
 
 
 def least_side(mask):
@@ -57,8 +62,8 @@ def describe_smaller(sides, total, size):
 
 
 def touches_corners(mask):
-    """Tell whether all corners of a mask bool `[H, W]` are foreground."""
-    return bool(mask[[0, 0, -1, -1], [0, -1, 0, -1]].all())
+    """Tell whether all corners of a mask bool, or uint8 0/1/255, `[H, W]` are foreground."""
+    return bool((mask[[0, 0, -1, -1], [0, -1, 0, -1]] == 1).all())
 
 
 def describe_inverted(count, total):

@@ -4,6 +4,7 @@ import json
 import math
 import platform
 import re
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -343,8 +344,11 @@ def fingerprint_records(records):
 
 
 def fingerprint_pixels(split):
-    """Return 32 hex digits of the pixels of a split at the model's size, wherever its files lie."""
-    return digest(split.images.reshape(-1)) + digest(split.masks.reshape(-1))
+    """Return a checksum of the pixels of a split at the model's size, wherever its files lie.
+
+    Every start computes it: CRC-32 is several times faster than `digest`, and finds a file that has changed.
+    """
+    return f"{zlib.crc32(split.images.reshape(-1)):08x}{zlib.crc32(split.masks.reshape(-1)):08x}"
 
 
 def check_stamps(out, metadata):
