@@ -626,3 +626,18 @@ def test_a_folder_of_a_known_name_is_pointed_to(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="folder of your own is --dataset ./busi"):
         datasets.records("busi", "train")
     assert len(datasets.records("./busi", "train")) == 1
+
+
+def test_a_run_on_another_data_set_follows_the_rules_of_that_one(folder, tmp_path):
+    fill(tmp_path / "mine", [f"{n}.png" for n in range(6)])
+    metadata = dict(
+        dataset=str(tmp_path / "mine"), data_root="data", split_seed=0, group=r"\d", fold="1/3", prompts="x",
+        no_mask_is_empty=True, image_size=32, recipe=dict(seed=5),
+    )  # fmt: skip
+    assert len(datasets.open_run_split(metadata)[0]) == 2, "a third of its own"
+    (tmp_path / "mine").rename(tmp_path / "moved")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "moved").rename(tmp_path / "elsewhere/mine")
+    data, _ = datasets.open_run_split(metadata, dataset=str(tmp_path / "elsewhere/mine"))
+    assert len(data) == 2, "it has moved"
+    assert len(datasets.open_run_split(metadata, dataset=str(folder))[0]) == 6
