@@ -1,6 +1,7 @@
 """The embedded base: small, readable by transformers, and listening to its prompt; the demo on top of it."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -104,3 +105,20 @@ def test_demo_reaches_what_readme_says(tmp_path, cli):
 def test_readme_names_the_commands_that_ci_runs():
     text = (ROOT / "README.md").read_text()
     assert "<!-- tests -->" in text and "python train.py --dataset demo --peft dense --dim 64" in text
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom():
+    nbclient = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    import nbformat  # comes with nbclient
+
+    notebook = nbformat.read(MINI / "demo.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": MINI}}).execute()
+    printed = ""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            printed += output.get("text", "")
+    before, *epochs = re.findall(r"validation DSC ([\d.]+)", printed)
+    assert len(epochs) == 3
+    assert float(before) < 50 < 65 < float(epochs[-1])
