@@ -25,7 +25,7 @@ from vlsm.data.records import (
     read_annotations,
 )
 from vlsm.system.arguments import Parser, add_split_rules, number
-from vlsm.system.console import first_few, friendly_errors, say
+from vlsm.system.console import did_you_mean, first_few, friendly_errors, say
 from vlsm.system.files import check_targets, owned_write
 
 EXAMPLES = """examples:
@@ -121,37 +121,38 @@ def _of_split(splits, split, dataset, data_root):
     return splits.get(split, [])
 
 
-def available_splits(dataset, data_root="data", rules=DEFAULT_RULES):
-    """Return the splits that have records, in the order train, val, test. Raises as `read_splits`."""
-    return list(read_splits(dataset, data_root, rules))
-
-
 def _locate(dataset, data_root):
     """Return (folder, its `Source`, or None for a folder without annotation files)."""
     if dataset in DATASETS:
         source = DATASETS[dataset]
         root = Path(data_root).expanduser() / source.folder
         if not root.is_dir():
-            raise FileNotFoundError(
-                f"There is no folder '{root}' for data set '{dataset}'.\n"
-                f"  1. Download the images and masks from {source.url}\n"
-                "  2. Get the prompts and splits from https://github.com/naamiinepal/medvlsm (MedVLSM's "
-                "annotation files)\n"
-                f"  3. Lay them out as {root}/images/*, {root}/masks/*, {root}/anns/{{train,val,test}}.json\n"
-                "or pass --data-root with the folder that holds it."
-                + (f" (The folder of your own is --dataset ./{dataset}.)" if Path(dataset).is_dir() else "")
-            )
+            raise FileNotFoundError(_describe_steps(dataset, data_root, root, source))
         return root, source
     root = Path(dataset).expanduser()
     if not root.is_dir():
-        known = ", ".join(["demo", *DATASETS])
+        known = ["demo", *DATASETS]
         raise ValueError(
-            f"Data set '{dataset}' is neither known ({known}) nor the path of a folder, seen from "
-            f"'{Path.cwd()}'. If a run names it, it was trained elsewhere: pass --dataset PATH."
+            f"Data set '{dataset}' is neither known ({', '.join(known)}) nor the path of a folder, seen from "
+            f"'{Path.cwd()}'.{did_you_mean(dataset, known)} If a run names it, it was trained "
+            "elsewhere: pass --dataset PATH."
         )
     if (root / "anns").is_dir():
         return root, Source(root.name, "")
     return root, None
+
+
+def _describe_steps(dataset, data_root, root, source):
+    """Say that a known data set's folder is missing, and how to make it."""
+    own = f" (The folder of your own is --dataset ./{dataset}.)" if Path(dataset).is_dir() else ""
+    return (
+        f"There is no folder '{root}' for data set '{dataset}'.\n"
+        f"  1. Download the images and masks from {source.url}\n"
+        "  2. Get MedVLSM's prompts and splits: git clone https://github.com/naamiinepal/medvlsm\n"
+        f"  3. python datasets.py --prepare {dataset} --src DOWNLOAD --anns medvlsm/data --data-root "
+        f"{data_root}\n"
+        f"If you have it already, pass --data-root with the folder that holds it.{own}"
+    )
 
 
 def _annotated_splits(root, source, rules, wanted):
@@ -302,9 +303,13 @@ def open_run_split(
 
 
 def check(dataset, data_root, rules, out, overwrite=False):
-    """Print a data set's statistics and write a contact sheet. Raises as `read_splits` does."""
-    from vlsm.data.check import describe_splits, inspect_splits, sheet_rows
+    """Print a data set's statistics; write a contact sheet, and one of nearly equal images if there are any.
+
+    Raises as `read_splits` does.
+    """
+    from vlsm.data.check import describe_splits, inspect_splits, pair_rows, sheet_rows
     from vlsm.results.figures import sheet
+    from vlsm.system import plots
 
     splits = read_splits(dataset, data_root, rules)
     inputs = []
@@ -318,18 +323,25 @@ def check(dataset, data_root, rules, out, overwrite=False):
         )
     name = Path(dataset).name
     file = Path(out or f"{name}-check.png")
-    check_targets([file], inputs, overwrite)
+    pairs_file = file.with_stem(f"{file.stem}-pairs")
+    check_targets([file, pairs_file], inputs, overwrite)
     say(f"{name}: {_describe_form(dataset, data_root, next(iter(splits.values()))[0])}")
-    say(describe_splits(name, inspect_splits(splits)))
-    with owned_write(file) as temporary:
-        sheet(sheet_rows(splits), temporary, names=())
-    say(f"Wrote {file}")
+    summaries = inspect_splits(splits)
+    say(describe_splits(name, summaries))
+    for path, rows, second in (
+        (file, sheet_rows(splits), ("ground truth", plots.GREEN)),
+        (pairs_file, pair_rows(summaries), ("nearly equal image", "white")),
+    ):
+        if rows:
+            with owned_write(path) as temporary:
+                sheet(rows, [("image", "white"), second], temporary)
+            say(f"Wrote {path}")
 
 
 def _describe_form(dataset, data_root, record):
     """Return in words which form of masks a data set has; record: any of its records."""
     if isinstance(record.mask, LabelMask):
-        return "label maps, whose class numbers dataset.json names"
+        return "label maps, a number for each class"
     if dataset == "demo" or _locate(dataset, data_root)[1]:
         return "masks and prompts of annotation files"
     if record.class_word:
@@ -342,9 +354,10 @@ def prepare(name, source, data_root, anns, descriptions, overwrite):
     from vlsm.raw import prepare as raw
 
     if name not in DATASETS:
-        raise ValueError(f"--prepare '{name}' is not known. Choose one of: {', '.join(DATASETS)}.")
+        guess = did_you_mean(name, DATASETS)
+        raise ValueError(f"--prepare '{name}' is not known.{guess} Choose one of: {', '.join(DATASETS)}.")
     if not source:
-        raise ValueError("--prepare needs the download, folder or zip archive: --src DOWNLOAD.")
+        raise ValueError("--prepare needs the download, a folder or a zip archive: --src DOWNLOAD.")
     folder = DATASETS[name].folder
     if anns:  # MedVLSM's data folder, the data set's folder in it, or that one's anns
         for subfolder in (f"{folder}/anns", folder):
@@ -353,7 +366,7 @@ def prepare(name, source, data_root, anns, descriptions, overwrite):
                 break
     texts = raw.read_descriptions(descriptions) if descriptions else ()
     raw.prepare(name, source, Path(data_root) / folder, anns, texts, overwrite)
-    say(f"Look at it with: python datasets.py --check {name} --data-root {data_root}")
+    say(f"Look at it with:\n  python datasets.py --check {name} --data-root {data_root}")
 
 
 def import_options(args):

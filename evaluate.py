@@ -39,20 +39,21 @@ from vlsm.results.scores import (
 from vlsm.segment import prompt_notice
 from vlsm.system import parallel
 from vlsm.system.arguments import Parser, add_machine_arguments, number
-from vlsm.system.console import friendly_errors, say
+from vlsm.system.console import friendly_errors, say, write_line
 from vlsm.system.files import check_targets, write_json
 
 EXAMPLES = """examples:
   python evaluate.py --ckpt runs/kvasir-dense-64-seed42 --figure 6 --gallery
   python evaluate.py --ckpt runs/kvasir-dense --ensemble --dataset etis --save-masks masks
-  python evaluate.py --ckpt hub:owner/name --images photos --prompt "a polyp" --save-masks masks --overlay
-  python evaluate.py --ckpt runs/ct --images new --prompt liver --prompt tumour --label-map --save-masks maps
+  python evaluate.py --ckpt hub:owner/name --images photos --prompt "a polyp" --save-masks masks
+  python evaluate.py --ckpt runs/ct --images x --prompt liver --prompt cyst --label-map --save-masks m
 """
 
 # Options that have no effect beside others, as `Parser` refuses them.
 RULES = (
     ("prompt label_map threshold overlay", "with", "images", ""),
     ("figure_format", "with", "figure", ""),
+    ("gallery_full", "with", "gallery", ""),
     ("figure gallery save_masks save_probabilities", "without", "all_prompts", ", which writes scores alone"),
     (
         "figure gallery all_prompts out split dataset data_root prompts seed group nsd_tolerance spacing "
@@ -143,6 +144,11 @@ def add_output_arguments(parser):
         action="store_true",
         help="write gallery/index.html: every record, worst first, for a browser",
     )
+    add(
+        "--gallery-full",
+        action="store_true",
+        help="also copy the images into the gallery at their original size, so that it can be moved",
+    )
 
 
 def add_image_arguments(parser):
@@ -170,8 +176,8 @@ def add_image_arguments(parser):
 
 
 def load_runs(args, checkpoints):
-    """Return the predictor of one run, or of several as an ensemble."""
-    return load_ensemble(
+    """Return the predictor of one run, or of several as an ensemble; print where it runs."""
+    predictor = load_ensemble(
         checkpoints,
         weights=args.weights,
         device=args.device,
@@ -180,6 +186,8 @@ def load_runs(args, checkpoints):
         compile=args.compile,
         mirror=args.mirror,
     )
+    say(predictor.model.describe_place())
+    return predictor
 
 
 def runs_below(folder):
@@ -214,6 +222,8 @@ def evaluate_run(args, checkpoints):
 
     Returns (folder of the results, {prompt key: summary} with --all-prompts, else {"": summary}).
     """
+    if args.out and not args.all_prompts:  # before the weights are loaded; later with the names of the masks
+        check_outputs(args, [], Path(args.out))
     predictor = load_runs(args, checkpoints)
     metadata = predictor.metadata
     data, texts = open_run_split(
@@ -257,10 +267,14 @@ def evaluate_run(args, checkpoints):
     summary |= score_label_maps(args, predictor, data, texts)
     if not parallel.rank():
         write_results(out, scores, summary, dict(prompts=prompts, **settings))
-        say(f"{settings['dataset']} {args.split}, {len(scores)} records, prompts: {prompts}")
+        say(f"{place}: {settings['dataset']} {args.split}, prompts: {prompts}")
+        say(f"records: {len(scores)}; +-: standard deviation over these")
         say(describe(summary))
-        files = [out / "metrics.csv", "metrics.json", *draw(args, data.records, scores, out, settings)]
-        say(f"Wrote {', '.join(map(str, files))}")
+        files = [out / name for name in RESULT_FILES]
+        files += draw(args, data.records, scores, out, prompts, settings)
+        files += filter(None, [args.save_masks, args.save_probabilities])
+        for file in files:
+            say(f"Wrote {file}")
     return out, {"": summary}
 
 
@@ -286,7 +300,8 @@ def score_prompts(args, predictor, data, prompt_sets):
     for name in ABSENT_SETS:
         rows = scores_of.pop(name, None)
         if rows:
-            alarms[name] = summarise_values([row["alarm"] for row in rows], [row["group"] for row in rows])
+            values = {name: [row["alarm"] for row in rows]}
+            alarms |= summarise_values(values, [row["group"] for row in rows])
     results = {}
     for name, scores in scores_of.items():
         summary = summarise(scores, describe_groups(data.records, args.group))
@@ -329,17 +344,17 @@ def check_outputs(args, records, out):
     targets = []
     if args.out:
         targets += [out / name for name in RESULT_FILES]
-    if args.out and args.figure:
-        targets.append(out / f"figure.{args.figure_format}")
-    if args.out and args.gallery:
-        targets += page_files(out / "gallery")
+        if args.figure:
+            targets.append(out / f"figure.{args.figure_format}")
+        if args.gallery:
+            targets += page_files(out / "gallery")
     for folder in (args.save_masks, args.save_probabilities):
         if folder:
             targets += [mask_target(folder, record.mask_name) for record in records]
     check_targets(targets, inputs, args.overwrite)
 
 
-def draw(args, records, scores, out, settings):
+def draw(args, records, scores, out, prompts, settings):
     """Write the sheet of --figure and the page of --gallery; returns their paths."""
     files = []
     if args.figure:
@@ -349,7 +364,9 @@ def draw(args, records, scores, out, settings):
     if args.gallery:
         name = Path(settings["ckpt"]).name.removesuffix(".safetensors")
         title = f"{name} on {settings['dataset']} {args.split}"
-        files.append(write_gallery(out / "gallery", records, {name: scores}, title))
+        tolerance = f"NSD within {args.nsd_tolerance:g} {scores[0]['unit']}"
+        facts = [f"prompts: {prompts}", "foreground: probability above 0.5", tolerance]
+        files.append(write_gallery(out / "gallery", records, {name: scores}, title, facts, args.gallery_full))
     return files
 
 
@@ -364,22 +381,22 @@ def evaluate_all_prompts(args, predictor, data, out, settings):
         targets = [out / key / name for key in keys for name in RESULT_FILES]
         check_targets([*targets, out / "prompts.json"], overwrite=args.overwrite)
     prompt_sets = {}
+    seed = settings["seed"]
     for key in keys:
-        seed = settings["seed"]
         prompt_sets[key] = [choose_prompt(record, key, seed, i) for i, record in enumerate(data.records)]
     results = score_prompts(args, predictor, data, prompt_sets)
-    unit = next(iter(results.values()))[1]["unit"]
-    say(f"{'prompt':8}{'DSC %':>8}{'IoU %':>8}{metric_title('hd95', unit):>9}   an example")
+    say(settings["ckpt"])
+    say(f"{'prompt':8}{'DSC %':>8}{'IoU %':>8}{'HD95':>12}   an example")
     summaries = {}
     for key, (scores, summary) in results.items():
         summaries[key] = summary
         if not parallel.rank():
             write_results(out / key, scores, summary, dict(prompts=key, **settings))
         hd95 = summary["hd95"]["mean"]
-        hd95 = "n/a" if hd95 is None else f"{hd95:.2f}"
+        hd95 = "n/a" if hd95 is None else f"{hd95:.2f} {summary['unit']}"
         dsc = 100 * summary["dsc"]["mean"]
         iou = 100 * summary["iou"]["mean"]
-        say(f"{key:8}{dsc:8.2f}{iou:8.2f}{hd95:>9}   {prompt_sets[key][0][:70]}")
+        say(f"{key:8}{dsc:8.2f}{iou:8.2f}{hd95:>12}   {prompt_sets[key][0][:70]}")
     if not parallel.rank():
         write_json(out / "prompts.json", dict(prompts=summaries, **settings))
     return summaries
@@ -388,13 +405,15 @@ def evaluate_all_prompts(args, predictor, data, out, settings):
 def print_means(evaluations, folder):
     """Print means over the records of several runs, as of folds, and write them to means.json.
 
-    A record's value is its mean over the runs that have it. +-: the deviation of the runs' means.
-    evaluations: of each run (folder of its results, {prompt key: summary}). folder: of the runs.
+    A record's value is its mean over the runs that have it. evaluations: for each run (folder of its
+    results, {prompt key: summary}). folder: of the runs. Raises ValueError for distances of two units.
     """
     outs, summaries_of = zip(*evaluations)
     units = {summary["unit"] for summaries in summaries_of for summary in summaries.values()}
-    if len(units) > 1:
+    unit = units.pop()
+    if units:
         raise ValueError("Some runs' distances are in px, others' in mm; give --spacing for all of them.")
+    say("All runs (+-: standard deviation of their means)")
     results = {}
     for key in summaries_of[0]:
         results[key] = {}
@@ -409,12 +428,12 @@ def print_means(evaluations, folder):
                     if mean is not None:
                         means.append(factor * mean)
                 spread = np.std(means, ddof=1) if len(means) > 1 else 0
-                title = metric_title(metric, summaries_of[0][key]["unit"])
+                title = metric_title(metric, unit)
                 line = (
-                    f"{key} {title:8} {factor * result['mean']:7.2f} +- {spread:.2f} over {len(means)} runs"
+                    f"{key} {title:8} {factor * result['mean']:7.2f} +- {spread:.2f} over {len(means)} runs, "
+                    f"{in_brackets(result['ci95'], factor)} over {result['n']} records"
                 )
-                interval = in_brackets(result["ci95"], factor)
-                say(f"{line}, {interval} over {result['n']} records".lstrip())
+                say(line.lstrip())
         for name in ABSENT_SETS:
             alarms = [summaries[key].get("alarms", {}).get(name) for summaries in summaries_of]
             rates = [100 * of_run["mean"] for of_run in alarms if of_run]
@@ -445,11 +464,11 @@ def predict(args, checkpoints):
     )
     predictor = load_runs(args, checkpoints)
     notice = prompt_notice(predictor.metadata, args.prompt)
-    if notice and not parallel.rank():
-        print(notice, file=sys.stderr)
+    if notice:
+        say(notice, sys.stderr)
     count, errors = predict_folder(predictor, args.images, writer, args.batch_size, args.overwrite)
     files = count * len(writer.mask_folders)
-    say(f"Wrote {files} {'label maps' if args.label_map else 'masks'} to '{args.save_masks}'.")
+    say(f"Wrote {'label maps' if args.label_map else 'masks'} to '{args.save_masks}': {files}")
     return errors
 
 
@@ -464,13 +483,12 @@ def main(argv=None):
     if len(runs) == 1 and args.ensemble:
         raise ValueError("--ensemble needs several runs: more than one --ckpt, or a folder of runs.")
     groups = [runs] if args.ensemble else [[run] for run in runs]
-    one_place = args.out or args.save_masks or args.save_probabilities or args.images
-    if len(groups) > 1 and one_place:
-        raise ValueError(
-            f"'{args.ckpt[0]}' holds {len(runs)} runs, whose output would mix in one folder; evaluate them "
-            "one by one, or with --ensemble."
-        )
     if len(groups) > 1:
+        if args.out or args.save_masks or args.save_probabilities or args.images:
+            raise ValueError(
+                f"'{args.ckpt[0]}' holds {len(runs)} runs, whose output would mix in one folder; evaluate "
+                "them one by one, or with --ensemble."
+            )
         refuse_other_runs(runs)
     elif args.ensemble and not args.images:
         refuse_other_records(runs, args.split, args.dataset)
@@ -483,7 +501,7 @@ def main(argv=None):
             print_means(evaluations, args.ckpt[0])
     parallel.shut_down()
     if errors:
-        print(*errors, sep="\n", file=sys.stderr)
+        write_line("\n".join(errors), sys.stderr)
         sys.exit(1)
 
 

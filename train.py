@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from tqdm import tqdm
 
 import datasets
 import kernels
@@ -30,10 +29,14 @@ from vlsm.system.parallel import autocast, choose_device
 from vlsm.training.arguments import RECIPE_FIELDS, method_options, parse_arguments, stored_settings
 from vlsm.training.dry_run import describe_memory
 from vlsm.training.frozen_cache import FrozenCache
-from vlsm.training.run import Run, check_gradients, describe_run, held_folder
+from vlsm.training.run import Run, check_folder, check_gradients, describe_run, held_folder
 
 SEED_STEP = 1_000_003  # between the seeds of two epochs, and of two batches
 NOTHING_FOUND = 0.005  # last validation DSC below which a run's last line says what to look at
+# What an epoch's line shows, in words
+LINES = """An epoch's line: loss, validation DSC in %, time so far, time left at most;
+alarms: share of absent things for which the model marks something;
+*: best epoch so far, by the DSC, of which alarms cost up to half (all in log.csv)."""
 LOOK_EVERY = 20  # steps between two readings of the sums on the device: each waits until it is idle
 
 
@@ -46,8 +49,10 @@ def main(argv=None, after_epoch=None):
     device, dtype = choose_device(device, args.amp)
     if args.batch_size < parallel.world_size():
         raise ValueError(f"--batch-size {args.batch_size}: {parallel.world_size()} processes share a batch.")
-    # looked up before the weights are loaded, to fail early if the data set is missing
-    splits = datasets.available_splits(args.dataset, args.data_root, split_rules(vars(args)))
+    # looked at before the weights are loaded, to fail early: the run's folder and the data set
+    if not args.dry_run:
+        check_folder(Path(args.out), args.resume, args.overwrite)
+    splits = datasets.read_splits(args.dataset, args.data_root, split_rules(vars(args)))
     torch.manual_seed(args.seed)
     with parallel.local_first():  # one process of a machine downloads the weights
         model = build(args.model, args.weights, args.peft, args.reference, **method_options(vars(args)))
@@ -85,22 +90,23 @@ def main(argv=None, after_epoch=None):
         negatives = choose_negatives(args.negatives, args.prompts, data, cache.tokenizer)
         with Interrupt() as interrupt:
             train_epochs(args, run, data, cache, negatives, criterion, interrupt, after_epoch)
-    command = f"python evaluate.py --ckpt {run.out}"
-    say(f"Best epoch: validation DSC {100 * run.best:.2f}. Evaluate it with: {command}")
+    say(f"{run.describe_best()} Evaluate it with:\n  python evaluate.py --ckpt {run.out}")
     if run.history[-1]["val_dsc"] < NOTHING_FOUND:
         say(
-            f"At the end almost nothing is found. Try a smaller --lr than {args.lr:g}; look at the masks "
-            f"(python datasets.py --check {args.dataset}) and above at the gradients of the first step: none "
-            "should be zero."
+            f"At the end almost nothing is found. Try a smaller --lr than {args.lr:g}. Look at the masks:\n"
+            f"  python datasets.py --check {args.dataset}\n"
+            "and above at the gradients of the first step: none should be zero."
         )
     return run
 
 
 def train_epochs(args, run, data, cache, negatives, criterion, interrupt, after_epoch=None):
     """Train to the last epoch, or until validation stalls; save the run after each epoch."""
+    say(LINES)
+    run.times.append(time.perf_counter())
     for epoch in range(run.next_epoch, args.epochs + 1):
         if epoch > args.min_epochs and run.stalled >= args.patience:
-            say(f"Stopping early: {run.stalled} epochs without a better validation {args.monitor}.")
+            say(f"Stopping early, as the validation {args.monitor} stalls (--patience {args.patience}).")
             break
         began = time.perf_counter()
         lr = run.optimizer.param_groups[0]["lr"]
@@ -115,13 +121,14 @@ def train_epochs(args, run, data, cache, negatives, criterion, interrupt, after_
         )  # fmt: skip
         run.refuse_nonfinite(val_loss, f"validation loss after epoch {epoch}")
         speed = len(data["train"]) / seconds
-        line = run.end_epoch(
+        run.end_epoch(
             epoch=epoch, train_loss=loss, train_dsc=train_dsc, val_loss=val_loss, val_dsc=val_dsc,
             val_iou=val_iou, val_alarms=val_alarms, lr=lr, seconds=round(seconds, 2),
             images_per_second=round(speed, 3),
         )  # fmt: skip
         run.save()
-        say(f"epoch {epoch:3d}/{args.epochs}  {line}")
+        run.times.append(time.perf_counter())
+        say(run.describe_epoch(args.epochs))
         interrupt.leave(f"Interrupted after epoch {epoch}; {run.describe_saved()}")
         if after_epoch:
             after_epoch(run)
@@ -198,9 +205,7 @@ def optimizer_step(run, loss, clip):
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
     overflow = run.scaler.is_enabled() and not norm.isfinite()  # in fp16's first steps, until a scale fits
     if not run.gradients_checked and loss.isfinite() and not overflow:
-        line = check_gradients(run.model)
-        if not parallel.rank():
-            tqdm.write(line)
+        say(check_gradients(run.model))
         run.gradients_checked = True
     run.scaler.step(run.optimizer)
     run.scaler.update()
@@ -242,24 +247,25 @@ def validate(model, data, cache, negatives, criterion, seed, prompt_mode, batch_
 
 
 def describe_model(model):
-    """Print how many parameters are trained, and warn of random weights."""
+    """Print where the model runs and how many parameters are trained, and warn of random weights."""
     weights = model.info["weights"]
     if is_random(weights):
         say(f"{weights}: random weights, for tests and research; nothing is pretrained.", file=sys.stderr)
     trained, total = model.count_parameters()
     percent = 100 * trained / total
+    say(model.describe_place())
     say(
-        f"{model.info['model']} ({weights}), --peft {model.info['method']}: {trained:,} of {total:,} "
-        f"parameters are trained ({percent:.2f} %)"
+        f"{model.info['model']} ({weights}), --peft {model.info['method']}:\n"
+        f"  {trained:,} of {total:,} parameters are trained ({percent:.2f} %)"
     )
 
 
 def open_data(args, splits, side):
-    """Open the run's `splits` with images of `side` pixels; returns {split: `CachedSplit`}.
+    """Open the `splits` that the data set has, with images of `side` pixels; returns {split: `CachedSplit`}.
 
     Raises ValueError without a training or validation split.
     """
-    splits = splits or ["train", "val"]  # of a data set without records the message names these
+    splits = list(splits) or ["train", "val"]  # of a data set without records the message names these
     data = datasets.open_dataset(
         args.dataset, splits, side, args.data_root, args.cache_dir, split_rules(vars(args)), args.prompts,
         args.skip_bad, args.limit_train,
@@ -274,8 +280,8 @@ def open_data(args, splits, side):
     words = {record.class_word for record in data["train"].records}
     if len(words) > 1 and is_text(args.prompts):
         say(
-            f"--prompts '{args.prompts}' is one text for {len(words)} classes, which it cannot tell apart; "
-            "leave it out.",
+            f"--prompts '{args.prompts}' is one text for {len(words)} classes,\n"
+            "  which it cannot tell apart; leave it out.",
             file=sys.stderr,
         )
     return data
@@ -290,8 +296,8 @@ def choose_negatives(count, prompt_mode, data, tokenizer):
         if not words:
             raise ValueError("The prompts use every word of the tokenizer's vocabulary; use --negatives 0.")
         say(
-            f"--negatives {count}: beside each right prompt, {count} of what is not in the image, with an "
-            f"empty mask: absent classes, if any, and {len(words):,} words that no prompt uses"
+            f"--negatives {count}: with each right prompt, {count} of what is not in the image:\n"
+            f"  absent classes, if any, and {len(words):,} words that no prompt uses"
         )
     return {name: Negatives(split.records, prompt_mode, words, count) for name, split in data.items()}
 
@@ -307,7 +313,7 @@ def save_untrained(args, model, side):
         parallel.barrier()
         run.start(settings, args.resume, args.overwrite)
         run.save_checkpoint("best")
-    say(f"Nothing to train. Wrote a checkpoint; evaluate it with: python evaluate.py --ckpt {args.out}")
+    say(f"Nothing to train. Wrote a checkpoint; evaluate it with:\n  python evaluate.py --ckpt {args.out}")
     return run
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import kernels
 from tests.conftest import ROOT, rows
 from vlsm.networks.tokenizer import Tokenizer
-from vlsm.networks.weights import MINI
+from vlsm.networks.weights import MINI, hub_answers
 
 
 @pytest.mark.parametrize(
@@ -173,20 +173,36 @@ def test_weights_without_a_tokenizer(cli, quick, tmp_path):
 
 
 def test_hub_that_cannot_be_reached_says_what_to_do(cli, tmp_path, monkeypatch):
-    import huggingface_hub
+    import huggingface_hub.constants
 
-    def unreachable(*args, **kw):
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("it tries again"))
     code, _, err = cli(
         "train", "--dataset", "demo", "--weights", "CIDAS/clipseg-rd64-refined", "--out", tmp_path / "r"
     )
-    assert (
-        code == 2
-        and "hf download CIDAS/clipseg-rd64-refined --local-dir DIR" in err
-        and "--weights mini runs offline" in err
-    )
+    assert code == 2 and "it cannot be reached (no network, or HF_HUB_OFFLINE is set)" in err
+    assert "hf download CIDAS/clipseg-rd64-refined --local-dir DIR" in err
+    assert "--weights mini runs offline" in err
+    code, _, err = cli("evaluate", "--ckpt", "hub:someone/disks")
+    assert code == 2 and "'hub:someone/disks' could not be fetched from the hub: it cannot be reached" in err
+
+
+@pytest.mark.parametrize("error", ["ConnectError", "ReadTimeout"])
+def test_a_hub_without_a_network_is_asked_once(monkeypatch, error):
+    import huggingface_hub
+
+    calls = []
+
+    def head(url, timeout):
+        calls.append(timeout)
+        raise type(error, (Exception,), {})
+
+    session = type("Session", (), {"head": staticmethod(head)})
+    monkeypatch.setattr(huggingface_hub, "get_session", session)
+    assert not hub_answers() and len(calls) == 1 and calls[0] <= 5
+    monkeypatch.setattr(session, "head", staticmethod(lambda url, timeout: None))
+    assert hub_answers()
 
 
 @pytest.mark.parametrize(
@@ -275,10 +291,10 @@ def test_changed_data_is_for_resuming(cli, quick):
 def test_a_run_that_predicts_nothing_says_what_to_do(cli, quick, monkeypatch):
     monkeypatch.setattr("train.validate", lambda *_: (1.0, 0.004, 0.002, 0.0))
     code, out, err = cli("train", *quick, "--epochs", 1)
-    assert code == 0 and "smaller --lr than 0.001" in out.splitlines()[-1], err
+    assert code == 0 and "smaller --lr than 0.001" in out, err
     monkeypatch.setattr("train.validate", lambda *_: (1.0, 0.006, 0.003, 0.0))
     code, out, _ = cli("train", *quick, "--epochs", 1, "--overwrite")
-    assert code == 0 and "Evaluate it with" in out.splitlines()[-1]
+    assert code == 0 and "smaller --lr" not in out and out.splitlines()[-1].startswith("  python evaluate.py")
 
 
 def test_letters_that_are_not_english_are_noticed_once(capsys):
@@ -288,3 +304,20 @@ def test_letters_that_are_not_english_are_noticed_once(capsys):
     assert said.count("letters that are not English") == 1 and "5 \u00b5m" in said
     Tokenizer(MINI)(["a polyp, 3 \u2013 4 mm"])
     assert not capsys.readouterr().err
+
+
+def test_without_a_network_only_kept_files_are_looked_for(cli, monkeypatch):
+    import huggingface_hub
+
+    def look(name, *_, local_files_only, **__):
+        assert local_files_only
+        raise FileNotFoundError(name)
+
+    for module in ("vlsm.checkpoint", "vlsm.networks.weights"):
+        monkeypatch.setattr(f"{module}.hub_answers", lambda: False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", look)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", look)
+    code, _, err = cli("train", "--dataset", "demo", "--weights", "owner/weights", "--out", "nowhere")
+    assert code == 2 and "FileNotFoundError: owner/weights" in err
+    code, _, err = cli("evaluate", "--ckpt", "hub:owner/run")
+    assert code == 2 and "FileNotFoundError: owner/run" in err

@@ -20,6 +20,8 @@ def test_four_epochs_are_two_and_two(cli, quick, tmp_path):
     options = [*quick[:-1]]
     assert cli("train", *options, whole, "--epochs", 4, "--augment")[0] == 0
     assert cli("train", *options, parts, "--epochs", 2, "--augment")[0] == 0
+    code, _, err = cli("train", "--out", parts, "--resume", "--epochs", 1)
+    assert code == 2 and "has 2 epochs already" in err
     code, out, err = cli("train", "--out", parts, "--resume", "--epochs", 4)
     assert code == 0 and "after epoch 2" in out, err
     assert same_tensors(whole / "last.safetensors", parts / "last.safetensors")
@@ -37,7 +39,7 @@ def test_negatives_with_frozen_encoders_resume_bit_for_bit(cli, quick, tmp_path)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = without_dim(["--negatives", 2, "--peft", "decoder", *quick[:-1]])
     code, out, err = cli("train", *options, whole, "--epochs", 4)
-    assert code == 0 and "--negatives 2: beside each right prompt" in out and "false alarms" in out, err
+    assert code == 0 and "--negatives 2: with each right prompt" in out and "  alarms " in out, err
     assert cli("train", *options, parts, "--epochs", 2)[0] == 0
     assert cli("train", "--out", parts, "--resume", "--negatives", 1)[0] == 2, "it would be another run"
     assert cli("train", "--out", parts, "--resume", "--epochs", 4)[0] == 0

@@ -26,14 +26,20 @@ def test_a_run_from_training_to_pictures(cli, quick, tmp_path, folder):
     code, out, err = cli("train", *quick, "--epochs", 5, "--augment")
     assert code == 0, err
     assert "parameters are trained" in out and "48 of 48 trained tensors finite and non-zero, 0 of" in out
-    assert out.count("  val DSC ") == 5 and "img/s" in out and out.count("  false alarms ") == 5
+    epochs = [line for line in out.splitlines() if line.startswith("epoch ")]
+    assert len(epochs) == 5 and all("  val DSC " in line and "  alarms " in line for line in epochs)
+    assert (
+        all(len(line) <= 80 and " left" in line for line in epochs)
+        and "*: best epoch so far" in out
+        and "CPU, " in out
+    )
     for name in ("best.safetensors", "last.safetensors", "state.pt", "log.csv", "config.json", "curves.png"):
         assert (run / name).is_file(), name
     assert not list(run.glob(".*.tmp")), "no temporary file is left"
     log = rows(run / "log.csv")
     assert [r["epoch"] for r in log] == list("12345")
     assert float(log[4]["train_loss"]) < float(log[0]["train_loss"])
-    assert Image.open(run / "curves.png").size == (1120, 380)
+    assert Image.open(run / "curves.png").size == (2280, 1080), "five panels"
     with safe_open(run / "best.safetensors", "pt") as file:
         about = {k: json.loads(v) for k, v in file.metadata().items()}
     assert (
@@ -43,6 +49,7 @@ def test_a_run_from_training_to_pictures(cli, quick, tmp_path, folder):
     )
     assert about["weights"] == "mini" and len(about["fingerprint"]) == 16 and about["recipe"]["seed"] == 42
     best = max(log, key=lambda r: float(r["val_dsc"]) * (1 - float(r["val_alarms"]) / 2))
+    assert f"Best epoch: {best['epoch']}, validation DSC" in out and epochs[0].endswith("  *")
     assert about["best_val_dsc"] == pytest.approx(float(best["val_dsc"])) and about["epoch"] == int(
         best["epoch"]
     )
@@ -54,7 +61,13 @@ def test_a_run_from_training_to_pictures(cli, quick, tmp_path, folder):
     masks = tmp_path / "masks"
     code, out, err = cli("evaluate", "--ckpt", run, "--save-masks", masks, "--figure", 4)
     assert code == 0, err
-    assert "DSC" in out and "HD95" in out
+    assert (
+        "DSC" in out
+        and "HD95" in out
+        and f"{run}: " in out
+        and "+-: standard deviation" in out
+        and f"Wrote {masks}" in out
+    )
     result = json.loads((run / "eval-test" / "metrics.json").read_text())
     table = rows(run / "eval-test" / "metrics.csv")
     assert len(table) == 6 and list(table[0])[:3] == ["image", "mask", "prompt"]
@@ -65,7 +78,7 @@ def test_a_run_from_training_to_pictures(cli, quick, tmp_path, folder):
     assert Image.open(run / "eval-test" / "figure.png").size[0] > 600
 
     code, out, err = cli("vlsm.tools.score", masks, folder / "masks")
-    assert code == 2 and "have no partner" in err
+    assert code == 2 and "without a partner in the other folder (" in err
     for file in (folder / "masks").iterdir():
         if not (masks / file.name).exists():
             file.unlink()
@@ -82,7 +95,7 @@ def test_early_stop_and_plateau(cli, quick, tmp_path):
     code, out, _ = cli(
         "train", *quick, "--epochs", 30, "--min-epochs", 2, "--patience", 2, "--lr", 1e-9, "--lr-patience", 1
     )
-    assert code == 0 and "Stopping early: 2 epochs" in out
+    assert code == 0 and "Stopping early" in out and "--patience 2" in out
     log = rows(tmp_path / "run" / "log.csv")
     assert 3 <= len(log) < 10
 
@@ -198,13 +211,17 @@ def test_what_is_monitored_is_what_must_progress(monitor, stalled, best):
     run = Run("nowhere", vlsm.build("clipseg", "mini"), None, plateau, None, {}, monitor)
     rest = dict(train_loss=1, train_dsc=0, val_iou=0, lr=1, images_per_second=1)
     for dsc, loss in ((0.5, 1.0), (0.6, 0.99995), (0.7, 1.2)):
-        run.end_epoch(val_dsc=dsc, val_loss=loss, val_alarms=None, **rest)
+        run.end_epoch(epoch=run.next_epoch, val_dsc=dsc, val_loss=loss, val_alarms=None, **rest)
         assert run.improved == best
     assert run.stalled == stalled and run.best == 0.7
-    run.end_epoch(val_dsc=0.9, val_loss=1.3, val_alarms=0.6, **rest)
+    run.end_epoch(epoch=4, val_dsc=0.9, val_loss=1.3, val_alarms=0.6, **rest)
     assert not run.improved and run.best == 0.7, "a model that answers any word is not better"
-    assert "false alarms 0.0 %" in run.end_epoch(val_dsc=0.71, val_loss=1.4, val_alarms=0, **rest)
-    assert run.improved and run.best == 0.71
+    run.end_epoch(epoch=5, val_dsc=0.71, val_loss=1.4, val_alarms=0, **rest)
+    assert run.improved and run.best == 0.71 and run.describe_best() == "Best epoch: 5, validation DSC 71.00."
+    run.times = [0, 1800, 3600]
+    line = run.describe_epoch(200)
+    assert line == "epoch   5/200  loss 1.000  val DSC 71.0  alarms   0 %  1:00:00, 97:30:00 left  *"
+    assert len(line) == 80
     nothing = selection_score(dict(val_dsc=0, val_alarms=0))
     assert selection_score(dict(val_dsc=0.1, val_alarms=1)) > nothing, "an empty mask for all is worse yet"
 
@@ -300,11 +317,15 @@ def test_plateau_lowers_the_learning_rate(cli, quick, tmp_path):
 @pytest.mark.parametrize("values", [[0.0], [0.0, 0.0], [0.3, 0.3, 0.3], [1e-7, 247.0], [5.0, -2.0]])
 def test_curves_of_any_values_are_drawn(tmp_path, values):
     keys = ("train_loss", "val_loss", "train_dsc", "val_dsc")
-    plots.curves(
-        [dict(epoch=e, **dict.fromkeys(keys, v)) for e, v in enumerate(values, 1)], tmp_path / "c.png"
-    )
-    pixels, orange = np.asarray(Image.open(tmp_path / "c.png"))[..., :3], (0xE6, 0x9F, 0x00)
-    assert all((half == orange).all(2).any() for half in np.split(pixels[40:340, 55:1105], 2, 1))
+    log = [dict(epoch=e, val_alarms=None, lr=1e-3, **dict.fromkeys(keys, v)) for e, v in enumerate(values, 1)]
+    plots.curves(log, len(values), "a_$name$_" * 20, tmp_path / "c.png")
+    pixels = np.asarray(Image.open(tmp_path / "c.png").convert("RGB"))
+    assert pixels.shape == (1080, 1520, 3), "loss, DSC and learning rate: what the log lacks has no panel"
+    is_orange = (np.abs(pixels.astype(int) - (0xE6, 0x9F, 0x00)) < 3).all(2)
+    assert is_orange[:500, :760].any() and is_orange[:500, 760:].any()
+    plots.curves(log, 1, "a_$name$_" * 20, tmp_path / "d.png")
+    panels = np.asarray(Image.open(tmp_path / "d.png").convert("RGB"))[:900]
+    assert np.array_equal(panels, pixels[:900]) == (len(values) == 1), "the best epoch is marked"
 
 
 @pytest.mark.parametrize("shadow", [pytest.param(False, marks=pytest.mark.slow), True])

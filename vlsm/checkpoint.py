@@ -9,8 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from vlsm.model import attach, read_network
-from vlsm.system.console import first_few
-from vlsm.system.files import atomic_write
+from vlsm.networks.weights import describe_hub_error, hub_answers
+from vlsm.system.console import did_you_mean, first_few
+from vlsm.system.files import atomic_write, field
 
 FORMAT = 1
 METADATA = dict(
@@ -42,17 +43,24 @@ def locate_checkpoint(path):
         from huggingface_hub import hf_hub_download
 
         try:
-            return Path(hf_hub_download(str(path).removeprefix(HUB), "best.safetensors"))
+            repository = str(path).removeprefix(HUB)
+            cached = not hub_answers()
+            return Path(hf_hub_download(repository, "best.safetensors", local_files_only=cached))
         except Exception as error:  # the hub raises a dozen unrelated types
             raise FileNotFoundError(
-                f"The checkpoint '{path}' could not be fetched from the hub ({type(error).__name__})."
+                f"The checkpoint '{path}' could not be fetched from the hub: {describe_hub_error(error)}."
             ) from error
-    file = Path(path) / "best.safetensors" if Path(path).is_dir() else Path(path)
+    path = Path(path)
+    file = path / "best.safetensors" if path.is_dir() else path
     if file.is_file():
         return file
-    repository = HUB_ID.fullmatch(f"{HUB}{path}") and not file.suffix
-    also = f" A repository of the hub is named {HUB}{path}." if repository else ""
-    raise FileNotFoundError(f"There is no checkpoint '{file}'.{also}")
+    folder = path.parent
+    runs = sorted(best.parent.name for best in folder.glob("*/best.safetensors"))
+    guess = did_you_mean(path.name, runs)
+    raise FileNotFoundError(
+        f"There is no checkpoint '{file}'.{guess} Runs in '{folder}': {first_few(runs) or 'none'}. A run on "
+        f"the hub is named {HUB}OWNER/NAME."
+    )
 
 
 def read_metadata(path):
@@ -91,23 +99,17 @@ def read_metadata(path):
 
 def _check_metadata(path, metadata):
     """Raise ValueError, which names the file and the key, for metadata that no checkpoint can have."""
-    for name in REQUIRED:
-        if name not in metadata:
-            raise ValueError(f"'{path}': the metadata's '{name}' is missing.")
+    source = f"metadata of {path}"
     for name, expected in METADATA.items():
-        if name in metadata and not isinstance(metadata[name], expected):
-            raise ValueError(
-                f"'{path}': the metadata's '{name}' should be {expected.__name__}; it is {metadata[name]!r}."
-            )
+        if name in metadata or name in REQUIRED:
+            field(source, metadata, name, kind=expected, words=f"of type {expected.__name__}")
     side = metadata.get("image_size", 1)
     if not 1 <= side <= 8192:
-        raise ValueError(f"'{path}': the metadata's 'image_size' {side} is out of range (1 to 8192).")
+        raise ValueError(f"'{source}': 'image_size' {side} is out of range (1 to 8192).")
     for name, least in (("mean", -1e3), ("std", 1e-6)):
         values = metadata.get(name, [1.0] * 3)
         if len(values) != 3 or not all(isinstance(v, (int, float)) and least <= v <= 1e3 for v in values):
-            raise ValueError(
-                f"'{path}': the metadata's '{name}' {values} should be three numbers to normalise by."
-            )
+            raise ValueError(f"'{source}': '{name}' {values} should be three numbers to normalise by.")
 
 
 def read_tuned(path):
@@ -119,7 +121,7 @@ def read_tuned(path):
     tensors = load_file(path)
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
-        raise ValueError(f"'{path}': NaN or infinity in {', '.join(broken[:3])}.")
+        raise ValueError(f"'{path}': NaN or infinity in {first_few(broken)}.")
     return tensors
 
 
@@ -227,14 +229,3 @@ def save_state(path, state):
     """Write what a run needs to resume: tensors, numbers, texts, lists and dictionaries only."""
     with atomic_write(path) as temporary:
         torch.save(state, temporary)
-
-
-def load_state(path):
-    """Read what `save_state` wrote; nothing in the file can execute. Raises ValueError if it is broken."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"There is nothing to resume: '{path}' does not exist.") from None
-    except Exception as error:
-        reason = type(error).__name__  # torch.load's own text advises to execute what the file holds
-        raise ValueError(f"'{path}' cannot be read ({reason}). Start again with --overwrite.") from error

@@ -33,12 +33,12 @@ class VLSM(nn.Module):
     config; `metadata`, that of the checkpoint that was loaded, or None.
     """
 
-    def __init__(self, network, tuner, info, metadata=None):
+    def __init__(self, network, tuner, info):
         super().__init__()
         self.network = network.requires_grad_(False)
         self.tuner = tuner
         self.info = info
-        self.metadata = metadata
+        self.metadata = None
         self.compute_dtype = None  # autocast's, see `place_on`
         self.tuned_names = tuner.trained_network_parameters(network)
         for name in self.tuned_names:
@@ -171,6 +171,18 @@ class VLSM(nn.Module):
         if compile_blocks == "on" or (compile_blocks == "auto" and device.type == "cuda" and triton):
             self.compile_blocks()
         return self
+
+    def describe_place(self):
+        """Return in words where the model runs and how; call it after `place_on`."""
+        from kernels.dispatch import runs_triton  # it imports Triton
+
+        weight = next(self.parameters())
+        name = f"CPU, {torch.get_num_threads()} of {os.cpu_count()} cores"
+        if weight.is_cuda:
+            name = torch.cuda.get_device_name(weight.device)
+        language = "Triton" if runs_triton(weight) else "PyTorch"
+        compiled = any(module._compiled_call_impl for module in self.modules())
+        return f"{name}; {self.compute_dtype or 'torch.float32'}; {language} kernels; compiled: {compiled}"
 
     def recompute_activations(self, recompute=True):
         """Compute the transformer layers' activations again in the backward pass: less memory, more time."""

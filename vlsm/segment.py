@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from vlsm.data.images import read_image, to_eight_bits
+from vlsm.data.images import grey_to_rgb, read_image, rgb_pixels, to_eight_bits
 from vlsm.data.normalise import normalise
 from vlsm.data.resize import resize_image
 from vlsm.networks.weights import image_side
@@ -68,12 +68,10 @@ def read_pixels(image):
     Raises ValueError for other arrays, and as `read_image`.
     """
     if isinstance(image, Image.Image):
-        image = ImageOps.exif_transpose(image)
-        grey = image.mode.startswith(("I", "F"))  # of more than 8 bits
-        image = np.asarray(image if grey else image.convert("RGB"))
+        return rgb_pixels(ImageOps.exif_transpose(image), "the image")
     if isinstance(image, np.ndarray):
         if image.ndim == 2:
-            image = np.repeat(to_eight_bits(image, "the image")[..., None], 3, 2)
+            image = grey_to_rgb(to_eight_bits(image, "the image"))
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise ValueError(
                 f"An image is an array uint8 [H, W, 3] or [H, W], and this one is {image.dtype} "

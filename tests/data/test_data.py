@@ -112,14 +112,14 @@ def test_own_folder_with_split_folders(tmp_path, names):
     for name, n in zip(names, (5, 3, 2)):
         own(tmp_path / "mine" / name, n)
     assert [len(datasets.records(str(tmp_path / "mine"), s)) for s in ("train", "val", "test")] == [5, 3, 2]
-    assert datasets.available_splits(str(tmp_path / "mine")) == ["train", "val", "test"]
+    assert list(datasets.read_splits(str(tmp_path / "mine"))) == ["train", "val", "test"]
 
 
 def test_own_train_folder_without_validation_gives_a_tenth(tmp_path):
     own(tmp_path / "mine" / "train", 60)
     train, val = (datasets.records(str(tmp_path / "mine"), s) for s in ("train", "val"))
     assert len(train) + len(val) == 60 and 0 < len(val) < 15
-    assert datasets.available_splits(str(tmp_path / "mine")) == ["train", "val"]
+    assert list(datasets.read_splits(str(tmp_path / "mine"))) == ["train", "val"]
 
 
 def test_all_problems_come_at_once_grouped(folder, capsys):
@@ -206,7 +206,7 @@ def test_missing_data_says_where_to_get_it(tmp_path):
     for part in (
         str(tmp_path / "kvasir_polyp"),
         "https://datasets.simula.no",
-        "anns/{train,val,test}.json",
+        f"datasets.py --prepare kvasir --src DOWNLOAD --anns medvlsm/data --data-root {tmp_path}",
         "--data-root",
     ):
         assert part in str(caught.value)

@@ -8,6 +8,7 @@ from PIL import Image
 from scipy import ndimage
 
 import datasets
+from vlsm.data.check import describe_splits, inspect_splits
 from vlsm.data.folders import SplitRules, folder_splits, parse_fold
 from vlsm.data.images import ImageError, MaskUnion, read_image, read_mask
 from vlsm.data.pairing import common_ends, match_names
@@ -154,6 +155,17 @@ def test_what_lacks_its_mask_is_not_taken_from_the_cache(tmp_path, capsys):
     capsys.readouterr()
     datasets.main(["--check", str(tmp_path / "mine"), "--out", str(tmp_path / "sheet.png")])
     assert "UNUSABLE: 1 (3.png (image without mask))" in capsys.readouterr().out
+
+
+def test_a_class_that_only_train_has_is_told(tmp_path):
+    fill(tmp_path, [f"{n}.png" for n in range(4)])
+    rows = everything(tmp_path)
+    for record, word in zip(rows, ("liver", "cyst", None, "cyst")):
+        record.class_word = word
+    summaries = inspect_splits(dict(train=rows[:3], val=rows[:2], test=rows[:1]))
+    text = describe_splits("mine", summaries)
+    assert text.count("WARNING: no record") == 1
+    assert "WARNING: no record of 'cyst', which train has" in text.split("mine test")[1]
 
 
 def test_a_healthy_image_beside_classes_is_a_record_without_foreground(tmp_path):
@@ -524,7 +536,7 @@ def test_inverted_masks_are_said(tmp_path, capsys):
     datasets.open_dataset(str(tmp_path), ["train"], 32, prompts="x")
     assert "4 of 4 masks cover all corners" in capsys.readouterr().out
     datasets.main(["--check", str(tmp_path), "--out", str(tmp_path / "sheet.png")])
-    assert "are they inverted?" in capsys.readouterr().out
+    assert "are they inverted?" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_turned_square_photo_is_said(tmp_path, capsys):

@@ -287,7 +287,9 @@ def test_bad_sizes(tmp_path):
         (tmp_path / "c.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(ValueError, match=message):
             vlsm.build("cris", f"random:{tmp_path / 'c.json'}")
-    with pytest.raises(ValueError, match="Images of 48 x 64 pixels do not divide into patches of 32"):
+    with pytest.raises(
+        ValueError, match="Images of 48 x 64 pixels do not fit; resize their sides to multiples of 32"
+    ):
         vlsm.build("cris", TINY)(torch.zeros(1, 3, 48, 64), torch.tensor([[1, 994]]))
 
 

@@ -201,7 +201,7 @@ def test_other_sizes_and_recomputing():
     ids = model.tokenizer()(["disk"])
     for side in (42, 126):
         assert model(torch.randn(1, 3, side, side), *ids).shape == (1, 1, side, side)
-    with pytest.raises(ValueError, match="patches of 14"):
+    with pytest.raises(ValueError, match="multiples of 14"):
         model(torch.randn(1, 3, 100, 100), *ids)
     images = torch.randn(2, 3, 112, 112)
     ids = model.tokenizer()(["disk", "ring"])

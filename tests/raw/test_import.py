@@ -145,7 +145,10 @@ def test_what_is_refused(bring, cli, tmp_path):
         bring(images(polyp=square(0, 0)))
     bring(images(polyp=square(0, 0)), overwrite=True)
     for options, said in (
-        (("--import", "cocoo", "x", "--out", "y"), "'cocoo' is not known. Choose one of: coco,"),
+        (
+            ("--import", "cocoo", "x", "--out", "y"),
+            "'cocoo' is not known. Did you mean 'coco'? Choose one of: coco,",
+        ),
         (("--import", "coco", tmp_path / "src"), "--import needs the folder to write: --out DIR"),
         (("--import", "coco", tmp_path / "src", "--out", tmp_path / "src/x"), "is inside the download"),
         (("--import", "coco", "x", "--out", "y", "--axis", 1), "--axis has no effect on --import coco"),

@@ -68,7 +68,7 @@ def test_segmentation_mask(tmp_path):
     with pytest.raises(ValueError, match="'labelmap.txt': 'polyp:300,0,0::' exceeds 255"):
         read(tmp_path)
     write(tmp_path / "second/labelmap.txt", LABELMAP)
-    with pytest.raises(ValueError, match="several labelmap.txt"):
+    with pytest.raises(ValueError, match="holds .*labelmap.txt, .*labelmap.txt. Name the folder of one"):
         read(tmp_path)
 
 

@@ -116,3 +116,12 @@ def test_bad_cases_cost_themselves_alone(write):
     ).items():  # fmt: skip
         assert reason in reasons[f"images/{case}.nii.gz, labels/{case}.nii.gz"]
     assert reasons["images/lone.nii.gz"] == "image without mask"
+
+
+def test_that_volumes_are_scaled_by_themselves_is_said_once(write, capsys, monkeypatch):
+    monkeypatch.setattr("vlsm.system.console._printed", set())
+    folder = write(("images/a.nii.gz", "labels/a.nii.gz"), ("images/b.nii.gz", "labels/b.nii.gz"))
+    list(read(Download(folder), window=(0, 100)))
+    assert "--window" not in capsys.readouterr().err
+    list(read(Download(folder)))
+    assert capsys.readouterr().err.count("Without --window LOW HIGH each volume is scaled by itself") == 1

@@ -105,6 +105,6 @@ def test_one_data_set_at_a_time(tmp_path):
         (tmp_path / name).mkdir()
         write_flat(tmp_path / name, "a", np.ones((3, 4), np.uint8))
         write_classes(tmp_path / name, {"background": 0, "liver": 1})
-    with pytest.raises(ValueError, match="Dataset001_A/dataset.json, Dataset002_B/dataset.json: name"):
+    with pytest.raises(ValueError, match="Dataset001_A/dataset.json, Dataset002_B/dataset.json. Name"):
         list(read(Download(tmp_path)))
     assert len(list(read(Download(tmp_path / "Dataset002_B")))) == 1

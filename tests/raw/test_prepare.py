@@ -57,7 +57,7 @@ def test_a_download_becomes_a_data_set(prepared, tmp_path, name, zipped):
     assert masks.keys() == layout.truth.keys()
     for file, truth in layout.truth.items():
         assert (masks[file] == truth).all(), file
-    parts = datasets.available_splits(name, tmp_path / "data")
+    parts = datasets.read_splits(name, tmp_path / "data")
     found = {part: datasets.records(name, part, tmp_path / "data") for part in parts}
     assert tuple(len(found.get(part, ())) for part in ("train", "val", "test")) == RECORDS[name]
     assert f"{len(layout.truth)} masks" in said and "0 unchanged" in said and "(made here)" in said
@@ -260,22 +260,23 @@ def test_the_look_at_a_data_set(prepared, cli, tmp_path):
     out = tmp_path / "sheet.png"
     code, said, err = cli("datasets", "--check", "busi", "--data-root", tmp_path / "data", "--out", out)
     assert code == 0, err
+    assert max(map(len, said.splitlines()[:-2])) <= 80
+    lines = said.splitlines()
+    said = " ".join(said.split())
     assert (
-        "busi train: 8 records of 8 images" in said
-        and "28 x 20 (7)" in said
-        and "prompts: p0, p1, p2" in said
+        "busi train: records 8, images 8" in said and "28 x 20 (7)" in said and "prompts: p0, p1, p2" in said
     )
-    assert (
-        f"WARNING: 1 images are in train and in test ({train[0]['img_name']} = {test[0]['img_name']})" in said
-    )
-    assert (
-        f"NOTE: 1 of 1 images in val look nearly like one in train ({val[0]['img_name']} ~ "
-        f"{train[1]['img_name']})" in said
-    )
+    equal = f"({train[0]['img_name']} = {test[0]['img_name']})"
+    assert f"WARNING: images both in train and in test: 1 {equal}" in said
+    similar = f"({val[0]['img_name']} ~ {train[1]['img_name']})"
+    assert f"NOTE: images in val that look nearly like one in train: 1 of 1 {similar}" in said
     assert said.count("NOTE") == 1  # an equal image has its warning
     assert f"UNUSABLE: 1 ({train[2]['img_name']}" in said
-    empty = sum(int(line.split(":")[1]) for line in said.splitlines() if "empty masks" in line)
-    assert empty in (0, 1) and Image.open(out).width == round(
-        figures.DPI * (figures.GAP + 2 * (figures.CELL + figures.GAP))
-    )
+    empty = sum(int(line.split(":")[1]) for line in lines if "empty masks" in line)
+    width = round(200 * (figures.GAP + 2 * (figures.CELL + figures.GAP)))
+    assert empty in (0, 1) and Image.open(out).width == width
+    pairs = np.asarray(Image.open(tmp_path / "sheet-pairs.png").convert("RGB")).astype(int)
+    top = round(200 * figures.GAP) + 40  # pixels, within the pair of images
+    left, right = pairs[top + 40 : top + 200, 30:430], pairs[top + 40 : top + 200, 486:886]
+    assert pairs.shape[1] == width and np.abs(left - right).mean() < 3 and left.std() > 10
     assert cli("datasets", "--check", "demo", "--out", out)[0] == 0

@@ -100,4 +100,4 @@ def test_false_alarms_of_healthy_controls():
     empty, some = torch.zeros(2, 4, 4, dtype=torch.bool)
     some[1] = True
     summary = summarise([score(some, empty), score(empty, empty), score(empty, empty), score(empty, empty)])
-    assert "25.0 % of the 4" in describe(summary)
+    assert "Empty masks: 4, foreground predicted in 25.0 % of them" in describe(summary)

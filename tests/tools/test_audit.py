@@ -102,12 +102,22 @@ def test_the_embedded_base_listens():
     assert found["right"]["alarms"]["mean"] > 0.95 > 0.1 + found["contradictory"]["alarms"]["mean"]
 
 
+def test_lines_of_the_audit_are_short_and_end_at_words():
+    stats = dict(mean=0.5, ci95=[0.25, 1])
+    summary = dict(dsc=stats, alarms=stats, n=60, example="large polyp " * 50)
+    lines = audit.describe({name: summary for name in ("right", "nonsense", *ABSENT_SETS)}).splitlines()
+    assert max(map(len, lines)) <= audit.COLUMNS
+    examples = [line for line in lines if line.startswith("- ")]
+    assert len(examples) == 5 and all(line.endswith(("large ...", "polyp ...")) for line in examples)
+
+
 def test_an_audited_run(cli, trained):
     code, said, err = cli("vlsm.tools.audit", trained)
     assert code == 0 and cli("evaluate", "--ckpt", trained)[0] == 0, err
     audited = json.loads((trained / "eval-test" / "audit.json").read_text())
     scores = json.loads((trained / "eval-test" / "metrics.json").read_text())
-    assert list(audited["prompts"])[0] == "right" and audited["verdict"] in said
+    assert list(audited["prompts"])[0] == "right" and audited["verdict"] in " ".join(said.split())
+    assert max(map(len, said.splitlines()[:-1])) <= audit.COLUMNS and "- paraphrase: " in said
     assert audited["prompts"]["right"]["dsc"]["mean"] == pytest.approx(scores["dsc"]["mean"])
     for name, alarms in scores["alarms"].items():
         assert audited["prompts"][name]["alarms"]["mean"] == pytest.approx(alarms["mean"])

@@ -47,7 +47,10 @@ def test_comparison_on_the_same_records(cli, quick, trained, tmp_path):
     code, said, err = cli("vlsm.tools.compare", trained, tmp_path / "tuned", "--figure", 3, "--out", out)
     assert code == 0, err
     assert "run - tuned: " in said and " points, p = " in said and "over 6 records" in said
-    assert Image.open(out).width == 1380, "four images of 2.2 inches, at 150 dots an inch"
+    assert Image.open(out).width == 1840, "four images of 2.2 inches, at 200 dots an inch"
+    drawing = tmp_path / "sheet.svg"
+    assert cli("vlsm.tools.compare", trained, tmp_path / "tuned", "--figure", 3, "--out", drawing)[0] == 0
+    assert drawing.read_text().count(" %, HD95 ") == 6, "at each of two runs' predictions, in three rows"
     code, said, err = cli("vlsm.tools.compare", trained, trained, "--out", out)
     assert code == 0 and ": +0.00 [+0.00, +0.00] points, p = 1 " in said, err
     code, said, err = cli("vlsm.tools.compare", tmp_path / "tuned", tmp_path / "word", "--out", out)

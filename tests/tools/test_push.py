@@ -12,6 +12,7 @@ import vlsm
 def hub(tmp_path, monkeypatch):
     """huggingface_hub's calls, on a folder."""
     import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
 
     root, calls = tmp_path / "hub", []
 
@@ -25,11 +26,18 @@ def hub(tmp_path, monkeypatch):
         def upload_folder(self, repo_id, folder_path, commit_message):
             shutil.copytree(folder_path, root / repo_id)
 
-    def download(repo, file):
+    def download(repo, file, local_files_only):
+        assert not local_files_only
         if not (root / repo / file).is_file():
-            raise ConnectionError(repo)
+            raise RemoteEntryNotFoundError(repo)
         return str(root / repo / file)
 
+    class RemoteEntryNotFoundError(EntryNotFoundError):
+        pass
+
+    monkeypatch.setattr("vlsm.checkpoint.hub_answers", lambda: True)
+    monkeypatch.setattr("vlsm.tools.push.hub_answers", lambda: True)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     return root, calls
@@ -50,9 +58,11 @@ def test_there_and_back(cli, trained, hub, folder, tmp_path):
     code, _, err = cli("evaluate", "--ckpt", "hub:someone/disks", *options)
     assert code == 0 and (tmp_path / "m" / "d0.png").is_file(), err
     code, _, err = cli("evaluate", "--ckpt", "hub:someone/else", *options)
-    assert code == 2 and "'hub:someone/else' could not be fetched from the hub (ConnectionError)" in err
+    assert (
+        code == 2 and "'hub:someone/else' could not be fetched from the hub: the repository lacks this" in err
+    )
     code, _, err = cli("evaluate", "--ckpt", "typo/run", *options)  # a path, so no hub is asked
-    assert code == 2 and "no checkpoint 'typo/run'" in err and "hub:typo/run" in err
+    assert code == 2 and "no checkpoint 'typo/run'" in err and "hub:OWNER/NAME" in err
     assert cli("vlsm.tools.push", trained, "someone/public", "--public")[0] == 0
     assert calls[-1] == ("someone/public", False)
 
@@ -66,4 +76,11 @@ def test_mistakes(cli, trained, hub, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refuse)
     code, _, err = cli("vlsm.tools.push", trained, "someone/disks")
-    assert code == 2 and "not logged in" in err and "hf auth login" in err
+    assert code == 2 and "RuntimeError: not logged in" in err and "hf auth login" in err
+    for name, value, message in (
+        ("vlsm.tools.push.hub_answers", False, "cannot be reached"),
+        ("huggingface_hub.get_token", None, "Log in with `hf auth login`"),
+    ):
+        monkeypatch.setattr(name, lambda value=value: value)
+        code, _, err = cli("vlsm.tools.push", "no-such-run", "someone/disks")  # said before it is read
+        assert code == 2 and message in err

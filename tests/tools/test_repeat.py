@@ -77,3 +77,13 @@ def test_folds_with_a_test_split_of_its_own_are_averaged(cli, quick, folder, tmp
     result = json.loads((out / "eval-test" / "means.json").read_text())[""]["dsc"]
     assert result["mean"] == pytest.approx(np.mean(means)) and result["std"] == pytest.approx(np.std(means))
     assert cli("evaluate", "--ckpt", out, "--ensemble")[0] == 0
+
+
+def test_runs_lie_in_a_folder_named_after_them(cli, monkeypatch):
+    calls = []
+    monkeypatch.setattr("train.main", calls.append)
+    assert cli("vlsm.tools.repeat", "--seeds", 41, 7, "--", "--peft", "coop", "--prompt-depth", 3)[0] == 0
+    assert cli("vlsm.tools.repeat", "--folds", 2, "--", "--dim", 8, "--seed", 5)[0] == 0
+    seeds, folds = "runs/demo-coop-depth3-seeds", "runs/demo-dense-8-folds"
+    wanted = [f"{seeds}/seed41", f"{seeds}/seed7", f"{folds}/fold1", f"{folds}/fold2"]
+    assert [words[-1] for words in calls] == [f"--out={folder}" for folder in wanted]

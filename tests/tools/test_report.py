@@ -3,7 +3,10 @@
 import csv
 import io
 import json
+import re
+from itertools import pairwise
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -11,9 +14,11 @@ from PIL import Image
 
 from tests.conftest import ROOT, without_dim
 from tests.test_mistakes import rewrite
+from vlsm.results.tables import BOLD, PLAIN, format_rows
 from vlsm.system import plots
+from vlsm.system.files import read_csv, write_csv
 from vlsm.tools import report
-from vlsm.tools.report import Run, add_published, format_rows, group_seeds, table_rows, tabulate
+from vlsm.tools.report import Cell, Run, add_published, group_seeds, table_rows, tabulate
 
 
 def summary(mean):
@@ -61,7 +66,7 @@ def test_markdown():
     assert lines[2] == "| kvasir | DSC % | 75.00 [70.00, 78.10] | **81.00** ± 1.41 |"
     assert lines[3] == "| kvasir | IoU % | **50.00** | **50.00** ± 0.00 |"
     assert lines[4] == "| kvasir | HD95 px |  | **10.00** ± 1.41 |"
-    assert lines[5] == "| isic_x | DSC % | **90.00** |  |"
+    assert lines[5] == r"| isic\_x | DSC % | **90.00** |  |"
     assert len(lines) == 8, "no row for NSD, which is undefined"
 
 
@@ -95,7 +100,7 @@ def test_a_papers_figures_are_marked_and_never_in_bold(tmp_path):
     file.write_text(json.dumps(dict(source="A paper, Table 1", rows=[row])))
     lines = table(RUNS, paper=file).splitlines()
     assert lines[0].endswith("| dense vl 64 † |") and lines[2].endswith("| **81.00** ± 1.41 | 81.00 |")
-    assert add_published({}, {}, str(file)) == "\n† A paper, Table 1\n"
+    assert add_published({}, {}, str(file)) == "† A paper, Table 1"
 
 
 BAD_FIGURES = {
@@ -158,6 +163,122 @@ def test_labels():
     assert report.method_label(metadata, dict(ensemble=["a", "b"])) == "dense vl 64 (mean of 2)"
 
 
+def test_false_alarms_are_rows():
+    rates = [0.1, 0.2, 0.4]
+    runs = [run("k", "dense", seed, 0.5) for seed in range(3)] + [run("k", "coop", 0, 0.5, trained=10)]
+    for one, rate in zip(runs, rates):
+        one.metrics["absent word"] = dict(mean=rate, ci95=[rate, rate])
+    lines = table(runs).splitlines()
+    std = np.std([10, 20, 40], ddof=1)
+    assert lines[-1] == f"| k | false alarms %: absent word |  | **23.33** ± {std:.2f} |"
+
+
+def test_pixels_of_a_paper_stay_in_sight_beside_millimetres(tmp_path):
+    file = tmp_path / "paper.json"
+    row = dict(dataset="kvasir", method="dense", trained=1000, dsc=89.1, hd95=5)
+    file.write_text(json.dumps(dict(source="A paper", rows=[row])))
+    lines = table([run("kvasir (mm)", "dense", 1, 0.8)], paper=file).splitlines()
+    assert "| kvasir (mm) | DSC % | **80.00** | 89.10 |" in lines
+    assert "| kvasir (mm) | HD95 mm | **10.00** |  |" in lines
+    assert lines[-1] == "| kvasir | HD95 px |  | 5.00 |"
+
+
+def test_names_cannot_break_a_table():
+    rows = [
+        ["data set", "metric", "m"],
+        ["=a|b\\c*d_e<f[g](h)&~\nend", "DSC %", BOLD + "8.10" + PLAIN + " ± 0.10"],
+    ]
+    assert (
+        r"| =a\|b\\c\*d\_e\<f[g]\(h)\&\~ end | DSC % | **8.10** ± 0.10 |"
+        in format_rows(rows, "md").splitlines()
+    )
+    cells = list(csv.reader(io.StringIO(format_rows(rows, "csv"))))[1]
+    assert cells == ["'=a|b\\c*d_e<f[g](h)&~\nend", "DSC %", "8.10 +- 0.10"]
+    rows[1][0] = r"[\{}$&#^_~%]†"
+    tex = (
+        r"{[}\textbackslash{}\{\}\$\&\#\textasciicircum{}\_\textasciitilde{}\%]$^\dagger$ & DSC \% & "
+        r"\textbf{8.10} $\pm$ 0.10 \\"
+    )
+    lines = format_rows(rows, "tex", ["a\nnote"]).splitlines()
+    assert tex in lines and lines[-1] == "% a note"
+
+
+def test_formulas_are_escaped_once_and_read_back(tmp_path):
+    cells = [
+        "=1+1",
+        "-x",
+        "+x",
+        "@x",
+        "\tx",
+        "\rx",
+        "'=x",
+        "''-x",
+        "'x",
+        "-0.5",
+        "+1e-3",
+        "-1+1",
+        "",
+        "a=b",
+        "-.5",
+    ]
+    write_csv(tmp_path / "a.csv", [["name"], *([cell] for cell in cells)])
+    with open(tmp_path / "a.csv", newline="") as file:
+        written = [row[0] for row in csv.reader(file) if row][1:]
+    assert written[:8] == ["'" + cell for cell in cells[:8]] and "'-1+1" in written
+    assert [cell for cell in cells[8:] if cell in written] == ["'x", "-0.5", "+1e-3", "", "a=b", "-.5"]
+    assert [row[0] for row in read_csv(tmp_path / "a.csv")][1:] == cells
+
+
+def chart_groups():
+    """Eight data sets of 13 methods and a paper's, with long names, close values and unknown numbers."""
+    methods = [f"a method_{k} of a $long$ name{' and options' * (k % 2)}" for k in range(13)]
+    trained = {method: 10**k if k < 9 else 0 for k, method in enumerate(methods)}
+    trained["paper †"] = trained["other †"] = None
+    groups = {}
+    for d in range(8):
+        cells = {method: Cell(80 + k / 50, 79.0, 82.0, " [79.00, 82.00]") for k, method in enumerate(methods)}
+        groups[f"set_{d}"] = {"other †": Cell(70.0, 70.0, 70.0, "")} | cells
+        groups[f"set_{d}"]["paper †"] = Cell(99.0, 99.0, 99.0, "")
+    return groups, trained
+
+
+def svg_texts(file):
+    """Return [(text, x, y)] of an SVG, whose text is text."""
+    elements = ElementTree.parse(file).iter("{http://www.w3.org/2000/svg}text")
+    places = []
+    for element in elements:
+        x, y = element.get("x"), element.get("y")
+        if x is None:  # a line of several
+            x, y = re.findall(r"[\d.]+", element.get("transform"))[:2]
+        places.append((element.text, float(x), float(y)))
+    return places
+
+
+def test_names_stand_at_their_bars_and_do_not_overlap(tmp_path):
+    groups, trained = chart_groups()
+    plots.bars(groups, trained, tmp_path / "a.svg", "svg")
+    texts = svg_texts(tmp_path / "a.svg")
+    heights = {text: y for text, _, y in texts}
+    values = [(y, text) for text, _, y in texts if text.endswith("[79.00, 82.00]")]
+    assert len(values) == 8 * 13
+    assert abs(heights["paper †"] - heights["99.00"]) < 3 and heights["99.00"] < heights["70.00"]
+    first = [y for text, x, y in texts if text in ("99.00", "70.00") or "[" in text][:15]
+    assert all(abs(b - a) > 10 for a, b in pairwise(sorted(first)))
+    plots.against_parameters(groups, trained, tmp_path / "b.svg", "svg")
+    names = [(x, y) for text, x, y in svg_texts(tmp_path / "b.svg") if text.startswith("a method")]
+    column = sorted(y for x, y in names if x == names[0][0])
+    assert len(names) == 8 * 13 and all(b - a > 8 for a, b in pairwise(column) if b != a)
+    assert "paper" not in (tmp_path / "b.svg").read_text(), "whose parameters are unknown"
+
+
+def test_a_single_method_is_no_giant_bar(tmp_path):
+    plots.bars({"k": {"dense": Cell(80, 79, 81, "")}}, {"dense": 1}, tmp_path / "a.png")
+    width, height = Image.open(tmp_path / "a.png").size
+    assert height < width / 4
+    blue = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")) == (0x00, 0x72, 0xB2)
+    assert 20 < blue.all(-1).any(1).sum() < 80, "rows of pixels"
+
+
 @pytest.mark.parametrize("file_format", ["png", "pdf", "svg"])
 def test_charts(tmp_path, file_format):
     groups, trained = group_seeds([*RUNS, run("kvasir", "none", 1, 0.4, trained=0)])
@@ -165,9 +286,11 @@ def test_charts(tmp_path, file_format):
     for draw in (plots.bars, plots.against_parameters):
         draw(dsc, trained, tmp_path / "a", file_format)
         draw(dsc, trained, tmp_path / "b", file_format)
-        if file_format != "svg":  # whose ids are random
-            assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-        assert (tmp_path / "a").stat().st_size > 3000
+        written = (tmp_path / "a").read_bytes()
+        assert written == (tmp_path / "b").read_bytes() and len(written) > 3000
+        assert b"/Type3" not in written, "a font that journals refuse"
+        if file_format == "png":
+            assert Image.open(tmp_path / "a").info["dpi"][0] == pytest.approx(200, abs=0.1)
 
 
 @pytest.fixture
@@ -181,7 +304,7 @@ def group(cli, quick, tmp_path):
     options = without_dim(quick)[:-1]
     assert cli("train", *options, runs / "decoder", "--peft", "decoder", "--epochs", 1)[0] == 0
     code, said, err = cli("evaluate", "--ckpt", runs / "dense")
-    assert code == 0 and said.count(" test, 6 records") == 2, err
+    assert code == 0 and said.count("records: 6;") == 2, err
     assert cli("evaluate", "--ckpt", runs / "decoder")[0] == 0
     return runs
 
@@ -214,7 +337,8 @@ def test_a_report_of_runs(cli, group, folder, tmp_path):
         assert code == 0, err
         text = (group / f"report.{text_format}").read_text()
         assert text in said and "3 evaluations" in said
-        assert "dense vl 8 (22.9 k)" in text and "decoder (142 k)" in text
+        assert ("95 % bootstrap interval" in text) == (text_format != "csv")
+        assert "false alarms" in text and "dense vl 8 (22.9 k)" in text and "decoder (142 k)" in text
     scores = [mean_dsc(group / "dense" / f"seed{seed}" / "eval-test") for seed in (1, 2)]
     spread = f"{100 * np.mean(scores):.2f} +- {100 * np.std(scores, ddof=1):.2f}"
     assert spread in (group / "report.csv").read_text()
@@ -230,7 +354,10 @@ def test_a_report_of_runs(cli, group, folder, tmp_path):
     assert code == 0 and "3 evaluations" in said and "other" not in said, "the runs' own data set alone"
 
 
-def test_what_a_report_cannot_be_made_of(cli, group, tmp_path):
+def test_what_a_report_cannot_be_made_of(cli, group, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path / "runs")
+    code, _, err = cli("vlsm.tools.report")
+    assert code == 2 and "Below 'runs' there is no run" in err
     code, _, err = cli("vlsm.tools.report", ROOT / "vlsm")
     assert code == 2 and "Evaluate the runs first" in err
     (tmp_path / "report.md").write_text("mine")

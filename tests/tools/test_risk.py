@@ -1,10 +1,14 @@
 """A threshold with a guarantee."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+from vlsm.data.cache import CachedSplit
+from vlsm.data.records import Record
 from vlsm.tools import risk
 
 
@@ -26,6 +30,22 @@ def test_the_risk_is_controlled():
         risk.fit_threshold(np.zeros((5, 999)), 0.1)
     with pytest.raises(ValueError, match="0 records with foreground"):
         risk.fit_threshold(np.zeros((0, 999)), 0.1)
+
+
+def test_the_effect_of_a_threshold():
+    """The left half is predicted at 0.9, the upper half is true; nothing can be missed in an empty mask."""
+    truths = np.zeros((2, 4, 4), np.uint8)
+    truths[0, :2] = 1
+    images = np.zeros((2, 3, 4, 4), np.uint8)
+    records = [Record(str(k), str(k), None, truth == 1, {"p1": "x"}) for k, truth in enumerate(truths)]
+    data = CachedSplit(records, images, truths, range(2))
+    logits = torch.full((2, 1, 4, 4), -9.0)
+    logits[..., :2] = torch.logit(torch.tensor(0.9))
+    predictor = SimpleNamespace(device=torch.device("cpu"), logits=lambda images, prompts: logits)
+    for threshold, missed, dsc in ((0.6, 0.5, 0.25), (0.95, 1, 0.5)):
+        found = risk.effect(predictor, data, ["x", "x"], threshold)
+        assert found["missed"] == dict(mean=missed, std=0, n=1, ci95=[missed, missed])
+        assert found["dsc"]["mean"] == dsc and found["dsc_at_half"]["mean"] == 0.25
 
 
 def test_a_fitted_threshold(cli, trained):

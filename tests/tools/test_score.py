@@ -24,13 +24,24 @@ def masks(tmp_path):
 def test_scores(cli, masks, tmp_path):
     code, said, err = cli("vlsm.tools.score", *masks, "--out", tmp_path / "out", "--group", "^[^_]*")
     assert code == 0 and "DSC     55.56" in said, err
-    assert "2 groups" in said
     table = rows(tmp_path / "out" / "metrics.csv")
     assert [r["group"] for r in table] == ["p1", "p1", "p2"]
     assert [float(r["dsc"]) for r in table] == pytest.approx([1, 2 / 3, 0], abs=1e-6)
     summary = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert summary["nsd_tolerance"] == 2 and summary["hd95"]["n_undefined"] == 1
+    assert summary["intervals"]["groups"] == 2
     assert summary["intervals"]["resampled"] == "what '^[^_]*' finds in a mask's name"
+
+
+def test_what_lies_beside_masks_is_left_out(cli, masks):
+    pred, target = masks
+    (pred / "dataset.json").write_text("{}")
+    (pred / "p1_a.overlay.png").write_bytes((pred / "p1_a.png").read_bytes())
+    code, said, err = cli("vlsm.tools.score", pred, target)
+    assert code == 0 and "DSC     55.56" in said, err
+    (target / "p1_a.overlay.png").write_bytes((target / "p1_a.png").read_bytes())
+    code, said, err = cli("vlsm.tools.score", pred, target)
+    assert code == 0 and "4/4" in said or "3/4" in said, "a true mask of that name has its partner"
 
 
 def test_mistakes(cli, masks, tmp_path):

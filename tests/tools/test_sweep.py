@@ -305,7 +305,7 @@ def test_studies_that_cannot_go_on(cli, searched, tmp_path):
 
 
 def test_without_optuna_the_command_is_named(cli, searched, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "optuna", None)
     code, _, err = run(cli, "--out", tmp_path / "s", *searched)
     assert code == 2 and "pip install optuna" in err and not (tmp_path / "s").exists()
 

@@ -115,7 +115,7 @@ def test_defaults_are_the_papers(cli, tmp_path, model, monkeypatch):
     options = ["--model", model, *where, "--dry-run"]
     code, said, err = cli("train", *options)
     counts = dict(cris="2,170,777 of 2,170,778", san="169,682 of 609,107")[model]
-    assert code == 0 and f"--peft full: {counts}" in said, err
+    assert code == 0 and f"--peft full:\n  {counts}" in said, err
     args = parse_arguments([str(o) for o in options])
     assert args.lr == dict(cris=1e-4, san=3e-4)[model] and args.peft == "full"
     network = vlsm.build(model, TINY[model])

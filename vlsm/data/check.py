@@ -2,6 +2,7 @@
 splits (leakage).
 """
 
+import textwrap
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -17,6 +18,9 @@ from vlsm.system.files import digest
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SHEET_ROWS = 8
+UNBROKEN = dict(break_long_words=False, break_on_hyphens=False)  # names can be searched and copied
+PAIRS = 4  # on a sheet, of two splits
+COLUMNS = 80  # of the lines of text
 SIDE = 352  # pixels, of CLIPSeg's images
 THUMBNAIL = 16  # side in pixels
 ALIKE = 0.99  # correlation of two thumbnails above which the images may be frames of one video
@@ -28,10 +32,10 @@ class Summary:
 
     records: int
     images: int
-    sizes: Counter = field(default_factory=Counter)  # (width, height) -> number of images
+    sizes: Counter = field(default_factory=Counter)  # "WIDTH x HEIGHT" -> number of images
     areas: list = field(default_factory=list)
-    names: dict = field(default_factory=dict)  # digest of the pixels -> name of the image
-    thumbnails: dict = field(default_factory=dict)  # digest of the pixels -> [768]
+    # digest of the pixels -> (a record of the image, the image's thumbnail [768])
+    contents: dict = field(default_factory=dict)
     prompts: Counter = field(default_factory=Counter)  # key -> number of records
     classes: Counter = field(default_factory=Counter)  # class word -> number of records
     words: list = field(default_factory=list)  # number of words of every prompt
@@ -64,7 +68,8 @@ def inspect_splits(splits):
                 reason = error.reason if isinstance(error, ImageError) else "missing"
                 summary.unreadable.append(f"{record.name} ({reason})")
             summary.prompts.update(record.prompts.keys())
-            summary.classes[record.class_word] += 1
+            if record.class_word:
+                summary.classes[record.class_word] += 1
             summary.words += [len(text.split()) for text in prompt_texts(record)]
         summaries[split] = summary
     return summaries
@@ -75,9 +80,8 @@ def _add_image(summary, record):
     image = read_image(record.image)
     height, width, _ = image.shape
     key = digest(image.tobytes(), 16)
-    summary.sizes[width, height] += 1
-    summary.names[key] = record.name
-    summary.thumbnails[key] = _thumbnail(image)
+    summary.sizes[f"{width} x {height}"] += 1
+    summary.contents[key] = record, _thumbnail(image)
     return height, width
 
 
@@ -93,61 +97,62 @@ def _thumbnail(image):
 
 
 def shared_images(summary, later):
-    """Return [(name, name in the later split)] of the images that are in both splits."""
+    """Return [(record, record of the later split)] of the images that are in both splits."""
     pairs = []
-    for key, name in summary.names.items():
-        if key in later.names:
-            pairs.append((name, later.names[key]))
+    for key, (record, _) in summary.contents.items():
+        if key in later.contents:
+            pairs.append((record, later.contents[key][0]))
     return pairs
 
 
 def similar_images(summary, earlier):
-    """Return [(name, most similar name in the earlier split)], the most similar first.
+    """Return [(record, that of the most similar image in the earlier split)], the most similar first.
 
     Pairs are correlated above ALIKE. Images that are in both splits are left out.
     """
-    if not earlier.names:
+    if not earlier.contents:
         return []
-    names = [earlier.names[key] for key in earlier.thumbnails]
-    pixels = np.stack(list(earlier.thumbnails.values()))  # [n, 768]
+    others, thumbnails = zip(*earlier.contents.values())
+    pixels = np.stack(thumbnails)  # [n, 768]
     pairs = []
-    for key, thumbnail in summary.thumbnails.items():
+    for key, (record, thumbnail) in summary.contents.items():
         correlations = pixels @ thumbnail  # [n]
         best = correlations.argmax()
-        if key not in earlier.names and correlations[best] > ALIKE:
-            pairs.append((float(correlations[best]), summary.names[key], names[best]))
-    pairs.sort(reverse=True)
-    return [(name, other) for _, name, other in pairs]
+        if key not in earlier.contents and correlations[best] > ALIKE:
+            pairs.append((correlations[best], record, others[best]))
+    pairs.sort(key=lambda pair: pair[0], reverse=True)
+    return [(record, other) for _, record, other in pairs]
 
 
 def describe_splits(name, summaries):
     """Return the statistics of a data set as text; images in two splits come last."""
     lines = []
     for split, summary in summaries.items():
-        lines.append(f"{name} {split}: {summary.records} records of {summary.images} images")
+        lines.append(f"{name} {split}: records {summary.records}, images {summary.images}")
         lines += _describe(summary)
-    for split, later in combinations(summaries, 2):
-        pairs = shared_images(summaries[split], summaries[later])
+        for word in summaries.get("train", summary).classes:
+            if word not in summary.classes:
+                lines.append(f"  WARNING: no record of '{word}', which train has")
+    for earlier, split in combinations(summaries, 2):
+        pairs = shared_images(summaries[earlier], summaries[split])
         if pairs:
             lines.append(
-                f"WARNING: {len(pairs)} images are in {split} and in {later} ({_examples(pairs, '=')}): test "
-                "results would be too good."
+                f"WARNING: images both in {earlier} and in {split}: {len(pairs)} ({_examples(pairs, '=')}). "
+                "Test results would be too good."
             )
-    for earlier, split in combinations(summaries, 2):
         pairs = similar_images(summaries[split], summaries[earlier])
         if pairs:
             lines.append(
-                f"NOTE: {len(pairs)} of {summaries[split].images} images in {split} look nearly like one in "
-                f"{earlier} ({_examples(pairs, '~')}). If they are frames of one video or of one patient, "
-                "scores on them are too good."
+                f"NOTE: images in {split} that look nearly like one in {earlier}: {len(pairs)} of "
+                f"{summaries[split].images} ({_examples(pairs, '~')}). "
+                "If they are frames of one video or of one patient, scores on them are too good."
             )
-    return "\n".join(lines)
+    return "\n".join(textwrap.fill(line, COLUMNS, subsequent_indent="    ", **UNBROKEN) for line in lines)
 
 
 def _describe(summary):
     """Return the lines of text on one split."""
-    sizes = [f"{width} x {height} ({n})" for (width, height), n in summary.sizes.most_common()]
-    lines = [f"  sizes: {first_few(sizes, 4) or 'none'}"]
+    lines = [f"  sizes: {first_few(_with_counts(summary.sizes), 4) or 'none'}"]
     areas = np.array(summary.areas)
     filled = 100 * areas[areas > 0]
     if len(filled):
@@ -159,9 +164,8 @@ def _describe(summary):
     smaller = [side for side in summary.sides if side > SIDE]
     if smaller:
         lines.append(f"  WARNING: {describe_smaller(smaller, len(areas), SIDE)}")
-    classes = [f"{word} ({n})" for word, n in summary.classes.most_common() if word]
-    if classes:
-        lines.append(f"  classes: {', '.join(classes)}")
+    if summary.classes:
+        lines.append(f"  classes: {', '.join(_with_counts(summary.classes))}")
     if summary.prompts:
         keys = []
         for key, count in summary.prompts.items():
@@ -173,16 +177,32 @@ def _describe(summary):
     return lines
 
 
+def _with_counts(counter):
+    """Return the counted names as texts "NAME (COUNT)", the most frequent first."""
+    return [f"{name} ({count})" for name, count in counter.most_common()]
+
+
 def _examples(pairs, sign):
     """Return the first pairs of names as text."""
-    return first_few(name if name == other else f"{name} {sign} {other}" for name, other in pairs)
+    texts = []
+    for record, other in pairs:
+        texts.append(record.name if record.name == other.name else f"{record.name} {sign} {other.name}")
+    return first_few(texts)
+
+
+def pair_rows(summaries):
+    """Return rows for `figures.sheet` of nearly equal images in two splits, side by side."""
+    rows = []
+    for earlier, split in combinations(summaries, 2):
+        for record, other in similar_images(summaries[split], summaries[earlier])[:PAIRS]:
+            left = (read_image(other.image), None, f"{earlier}: {other.name}")
+            right = (read_image(record.image), None, f"{split}: {record.name}")
+            rows.append(([left, right], "", ""))
+    return rows
 
 
 def sheet_rows(splits):
-    """Return rows of a contact sheet, as `figures.sheet` takes them, of records spread over all splits.
-
-    A row: image uint8 `[H, W, 3]`, mask bool `[H, W]`, no predictions, the longest prompt, a caption.
-    """
+    """Return rows for `figures.sheet` of records spread over all splits, each with its longest prompt."""
     rows = []
     most = max(1, SHEET_ROWS // len(splits))
     for split, records in splits.items():
@@ -198,5 +218,6 @@ def sheet_rows(splits):
             if mask.shape != image.shape[:2]:
                 continue
             prompt = max(prompt_texts(record), key=len, default="")
-            rows.append((image, mask, [], prompt, f"{split}: {record.mask_name}"))
+            panels = [(image, None, ""), (image, mask, "")]
+            rows.append((panels, f"{split}: {record.mask_name}", prompt))
     return rows

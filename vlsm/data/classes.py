@@ -33,18 +33,25 @@ class Labels:
     prompts: dict
 
 
-def find_labels(*folders):
-    """Return the `Labels` of the first dataset.json in the folders, or None. Raises as `parse_labels`."""
-    file, content = _dataset_json(*folders)
-    if content is None or "labels" not in content and {"spacing", "group"} & content.keys():
+def read_dataset_json(*folders):
+    """Return (path, content) of the first dataset.json in the folders; without one (None, {})."""
+    for folder in folders:
+        file = folder / "dataset.json"
+        if file.is_file():
+            return file, read_json(file)
+    return None, {}
+
+
+def find_labels(file, content):
+    """Return the `Labels` in a dataset.json, or None. Raises as `parse_labels`."""
+    if not file or "labels" not in content and {"spacing", "group"} & content.keys():
         return None
     return parse_labels(content, file)
 
 
-def find_group(folder):
-    """Return the "group" of a folder's dataset.json, as --group is written, or None. Raises ValueError."""
-    file, content = _dataset_json(folder)
-    if "group" not in (content or {}):
+def find_group(file, content):
+    """Return the "group" of a dataset.json, as --group is written, or None. Raises ValueError."""
+    if "group" not in content:
         return None
     pattern = field(file, content, "group", kind=str, words="a regular expression")
     try:
@@ -54,29 +61,13 @@ def find_group(folder):
     return pattern
 
 
-def _dataset_json(*folders):
-    """Return (path, content) of the first dataset.json in the folders, or (None, None)."""
-    for folder in folders:
-        file = folder / "dataset.json"
-        if file.is_file():
-            return file, _read_once(file, file.stat().st_mtime_ns)
-    return None, None
-
-
-@lru_cache(maxsize=8)
-def _read_once(file, changed):
-    """Return the content of a JSON file that was last changed at a time: it is asked for three things."""
-    return read_json(file)
-
-
-def add_spacing(records, *folders):
-    """Set the `spacing` of records that the first dataset.json in the folders tells, of all or by name.
+def add_spacing(records, file, content):
+    """Set the `spacing` of records that a dataset.json tells, of all or by name.
 
     Its "spacing" is millimetres from row to row and from column to column: a pair, or one for each image's
     name or folder. Raises ValueError, which names file and key.
     """
-    file, content = _dataset_json(*folders)
-    spacing = (content or {}).get("spacing")
+    spacing = content.get("spacing")
     if spacing is None:
         return
     by_name = spacing if isinstance(spacing, dict) else {".": spacing}
@@ -175,7 +166,7 @@ def _refuse_unnamed(numbers, labels):
     """Raise ValueError for a number in a map that no label names."""
     named = {0, labels.ignore, *labels.numbers.values()}
     for file, in_file in numbers.items():
-        unnamed = sorted(in_file - named)
+        unnamed = sorted((in_file or set()) - named)
         if unnamed:
             raise ValueError(
                 f"'{labels.file}': 'labels' names no class of number {unnamed[0]}, which '{file}' holds. "
@@ -184,7 +175,7 @@ def _refuse_unnamed(numbers, labels):
 
 
 def _numbers_of_files(records):
-    """Return {mask file: numbers in it} of the files that can be read; of a binary mask: 1, if anywhere."""
+    """Return {mask file: numbers in it, None if it cannot be read}; of a binary mask: 1, if anywhere."""
     readers = {}
     for record in records:
         if not record.problem:
@@ -195,13 +186,12 @@ def _numbers_of_files(records):
         reader, files = readers[source]
         try:
             changed = tuple(os.stat(file).st_mtime_ns for file in files)
-            return source, _numbers_in(source, changed, reader)
-        except (ImageError, OSError):
-            return source, None
+            return _numbers_in(source, changed, reader)
+        except (ImageError, OSError):  # the cache reports why
+            return None
 
     with ThreadPoolExecutor(READERS) as pool:
-        pairs = list(pool.map(read, readers))
-    return {source: numbers for source, numbers in pairs if numbers is not None}
+        return dict(zip(readers, pool.map(read, readers)))
 
 
 @lru_cache(maxsize=1 << 20)  # a folder is read once for each of its splits, and to list them

@@ -1,11 +1,21 @@
 """A folder of one's own: its images and masks, their classes, and how they are split."""
 
 import re
+from bisect import bisect
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from functools import cache
+from itertools import accumulate
 from pathlib import PurePosixPath
 
-from vlsm.data.classes import add_spacing, find_group, find_labels, label_records, present_records
+from vlsm.data.classes import (
+    add_spacing,
+    find_group,
+    find_labels,
+    label_records,
+    present_records,
+    read_dataset_json,
+)
 from vlsm.data.images import image_files, left_out, say_left_out
 from vlsm.data.judge import judge_masks
 from vlsm.data.pairing import ImageFolder, paired_records, records_without_mask, stem_of
@@ -66,7 +76,7 @@ def parse_fold(text):
     """Return (k, n) of a fold "k/n". Raises ValueError for another text."""
     match = re.fullmatch(r"([1-9]\d?)/([1-9]\d?)", text)
     if not match or not int(match[1]) <= int(match[2]) > 1:
-        raise ValueError(f"a fold is written such as 2/5, the second of five, and this is '{text}'")
+        raise ValueError(f"--fold {text}: a fold is written such as 2/5, the second of five.")
     return int(match[1]), int(match[2])
 
 
@@ -84,18 +94,19 @@ def folder_splits(root, rules, wanted=tuple(SHARES)):
     else:
         rows = _folder_records(root, rules.no_mask_is_empty)
         parts = named_splits(rows, _listed_splits(root, rows), root)
-    places = {split: (folder or folders["train"] or root, root) for split, folder in folders.items()}
-    labels = {split: find_labels(*place) for split, place in places.items()}
+    read = cache(read_dataset_json)  # once, if the splits share it
+    described = {split: read(folder or folders["train"] or root, root) for split, folder in folders.items()}
+    labels = {split: find_labels(*file_and_content) for split, file_and_content in described.items()}
     every = [record for rows in parts.values() for record in rows]
     if not any(labels.values()):
         for word in {record.class_word for record in every}:
             judge_masks([record for record in every if record.class_word == word])
     splits = {}
-    rules = replace(rules, group=rules.group or find_group(root))
+    rules = replace(rules, group=rules.group or find_group(*read(root, root)))
     for split, rows in divide(parts, rules, root).items():
         if rows and (split in wanted or "train" in wanted):
             splits[split] = _with_classes(rows, labels[split])
-            add_spacing(splits[split], *places[split])
+            add_spacing(splits[split], *described[split])
     if labels["train"] and "train" in wanted:
         _refuse_unused_labels(labels["train"], splits)
     return {split: splits[split] for split in wanted if split in splits}
@@ -311,28 +322,29 @@ def _ordered_groups(records, seed):
 def _shared_out(records, shares, seed):
     """Split records by groups, {split: share}; few groups by rank, so that no split is empty."""
     names = _ordered_groups(records, seed)
-    chosen = _by_hash(names, shares, seed)
-    if len(names) < FEW_GROUPS or not all(chosen.values()):
-        chosen = _by_rank(names, shares)
-    split_of = {name: split for split, of_split in chosen.items() for name in of_split}
+    split_of = _by_hash(names, shares, seed)
+    if len(names) < FEW_GROUPS or set(split_of.values()) != set(shares):
+        split_of = _by_rank(names, shares)
     splits = {split: [] for split in shares}
-    for record, name in zip(records, group_names(records)):
-        splits[split_of[name]].append(record)
+    _add_records(splits, records, split_of)
     return splits
 
 
+def _add_records(splits, records, split_of):
+    """Add records to `splits` by {group: split}."""
+    for record, name in zip(records, group_names(records)):
+        splits[split_of[name]].append(record)
+
+
 def _by_hash(names, shares, seed):
-    """Return {split: names} by each name's own hash."""
-    chosen = {}
-    low = 0
-    for split, share in shares.items():
-        chosen[split] = [name for name in names if low <= _unit_hash(name, seed) < low + share]
-        low += share
-    return chosen
+    """Return {name: split} by each name's own hash."""
+    bounds = list(accumulate(shares.values()))[:-1]
+    splits = list(shares)
+    return {name: splits[bisect(bounds, _unit_hash(name, seed))] for name in names}
 
 
 def _by_rank(names, shares):
-    """Return {split: names} in their order, at least one for each split as long as there are enough."""
+    """Return {name: split} by their order, at least one for each split as long as there are enough."""
     main = max(shares, key=shares.get)
     counts = {}
     for split in shares:
@@ -340,12 +352,10 @@ def _by_rank(names, shares):
         if split != main:
             counts[split] = max(0, min(left, max(1, round(shares[split] * len(names)))))
     counts[main] = len(names) - sum(counts.values())
-    chosen = {}
-    start = 0
+    splits = []
     for split in shares:
-        chosen[split] = names[start : start + counts[split]]
-        start += counts[split]
-    return chosen
+        splits += [split] * counts[split]
+    return dict(zip(names, splits))
 
 
 def _held_out(parts, rules, place):
@@ -363,9 +373,8 @@ def _held_out(parts, rules, place):
     if "test" in parts:
         role_of = {held - 1: "val"}
         splits["test"] = parts["test"]
-    fold_of = {name: rank % count for rank, name in enumerate(names)}
-    for record, name in zip(pool, group_names(pool)):
-        splits[role_of.get(fold_of[name], "train")].append(record)
+    split_of = {name: role_of.get(rank % count, "train") for rank, name in enumerate(names)}
+    _add_records(splits, pool, split_of)
     return splits
 
 

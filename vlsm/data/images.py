@@ -87,22 +87,23 @@ class MaskUnion:
 
 def image_files(root):
     """Return the image files below a folder, sorted by path; hidden files and folders are left out."""
-    files = []
+    return sorted(path for path in _paths_below(root) if path.suffix.lower() in EXTENSIONS)
+
+
+def _paths_below(root):
+    """Yield the paths below a folder, but not those that are hidden."""
     for path in root.rglob("*"):
-        hidden = HIDDEN.search(path.relative_to(root).as_posix())
-        if path.suffix.lower() in EXTENSIONS and not hidden:
-            files.append(path)
-    return sorted(files)
+        if not HIDDEN.search(path.relative_to(root).as_posix()):
+            yield path
 
 
 def left_out(root):
     """Count by their endings the files below a folder that are no images: "3 .dcm, 2 .heic", or ""."""
     endings = Counter()
-    for path in root.rglob("*"):
+    for path in _paths_below(root):
         ending = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
         ending = ending.lower()
-        hidden = HIDDEN.search(path.relative_to(root).as_posix())
-        if ending not in (*EXTENSIONS, *BESIDE_IMAGES) and not hidden and path.is_file():
+        if ending not in (*EXTENSIONS, *BESIDE_IMAGES) and path.is_file():
             endings[ending or "without ending"] += 1
     return ", ".join(f"{count} {ending}" for ending, count in endings.most_common())
 
@@ -220,10 +221,18 @@ def read_image(source, name=None):
     """
     if isinstance(source, np.ndarray):
         return source
-    image = open_image(source, name)
+    return rgb_pixels(open_image(source, name), name or source)
+
+
+def rgb_pixels(image, name):
+    """Return the pixels uint8 RGB `[H, W, 3]` of a Pillow image, as `read_image` says."""
     if not image.mode.startswith(("I", "F")):
         return np.array(image.convert("RGB"))
-    grey = to_eight_bits(np.asarray(image), name or source)
+    return grey_to_rgb(to_eight_bits(np.asarray(image), name))
+
+
+def grey_to_rgb(grey):
+    """Return grey pixels `[H, W]` as `[H, W, 3]`."""
     return np.repeat(grey[..., None], 3, 2)
 
 

@@ -38,7 +38,9 @@ def judge_masks(records):
     odd = False
     for record in random.Random(0).sample(usable, min(SAMPLE, len(usable))):
         try:
-            colours[record.mask] = mask_colour(record.mask)
+            colour = mask_colour(record.mask)
+            if colour:
+                colours[record.mask] = colour
         except MaskValues:
             odd = True
         except (ImageError, OSError):  # the cache reports why
@@ -53,13 +55,12 @@ def judge_masks(records):
 
 
 def _refuse_other_colours(colours):
-    """Raise ValueError if the foregrounds of files, {file: colour or None}, differ in colour."""
-    coloured = {file: colour for file, colour in colours.items() if colour}
-    for file, colour in coloured.items():
-        first = next(iter(coloured))
-        if colour_distance(colour, coloured[first]) > APART / 2:
+    """Raise ValueError if the foregrounds of files, {file: colour}, differ in colour."""
+    for file, colour in colours.items():
+        first = next(iter(colours))
+        if colour_distance(colour, colours[first]) > APART / 2:
             raise ValueError(
-                f"The masks of one class have one colour, and '{first}' has {coloured[first]}, '{file}' "
+                f"The masks of one class have one colour, and '{first}' has {colours[first]}, '{file}' "
                 f"{colour}{IMPORT_ADVICE}."
             )
 

@@ -60,16 +60,24 @@ class DenseAdapters(Adapters):
 
     def __init__(self, config, branches="vl", dim=64, dims=None, blocks=None, reference=False):
         super().__init__(config, branches, reference)
-        if "v" in branches:
-            count = max(config.extract_layers) + 1  # deeper blocks do not reach the logits
-            chosen = choose_blocks(blocks, "v", self.default_blocks("v", config), count)
-            widths = self.widths("v", len(chosen), dim, dims)
-            self.vision = self.adapters(config.vision.hidden_size, chosen, widths)
-        if "l" in branches:
-            count = config.text.num_hidden_layers
-            chosen = choose_blocks(blocks, "l", self.default_blocks("l", config), count)
-            widths = self.widths("l", len(chosen), dim, dims)
-            self.text = self.adapters(config.text.hidden_size, chosen, widths)
+
+        def pairs(letter, encoder, count):
+            """Return a pair of adapters for each chosen block of an encoder's first `count`, by number."""
+            layers = nn.ModuleDict()
+            if letter in branches:
+                chosen = choose_blocks(blocks, letter, self.default_blocks(letter, config), count)
+                for i, width in zip(chosen, self.widths(letter, len(chosen), dim, dims)):
+                    check_width(width)
+                    pair = dict(
+                        attn=self.adapter_class(encoder.hidden_size, width),
+                        mlp=self.adapter_class(encoder.hidden_size, width),
+                    )
+                    layers[str(i)] = nn.ModuleDict(pair)
+            return layers
+
+        # deeper blocks of the vision encoder do not reach the logits
+        self.vision = pairs("v", config.vision, max(config.extract_layers) + 1)
+        self.text = pairs("l", config.text, config.text.num_hidden_layers)
         if "c" in branches:
             self.cond = self.adapter_class(config.projection_dim, self.cond_dim or dim)
 
@@ -88,15 +96,6 @@ class DenseAdapters(Adapters):
                 f"{count} blocks: one width a block."
             )
         return list(dims)
-
-    def adapters(self, d, blocks, widths):
-        """Return a pair of adapters for each of some blocks, by block number; d: the encoder's width."""
-        adapters = nn.ModuleDict()
-        for i, dim in zip(blocks, widths):
-            check_width(dim)
-            pair = dict(attn=self.adapter_class(d, dim), mlp=self.adapter_class(d, dim))
-            adapters[str(i)] = nn.ModuleDict(pair)
-        return adapters
 
     def residual_ops(self, encoder, layer):
         adapters = self.vision if encoder == "vision" else self.text

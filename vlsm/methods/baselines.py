@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vlsm.methods.adapters import DenseAdapters
-from vlsm.methods.branches import check_branches, choose_blocks
+from vlsm.methods.branches import check_branches, check_width, choose_blocks
 from vlsm.networks.hooks import PROJECTIONS, Tuner
 
 
@@ -42,8 +42,7 @@ class LoRA(Tuner):
     ):  # fmt: skip
         super().__init__(config, reference)
         check_branches(branches, "vl")
-        if dim < 1:
-            raise ValueError(f"--dim {dim} leaves an update without a rank; give 1 or more (default 16).")
+        check_width(dim)
         wrong = sorted(set(lora_targets) - set(PROJECTIONS))
         if wrong or not lora_targets:
             names = " ".join(wrong) or "without a name"

@@ -16,11 +16,11 @@ def check_branches(branches, known):
 
 
 def check_width(dim):
-    """Raise ValueError for a width that leaves an adapter without a hidden unit."""
+    """Raise ValueError for a width that leaves an adapter, or LoRA's update, without a hidden unit."""
     if dim < 1:
         raise ValueError(
-            f"--dim {dim} leaves an adapter without a hidden unit; give a width of 1 or more (the paper's: "
-            "64 dense, 512 shallow)."
+            f"--dim {dim} leaves an adapter without a hidden unit; give a width (of lora a rank) of 1 or "
+            "more (the papers': 64 dense, 512 shallow, 16 lora)."
         )
 
 

@@ -135,8 +135,7 @@ class PromptLearner(Tuner):
 
     def copy_per_layer(self, module, unified):
         """Return a copy of a module for each layer, so that all start alike; one for all if `unified`."""
-        count = 1 if unified else len(self.context)
-        return nn.ModuleList(copy.deepcopy(module) for _ in range(count))
+        return self.module_per_layer(lambda: copy.deepcopy(module), unified)
 
     def apply_per_layer(self, modules, vectors=None):
         """Return each layer's vectors (default: `context`) put through that layer's module."""

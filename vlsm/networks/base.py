@@ -276,10 +276,8 @@ class Network(nn.Module):
         """Raise ValueError for images of a size that the network does not take."""
         step = self.config.stride
         least = self.smallest_side()
-        if min(H, W) < least:
-            raise ValueError(f"Images of {H} x {W} pixels are too small; {least} x {least} at least.")
-        if H % step or W % step:
+        if min(H, W) < least or H % step or W % step:
             raise ValueError(
-                f"Images of {H} x {W} pixels do not divide into patches of {step}; resize them to multiples "
-                f"of {step}."
+                f"Images of {H} x {W} pixels do not fit; resize their sides to multiples of {step}, {least} "
+                "at least."
             )

@@ -255,12 +255,6 @@ class NeckLevel(nn.Module):
         return self.proj2(self.proj1(x))
 
 
-def adapted(tuner, k, x):
-    """Return the neck's k-th map `[B, P, h, w]` after the tuner's hook."""
-    tokens = tuner.adapt_activation(k, to_tokens(x))  # [B, h * w, P]
-    return to_map(tokens, x.shape[2:])
-
-
 def sine_positions(h, w, width, device):
     """Return DETR's positions `[h * w, width]` of a grid: sines and cosines of rows, then of columns."""
     down = _axis_positions(h, width // 2, device)[:, None].expand(-1, w, -1)
@@ -412,7 +406,9 @@ class SAM3(Network):
         x = to_map(x, grid)  # [B, D, h, w]
         maps = []
         for k, level in enumerate(self.vision_encoder.neck.fpn_layers):
-            maps.append(adapted(tuner, k, level(x)))
+            enlarged = level(x)  # [B, P, ., .]
+            tokens = tuner.adapt_activation(k, to_tokens(enlarged))
+            maps.append(to_map(tokens, enlarged.shape[2:]))
         return maps
 
     def decode(self, image_features, text_features, tuner):

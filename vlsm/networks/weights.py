@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from vlsm.system.console import say_once
+from vlsm.system.console import first_few, say_once
 from vlsm.system.files import field, read_json
 
 RANDOM = "random:"
@@ -20,6 +20,15 @@ TEXT_FILES = [
     "tokenizer.json",
     "tokenizer_config.json",
 ]
+HUB_SECONDS = 5  # after which the hub counts as out of reach
+# an exception of huggingface_hub -> its meaning
+HUB_ERRORS = {
+    "LocalEntryNotFoundError": "it cannot be reached (no network, or HF_HUB_OFFLINE is set), and no copy was "
+    "kept here",
+    "RepositoryNotFoundError": "it does not exist, or is private and you are not logged in (hf auth login)",
+    "RemoteEntryNotFoundError": "the repository lacks this file",
+    "GatedRepoError": "accept their licence on their page of the hub, and log in with `hf auth login`",
+}
 # part of a tensor's name -> the checkpoint that has such names
 CHECKPOINTS = {
     "side_adapter_network.": "a SAN checkpoint (--model san)",
@@ -95,27 +104,61 @@ def _locate_folder(name):
     return _download(name)
 
 
+def hub_answers():
+    """Tell whether the Hugging Face hub answers within seconds; False with HF_HUB_OFFLINE=1.
+
+    Its own functions try again for half a minute.
+    """
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except Exception:  # of the network, or of the hub in offline mode
+        return False
+    return True
+
+
+def describe_hub_error(error):
+    """Return in words why a call of the hub failed."""
+    name = type(error).__name__
+    return HUB_ERRORS.get(name, f"{name}: {str(error)[:200]}")
+
+
 def _download(name):
     from huggingface_hub import snapshot_download
 
     say_once(name, f"Looking for the weights '{name}' on the Hugging Face hub.")
     try:
-        folder = Path(snapshot_download(name, allow_patterns=[*TEXT_FILES, "model.safetensors"]))
-        if not (folder / "model.safetensors").is_file():
-            folder = Path(snapshot_download(name, allow_patterns=[*TEXT_FILES, "pytorch_model.bin"]))
+        cached = not hub_answers()
+        for file in ("model.safetensors", "pytorch_model.bin"):
+            patterns = [*TEXT_FILES, file]
+            folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=cached))
+            if (folder / file).is_file():
+                break
         return folder
-    except Exception as error:  # the hub raises a dozen unrelated types; all mean the same to the user
-        if type(error).__name__ == "GatedRepoError":
-            raise FileNotFoundError(
-                f"The weights '{name}' are gated: accept their licence on their page of the hub and log in "
-                f"with `hf auth login`; or run `hf download {name} --local-dir DIR` where you have access, "
-                "and pass --weights DIR."
-            ) from error
+    except Exception as error:  # the hub raises a dozen unrelated types
         raise FileNotFoundError(
-            f"The weights '{name}' could not be downloaded from the Hugging Face hub "
-            f"({type(error).__name__}). On a machine that reaches it, run `hf download {name} --local-dir "
-            "DIR`, copy DIR here and pass --weights DIR. To try things without a network, --weights mini "
-            "runs offline."
+            f"The weights '{name}' could not be downloaded from the Hugging Face hub: "
+            f"{describe_hub_error(error)}. You may also run `hf download {name} --local-dir DIR` on another "
+            "machine that has access to them, copy DIR here and pass --weights DIR. To try things without a "
+            "network, --weights mini runs offline."
+        ) from error
+
+
+def load_safely(file, advice="Is the file complete?"):
+    """Return the content of a file of safetensors, or of torch.save: tensors, numbers, texts, lists, dicts.
+
+    Raises ValueError, with an `advice`, for a file that is damaged or holds more; nothing in it is executed.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling, zip, end-of-file, safetensors and runtime errors alike
+        # torch.load's own text advises to execute what the file holds; of it we tell what that would be
+        reason = " ".join([type(error).__name__, *re.findall(r"GLOBAL [\w.]+", str(error))])
+        raise ValueError(
+            f"'{file}' cannot be read ({reason}), and nothing in it was run. {advice}"
         ) from error
 
 
@@ -129,16 +172,7 @@ def read_tensors(folder):
     pickled = Path(folder) / "pytorch_model.bin"
     if not safe.is_file() and not pickled.is_file():
         raise FileNotFoundError(f"'{folder}' holds neither model.safetensors nor pytorch_model.bin.")
-    try:
-        if safe.is_file():
-            tensors = load_file(safe)
-        else:
-            tensors = torch.load(pickled, map_location="cpu", weights_only=True)
-    except Exception as error:  # SafetensorError, UnpicklingError, zip and end-of-file errors alike
-        reason = type(error).__name__  # torch.load's own text advises to execute what the file holds
-        raise ValueError(
-            f"The weights in '{folder}' cannot be read ({reason}). Is the file complete?"
-        ) from error
+    tensors = load_safely(safe if safe.is_file() else pickled)
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
         raise ValueError(f"'{pickled}' should hold tensors by name, and nothing else.")
     for name, tensor in tensors.items():
@@ -160,8 +194,7 @@ def describe_mismatch(expected, given):
     texts = []
     for difference, names in differences.items():
         if names:
-            more = ", ..." if len(names) > 6 else ""
-            texts.append(f"{len(names)} {difference}: {', '.join(names[:6])}{more}")
+            texts.append(f"{len(names)} {difference}: {first_few(names, 6)}")
     return "; ".join(texts)
 
 

@@ -89,6 +89,13 @@ class Download:
                 hits.append((name, match))
         return hits
 
+    def only(self, pattern):
+        """Return the one file that a pattern finds; None without any. Raises ValueError for several."""
+        files = [name for name, _ in self.find(pattern)]
+        if len(files) > 1:
+            raise ValueError(f"'{self.path}' holds {first_few(files)}. Name the folder of one of them.")
+        return files[0] if files else None
+
     def pairs(self, image_pattern, mask_pattern):
         """Yield (key, image, mask) of the files that match two patterns and lie in folders side by side.
 

@@ -8,11 +8,10 @@ import random
 import shutil
 from pathlib import Path, PurePosixPath
 
-import numpy as np
 from PIL import Image
 
 from vlsm.data.describe import describe
-from vlsm.data.images import mask_image
+from vlsm.data.images import grey_to_rgb, mask_image
 from vlsm.data.records import read_annotations
 from vlsm.raw.download import Download
 from vlsm.raw.readers import READERS
@@ -129,7 +128,7 @@ def encode_png(pixels):
 def colour_pixels(download, image):
     """Return the pixels `[H, W, 3]` of an image: a file of a download, or pixels."""
     pixels = download.image(image) if isinstance(image, str) else image
-    return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, 2)
+    return pixels if pixels.ndim == 3 else grey_to_rgb(pixels)
 
 
 def check_size(pixels, mask):
@@ -202,34 +201,32 @@ def _write_samples(name, download, writer, descriptions, made):
     """
     entries = []
     group_of = {}  # group, or digest of an image -> group: equal images under two names stay in one split
-    with progress(None, f"preparing {name}") as bar:
-        for sample in READERS[name](download):
-            bar.update()
-            with download.skipping(sample.name):
-                pixels = colour_pixels(download, sample.image)
-                writer.image(PurePosixPath(sample.subfolder, sample.name), download, sample.image)
-                group = sample.group or f"{sample.subfolder}/{sample.name}"
-                equal = group_of.setdefault(digest(pixels.tobytes(), 16), group)
-                group = group_of.setdefault(group, equal)
-                rows = []
-                for mask_name, mask, word in sample.masks:
-                    prompts = {"p0": "", "p1": word}
-                    if made:
-                        check_size(pixels, mask)
-                    if made and name not in CLASS_WORD_ONLY:
-                        prompts = describe(pixels, mask, word, descriptions)
-                    writer.write(PurePosixPath("masks", sample.subfolder, mask_name), encode_png(mask))
-                    rows.append(
-                        dict(
-                            img_name=sample.name,
-                            mask_name=mask_name,
-                            prompts=prompts,
-                            split=sample.split,
-                            group=group,
-                            subfolder=sample.subfolder,
-                        )
+    for sample in progress(READERS[name](download), f"preparing {name}"):
+        with download.skipping(sample.name):
+            pixels = colour_pixels(download, sample.image)
+            writer.image(PurePosixPath(sample.subfolder, sample.name), download, sample.image)
+            group = sample.group or f"{sample.subfolder}/{sample.name}"
+            equal = group_of.setdefault(digest(pixels.tobytes(), 16), group)
+            group = group_of.setdefault(group, equal)
+            rows = []
+            for mask_name, mask, word in sample.masks:
+                prompts = {"p0": "", "p1": word}
+                if made:
+                    check_size(pixels, mask)
+                if made and name not in CLASS_WORD_ONLY:
+                    prompts = describe(pixels, mask, word, descriptions)
+                writer.write(PurePosixPath("masks", sample.subfolder, mask_name), encode_png(mask))
+                rows.append(
+                    dict(
+                        img_name=sample.name,
+                        mask_name=mask_name,
+                        prompts=prompts,
+                        split=sample.split,
+                        group=group,
+                        subfolder=sample.subfolder,
                     )
-                entries += rows
+                )
+            entries += rows
     return entries
 
 

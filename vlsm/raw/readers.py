@@ -29,13 +29,19 @@ VOC = (
 # Data sets of one mask for each image
 
 
-def _samples(download, pairs, word, split=None):
-    """Yield a `Sample` of one mask for each (stem, image, mask)."""
+def _samples(download, pairs, word, split=None, as_png=False):
+    """Yield a `Sample` of one mask for each (stem, image, mask).
+
+    as_png: the image becomes a PNG, and its mask has the same name.
+    """
     for _, image, mask in pairs:
         with download.skipping(mask):
+            name = PurePosixPath(image).name
             mask_name = f"{PurePosixPath(mask).stem}.png"
-            masks = [(mask_name, download.mask(mask), word)]
-            yield Sample(PurePosixPath(image).name, image, masks, split)
+            if as_png:
+                name = mask_name = f"{PurePosixPath(image).stem}.png"
+                image = download.image(image)
+            yield Sample(name, image, [(mask_name, download.mask(mask), word)], split)
 
 
 def kvasir(download):
@@ -46,14 +52,10 @@ def kvasir(download):
 
 def clinicdb(download):
     """Read PNGs, else TIFs, which become PNGs; the download may hold both."""
-    file = r"[^/]+\.png" if download.find(r"Original/[^/]+\.png") else r"[^/]+\.tiff?"
+    has_pngs = download.find(r"Original/[^/]+\.png")
+    file = r"[^/]+\.png" if has_pngs else r"[^/]+\.tiff?"
     pairs = download.pairs(rf"Original/{file}", rf"Ground[ _]Truth/{file}")
-    for sample in _samples(download, pairs, "polyp"):
-        with download.skipping(sample.name):
-            if not sample.name.lower().endswith(".png"):
-                sample.name = f"{PurePosixPath(sample.name).stem}.png"
-                sample.image = download.image(sample.image)
-            yield sample
+    return _samples(download, pairs, "polyp", as_png=not has_pngs)
 
 
 def bkai(download):
@@ -94,11 +96,7 @@ def etis(download):
     yield from _test_polyps("ETIS-LaribPolypDB")(download)
     images = download.by_stem(r"ETIS-LaribPolypDB/\d+\.tiff?")
     masks = download.by_stem(r"Ground[ _]Truth/p(?P<stem>\d+)\.tiff?")
-    for stem, image, mask in download.join(images, masks):
-        with download.skipping(image):
-            name = f"{stem}.png"
-            masks_of_image = [(name, download.mask(mask), "polyp")]
-            yield Sample(name, download.image(image), masks_of_image, "test")
+    yield from _samples(download, download.join(images, masks), "polyp", "test", as_png=True)
 
 
 def busi(download):

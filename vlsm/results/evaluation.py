@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from vlsm.data.cache import chunks, default_cache, prefetch
-from vlsm.data.images import read_labels, read_target
+from vlsm.data.images import READERS, mask_image, read_labels, read_target
 from vlsm.data.records import group_names, index_images
 from vlsm.metrics import counted_pixels, is_alarm
 from vlsm.results.predict import mask_target, masks_at_size, save_png, save_probability
@@ -17,9 +17,6 @@ from vlsm.segment import enlarge
 from vlsm.system import parallel
 from vlsm.system.arguments import number, pattern
 from vlsm.system.console import progress, say_once
-
-READERS = 4  # threads that read masks
-
 
 # The split
 
@@ -160,13 +157,18 @@ def evaluate_prompts(
             counted, _ = counted_pixels(mask, truth)
             return dict(group=groups[i], alarm=is_alarm(counted[None]).item())
         if mask_folder:
-            save_png(mask, mask_target(mask_folder, record.mask_name))
+            save_png(mask_image(mask.cpu()), mask_target(mask_folder, record.mask_name))
         if probability_folder:
             save_probability(enlarged[0], mask_target(probability_folder, record.mask_name))
-        row = dict(image=record.name, mask=record.mask_name, group=groups[i], prompt=prompt)
+        row = dict(
+            image=record.name,
+            mask=record.mask_name,
+            group=groups[i],
+            prompt=prompt,
+            **score(mask, truth, tolerance, spacings[i]),
+            **calibration_counts(enlarged[0].sigmoid(), truth),
+        )
         row["class"] = record.class_word or ""
-        row.update(score(mask, truth, tolerance, spacings[i]))
-        row.update(calibration_counts(enlarged[0].sigmoid(), truth))
         if keep_masks:
             row["packed_mask"] = np.packbits(mask.cpu().numpy())
         return row

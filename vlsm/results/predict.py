@@ -14,6 +14,7 @@ from vlsm.checkpoint import load
 from vlsm.data.cache import chunks
 from vlsm.data.images import (
     EXTENSIONS,
+    READERS,
     ImageError,
     image_files,
     left_out,
@@ -31,7 +32,6 @@ from vlsm.system.plots import COLOURS
 
 SIDES = re.compile(r"\b(left|right|Left|Right)\b")
 OTHER_SIDE = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
-READERS = 4  # threads that read images
 UNSAFE = re.compile(r"[^\w-]+")  # in a folder's name
 LONGEST_NAME = 60  # letters of a folder's name
 
@@ -91,11 +91,6 @@ class Predictor:
         mirrored = image_logits(self.model, images.flip(-1), swapped)
         return mean_logits([logits, mirrored.flip(-1)])
 
-    def segment(self, images, prompts):
-        """Return probabilities float32 `[B, P, S, S]` of uint8 images and P prompts for all."""
-        logits = self.logits(images, list(prompts) * len(images))
-        return logits.sigmoid().view(len(images), len(prompts), *logits.shape[2:])
-
 
 class Ensemble(Predictor):
     """Several `Predictor`s as one: the mean of their probabilities.
@@ -104,12 +99,8 @@ class Ensemble(Predictor):
     """
 
     def __init__(self, predictors):
-        first = predictors[0]
-        self.model = first.model
+        super().__init__(predictors[0].model)
         self.predictors = predictors
-        self.metadata = first.metadata
-        self.size = first.size
-        self.device = first.device
         sizes = {predictor.size for predictor in predictors}
         if len(sizes) > 1:
             raise ValueError(f"--ensemble needs runs of one image size; these have {sorted(sizes)} pixels.")
@@ -121,18 +112,27 @@ class Ensemble(Predictor):
         return mean_logits([predictor.logits(images, prompts) for predictor in self.predictors])
 
 
-def load_ensemble(checkpoints, **settings):
-    """Return the `Predictor` of one checkpoint, or the `Ensemble` of several, which share one base in memory.
+def load_predictors(checkpoints, **settings):
+    """Return the `Predictor`s of checkpoints, which share one base in memory.
 
     settings: of `load_predictor`.
     """
-    first = load_predictor(checkpoints[0], **settings)
-    if len(checkpoints) == 1:
-        return first
-    predictors = [first]
-    for path in checkpoints[1:]:
-        predictors.append(load_predictor(path, base=first.model, **settings))
-    return Ensemble(predictors)
+    predictors = []
+    base = None
+    for path in checkpoints:
+        predictor = load_predictor(path, base=base, **settings)
+        base = base or predictor.model
+        predictors.append(predictor)
+    return predictors
+
+
+def load_ensemble(checkpoints, **settings):
+    """Return the `Predictor` of one checkpoint, or the `Ensemble` of several.
+
+    settings: of `load_predictor`.
+    """
+    predictors = load_predictors(checkpoints, **settings)
+    return Ensemble(predictors) if len(predictors) > 1 else predictors[0]
 
 
 def mean_logits(logits):
@@ -202,9 +202,7 @@ def save_probability(logits, path):
 
 
 def save_png(image, path):
-    """Write a Pillow image, or a bool mask as 0 and 255, as a PNG file that this program may replace."""
-    if torch.is_tensor(image):
-        image = mask_image(image.cpu())
+    """Write a Pillow image as a PNG file that this program may replace."""
     with owned_write(path) as temporary:
         image.save(temporary, format="PNG")
 
@@ -227,11 +225,14 @@ class MaskWriter:
     ):  # fmt: skip
         self.prompts = prompts
         self.label_file = Path(out) / "dataset.json" if label_map else None
-        self.upsample = upsample
-        self.bound = logit_of(threshold)
         self.overlays = overlays
-        self.keep_largest = keep_largest
-        self.min_area = min_area
+        self.mask_settings = dict(
+            upsample=upsample,
+            bound=logit_of(threshold),
+            exclusive=label_map,
+            keep_largest=keep_largest,
+            min_area=min_area,
+        )
         self.mask_folders = [Path(out)] if label_map else prompt_folders(out, prompts)
         self.probability_folders = []
         if probability_folder:
@@ -251,13 +252,11 @@ class MaskWriter:
         enlarged = enlarge(logits, image.shape[:2])
         for folder, of_prompt in zip(self.probability_folders, enlarged):
             save_probability(of_prompt, mask_target(folder, name))
-        exclusive = self.label_file is not None
-        cleaning = self.keep_largest, self.min_area
-        masks = masks_at_size(logits, enlarged, self.upsample, self.bound, exclusive, *cleaning).cpu().numpy()
-        if exclusive:
+        masks = masks_at_size(logits, enlarged, **self.mask_settings).cpu().numpy()
+        if self.label_file:
             colours = class_colours(len(masks))
-            numbers = np.arange(1, len(masks) + 1, dtype=np.uint8)[:, None, None]
-            labels = Image.fromarray((numbers * masks).max(0))
+            numbers = (masks.argmax(0) + 1) * masks.any(0)
+            labels = Image.fromarray(numbers.astype(np.uint8))
             labels.putpalette(bytes(3) + colours.tobytes())  # black is background
             self.save(mask_target(self.mask_folders[0], name), labels, image, masks, colours)
         else:
@@ -317,10 +316,9 @@ def predict_folder(predictor, source, writer, batch_size=32, overwrite=False):
     if source.is_dir():
         files = image_files(source)
         folder = source
-    if not files:
-        others = left_out(source) or "nothing"
-        raise ValueError(f"'{source}' holds no images ({', '.join(EXTENSIONS)}); it holds {others}.")
-    if source.is_dir():
+        if not files:
+            others = left_out(source) or "nothing"
+            raise ValueError(f"'{source}' holds no images ({', '.join(EXTENSIONS)}); it holds {others}.")
         say_left_out(source)
     targets = [writer.label_file] if writer.label_file else []
     for file in files:

@@ -1,6 +1,5 @@
 """Scores of predicted masks: of each pair, their means over a split with bootstrap intervals, their files."""
 
-import csv
 import math
 from collections import defaultdict
 
@@ -8,7 +7,7 @@ import numpy as np
 import torch
 
 from vlsm import metrics
-from vlsm.system.files import write_csv, write_json
+from vlsm.system.files import read_csv, write_csv, write_json
 
 COLUMNS = ("image", "mask", "prompt", "dsc", "iou", "hd95", "nsd", "brier", "group", "class")
 DIGITS = dict(dsc=6, iou=6, hd95=4, nsd=6, brier=6)  # in metrics.csv
@@ -47,9 +46,12 @@ def score(prediction, truth, tolerance=2.0, spacing=None):
 
 
 def summarise_values(values, groups):
-    """Return mean, std, n and `ci95` of numbers, NaN where there is none, for JSON."""
-    column = torch.tensor(values, dtype=torch.float64)
-    return dict(_mean_and_std(column), ci95=bootstrap_intervals({"": column}, groups)[""])
+    """Return {name: mean, std, n and `ci95`} of columns of numbers, NaN where there is none, for JSON.
+
+    groups: as in `bootstrap_intervals`.
+    """
+    intervals = bootstrap_intervals(values, groups)
+    return {name: dict(_mean_and_std(column), ci95=intervals[name]) for name, column in values.items()}
 
 
 def summarise_label_maps(counts, words):
@@ -93,24 +95,18 @@ def summarise(scores, resampled="image"):
     error, the mean gap between probability and share of foreground over all pixels. resampled: what a group
     of the bootstrap is, in words. `classes`: as `summarise_classes`, where the records have several.
     """
-    values = {}
-    for name in ("dsc", "iou", "hd95", "nsd", "brier"):
-        if name in scores[0]:
-            values[name] = _column(scores, name)
+    values = {name: _column(scores, name) for name in DIGITS if name in scores[0]}
     truth_empty = _column(scores, "target_empty") > 0
-    values["dsc_nonempty"] = values["dsc"].masked_fill(truth_empty, math.nan)
-    values["empty_correct"] = _column(scores, "pred_empty").masked_fill(~truth_empty, math.nan)
+    values["dsc_nonempty"] = np.where(truth_empty, np.nan, values["dsc"])
+    values["empty_correct"] = np.where(truth_empty, _column(scores, "pred_empty"), np.nan)
     groups = [s.get("group", i) for i, s in enumerate(scores)]
 
-    intervals = bootstrap_intervals(values, groups)
-    summary = dict(unit=scores[0].get("unit", "px"))
-    for name, column in values.items():
-        summary[name] = dict(_mean_and_std(column), ci95=intervals[name])
+    summary = dict(unit=scores[0]["unit"], **summarise_values(values, groups))
     hd95 = values["hd95"]
-    undefined = hd95.isnan()
-    with_diagonal = torch.where(undefined, _column(scores, "diagonal"), hd95)
+    undefined = np.isnan(hd95)
+    with_diagonal = np.where(undefined, _column(scores, "diagonal"), hd95)
     summary["hd95"]["n_undefined"] = int(undefined.sum())
-    summary["hd95"]["mean_with_diagonal"] = with_diagonal.mean().item()
+    summary["hd95"]["mean_with_diagonal"] = with_diagonal.mean()
     summary["intervals"] = dict(draws=DRAWS, seed=SEED, resampled=resampled, groups=len(set(groups)))
     if "bins" in scores[0]:
         summary["ece"] = calibration_error([s["bins"] for s in scores])
@@ -130,8 +126,7 @@ def summarise_classes(scores, resampled="image"):
     each = {word: summarise(rows[word], resampled) for word in sorted(rows)}
     means = {}
     for name in METRICS:
-        values = [summary[name]["mean"] for summary in each.values()]
-        means[name] = _mean_and_std(torch.tensor(np.array(values, float)))  # None becomes nan
+        means[name] = _mean_and_std([summary[name]["mean"] for summary in each.values()])
     return dict(each=each, mean=means)
 
 
@@ -145,15 +140,16 @@ def class_summaries(metrics):
 
 def _column(scores, name):
     """Return one score of all records, float64 `[N]`."""
-    return torch.tensor([s[name] for s in scores], dtype=torch.float64)
+    return np.array([s[name] for s in scores], float)
 
 
 def _mean_and_std(values):
-    """Return mean, population standard deviation and number of the values `[N]` that are not NaN."""
-    defined = values[~values.isnan()]
+    """Return mean, population standard deviation and number of the values `[N]` that are not NaN or None."""
+    values = np.array(values, float)  # None becomes NaN
+    defined = values[~np.isnan(values)]
     if not len(defined):
         return dict(mean=None, std=None, n=0)
-    return dict(mean=defined.mean().item(), std=defined.std(correction=0).item(), n=len(defined))
+    return dict(mean=defined.mean(), std=defined.std(), n=len(defined))
 
 
 def calibration_error(bins):
@@ -180,17 +176,17 @@ def write_results(folder, scores, summary, settings):
 
 def describe(summary):
     """Return the summary of an evaluation as text; DSC, IoU and NSD in per cent, HD95 in its unit."""
-    unit = summary.get("unit", "px")
+    unit = summary["unit"]
     hd95 = summary["hd95"]
     undefined = hd95["n_undefined"]
     empty = summary["empty_correct"]
     tolerance = summary.get("nsd_tolerance", 2)
     pairs = f"{hd95['n']}/{hd95['n'] + undefined} pairs"
     lines = [
-        _line("DSC", summary["dsc"], 100, "%"),
-        _line("IoU", summary["iou"], 100, "%"),
-        _line("NSD", summary["nsd"], 100, f"% at {tolerance:g} {unit}"),
-        _line("HD95", hd95, 1, f"{unit} at original size, over {pairs} where it is defined"),
+        _line("DSC", summary["dsc"], "%"),
+        _line("IoU", summary["iou"], "%"),
+        _line("NSD", summary["nsd"], f"% at {tolerance:g} {unit}"),
+        _line("HD95", hd95, f"{unit} at original size, defined for {pairs}", 1),
     ]
     if undefined:
         lines.append(
@@ -199,12 +195,10 @@ def describe(summary):
         )
     nonempty = summary["dsc_nonempty"]
     if empty["n"]:
-        alarms = 100 - 100 * empty["mean"]
-        lines.append(f"Empty masks: foreground in {alarms:.1f} % of the {empty['n']} records without any")
-    if empty["n"] and nonempty["n"]:
-        correct = f"{empty['n']} empty ones: {100 * empty['mean']:.1f} % predicted exactly empty"
-        of_nonempty = f"% over the {nonempty['n']} records whose truth is not empty; {correct}"
-        lines.append(_line("DSC", nonempty, 100, of_nonempty))
+        filled = 100 - 100 * empty["mean"]
+        lines.append(f"Empty masks: {empty['n']}, foreground predicted in {filled:.1f} % of them")
+        if nonempty["n"]:
+            lines.append(_line("DSC", nonempty, f"% over masks that are not empty ({nonempty['n']})"))
     if "ece" in summary:
         lines.append(
             f"Calibration: Brier score {summary['brier']['mean']:.4f}, expected calibration error "
@@ -212,32 +206,33 @@ def describe(summary):
         )
     intervals = summary["intervals"]
     lines.append(
-        f"[...]: 95 % bootstrap intervals, {intervals['groups']} groups ({intervals['resampled']}) drawn "
-        f"{intervals['draws']:,} times"
+        f"[...]: 95 % bootstrap intervals, groups ({intervals['resampled']}, {intervals['groups']} in all) "
+        f"drawn {intervals['draws']:,} times"
     )
     if "classes" in summary:
         lines += describe_classes(summary["classes"], unit)
     if "label_maps" in summary:
         miou = 100 * summary["label_maps"]["miou"]
         lines.append(f"mIoU  {miou:7.2f} % of label maps, background included")
-    for name, alarms in summary.get("alarms", {}).items():
-        interval = in_brackets(alarms["ci95"])
-        lines.append(f"False alarms {100 * alarms['mean']:.1f} {interval} % of {alarms['n']} prompts: {name}")
+    alarms = summary.get("alarms", {})
+    for name, rate in alarms.items():
+        lines.append(f"False alarms {mean_text(rate)} % of prompts ({rate['n']}): {name}")
+    if "absent word in the prompt" in alarms:
+        lines.append("  (in the prompt: the record's own, with an absent word in place of its class)")
     return "\n".join(lines)
 
 
-def describe_classes(classes, unit="px"):
+def describe_classes(classes, unit):
     """Return the lines of a table by class, of `summarise_classes`; in brackets the intervals."""
     widest = max(map(len, classes["each"]))
-    titles = [metric_title(name, unit) for name in METRICS]
-    lines = [" " * widest + "".join(f"{title:>26}" for title in titles)]
+    head = " " * widest
+    for name in METRICS:
+        head += f"{metric_title(name, unit):>26}"
+    lines = [head]
     for word, summary in [*classes["each"].items(), ("mean", classes["mean"])]:
         row = f"{word:{widest}}"
         for name, (_, factor, _) in METRICS.items():
-            mean = summary[name]["mean"]
-            interval = in_brackets(summary[name].get("ci95"), factor)
-            cell = "n/a" if mean is None else f"{factor * mean:.2f} {interval}".rstrip()
-            row += f"{cell:>26}"
+            row += f"{mean_text(summary[name], factor):>26}"
         lines.append(row)
     return lines
 
@@ -247,12 +242,17 @@ def metric_title(name, unit):
     return METRICS[name][0].replace("px", unit)
 
 
-def _line(title, stats, factor, unit):
+def _line(title, stats, unit, factor=100):
     if not stats["n"]:
         return f"{title:5}     n/a"
-    interval = in_brackets(stats["ci95"], factor)
-    mean = f"{factor * stats['mean']:7.2f} {interval}".rstrip()
-    return f"{title:5} {mean} +- {factor * stats['std']:.2f} {unit}"
+    return f"{title:5} {mean_text(stats, factor, '7.2f')} +- {factor * stats['std']:.2f} {unit}"
+
+
+def mean_text(stats, factor=100, form=".2f"):
+    """Format a mean times a factor with its interval, "81.20 [78.30, 83.90]"; "n/a" if it is undefined."""
+    if stats["mean"] is None:
+        return "n/a"
+    return f"{factor * stats['mean']:{form}} {in_brackets(stats.get('ci95'), factor)}".rstrip()
 
 
 # Bootstrap intervals
@@ -322,11 +322,11 @@ def mean_over_runs(folders, metric, word=None):
     values = defaultdict(list)
     groups = {}
     for file in files:
-        with open(file, encoding="utf-8", newline="") as text:
-            for row in csv.DictReader(text):
-                if word in (None, row.get("class") or NO_CLASS):
-                    record = row["image"], row["mask"]
-                    values[record].append(float(row[metric]))
-                    groups[record] = row["group"]
+        columns, *rows = read_csv(file)
+        for row in (dict(zip(columns, cells)) for cells in rows):
+            if word in (None, row.get("class") or NO_CLASS):
+                record = row["image"], row["mask"]
+                values[record].append(float(row[metric]))
+                groups[record] = row["group"]
     means = [np.mean(values[record]) for record in groups]  # nan if undefined for one
-    return summarise_values(means, list(groups.values()))
+    return summarise_values({metric: means}, list(groups.values()))[metric]

@@ -3,6 +3,11 @@
 import argparse
 import math
 import re
+from importlib.metadata import version
+
+from vlsm.system.console import did_you_mean
+
+VERSION = "1.0.0"
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,17 +28,31 @@ class Parser(argparse.ArgumentParser):
         self.rules = rules
         self.values = {}  # of the options that `StoreOnce` has seen
         self.register("action", None, StoreOnce)  # of options without an action of their own
+        versions = f"vlsm {VERSION} (PyTorch {version('torch')})"
+        self.add_argument("--version", action="version", version=versions, help="show the version, and exit")
 
     def parse_args(self, argv=None, namespace=None):
         """Do as argparse; an empty text is a mistake, such as an unset variable of the shell."""
         self.values.clear()
-        parsed = super().parse_args(argv, namespace)
+        parsed, unknown = self.parse_known_args(argv, namespace)
+        if unknown:
+            word = unknown[0].partition("=")[0]
+            guess = did_you_mean(word, self._option_string_actions)
+            self.error(f"There is no option {word}.{guess} --help shows all.")
         for name, value in vars(parsed).items():
             if isinstance(value, str) and not value.strip():
                 self.error(f"{flag(name)} is empty.")
         if namespace is None:  # else a stored run's options are among the parsed ones
             self.refuse_unused(parsed)
         return parsed
+
+    def _check_value(self, action, value):
+        """Do as argparse, with a guess for a value that is not among the choices."""
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += f".{did_you_mean(value, action.choices)}"
+            raise
 
     def refuse_unused(self, parsed):
         """Raise ValueError for an option that has no effect beside the others."""
@@ -76,17 +95,10 @@ def number(cast, low=-math.inf, high=math.inf, above=-math.inf):
         return value
 
     parse.__name__ = cast.__name__
-    limits = _describe_limits(low, high, above)
+    limits = f"more than {above:.10g}" if above > -math.inf else f"at least {low:.10g}"
+    if high < math.inf:
+        limits += f" and at most {high:.10g}"
     return parse
-
-
-def _describe_limits(low, high, above):
-    """Return the range of a `number` in words."""
-    if above > -math.inf:
-        return f"more than {above:.10g}" + (f" and at most {high:.10g}" if high < math.inf else "")
-    if low > -math.inf:
-        return f"{low:.10g} to {high:.10g}" if high < math.inf else f"{low:.10g} or more"
-    return "a finite number"
 
 
 def pattern(text):

@@ -4,13 +4,22 @@ signal.
 
 import errno
 import os
+import re
 import signal
 import sys
 from contextlib import contextmanager
+from difflib import get_close_matches
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 _printed = set()  # keys of `say_once`
+LEANER = (
+    "Options that need less: a smaller --batch-size; of train.py also --accumulate 4, "
+    "--checkpoint-activations, --cache-gb 0."
+)
+NO_MEMORY = re.compile("MemoryError|out of memory|allocate memory", re.I)  # in an error's name or text
+# Characters of names that would move the cursor, colour the terminal or reorder a line; \n and \t stay.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 # Advice on the system's errors; others keep the system's own words.
 ADVICE = {
     errno.ENOSPC: "no space left on the disk: files written before are whole; free some space, and --resume",
@@ -29,17 +38,35 @@ def process_rank():
     return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
 
 
-def say(*lines, **settings):
-    """Print, in the first process alone; flushed, so that a log file shows it at once."""
+def printable(text):
+    """Return a text with control characters as escapes, such as \\x1b; line breaks and tabs stay."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
+
+
+def write_line(text, file=None):
+    """Print a text above the progress bars, in every process; flushed, so that log files show it at once."""
+    file = file or sys.stdout
+    tqdm.write(printable(text), file=file)
+    file.flush()
+
+
+def say(text, file=None):
+    """Print a text, in the first process alone."""
     if not process_rank():
-        print(*lines, flush=True, **settings)
+        write_line(text, file)
 
 
 def say_once(key, line):
     """Print a line on stderr, once a process for each key."""
     if key not in _printed:
         _printed.add(key)
-        print(line, file=sys.stderr, flush=True)
+        write_line(line, sys.stderr)
+
+
+def did_you_mean(word, names):
+    """Return " Did you mean 'NAME'?" for the name that is most like a word; "" if none is."""
+    near = get_close_matches(str(word), map(str, names), 1)
+    return f" Did you mean '{near[0]}'?" if near else ""
 
 
 def first_few(texts, most=3):
@@ -62,21 +89,24 @@ def friendly_errors():
         yield
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
+        write_line("\nInterrupted.", sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # as when `head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
-    except (ValueError, OSError) as error:
-        if os.environ.get("VLSM_TRACEBACK"):
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        is_bug = isinstance(error, RuntimeError) and not NO_MEMORY.search(repr(error))
+        if is_bug or os.environ.get("VLSM_TRACEBACK"):
             raise
         who = f"process {process_rank()}: " if process_rank() else ""
-        print(f"{who}error: {_sentence(error)}", file=sys.stderr)
+        write_line(f"{who}error: {_sentence(error)}", sys.stderr)
         sys.exit(2)
 
 
 def _sentence(error):
     """Return an error as a sentence for the user."""
+    if NO_MEMORY.search(repr(error)):
+        return f"There is not enough memory ({str(error)[:200]}). End other programs that use it. {LEANER}"
     if isinstance(error, OSError) and error.errno:
         advice = ADVICE.get(error.errno, error.strerror or "")
         return advice.capitalize() + (f" ('{error.filename}')." if error.filename else ".")
@@ -84,13 +114,13 @@ def _sentence(error):
 
 
 def progress(work, label, unit="img"):
-    """Return a tqdm progress bar over an iterable, or over a number of steps (None: unknown) to `update`.
+    """Return a tqdm progress bar over an iterable, or over a number of steps to `update`.
 
-    It is hidden if stderr is no terminal, and in every process but the first.
+    It is hidden in every process but the first, and if stderr is neither a terminal nor a notebook's.
     """
-    size = dict(total=work) if work is None or isinstance(work, int) else dict(iterable=work)
-    hidden = bool(process_rank()) or not sys.stderr.isatty()
-    return tqdm(**size, desc=label, unit=unit, leave=False, disable=hidden, dynamic_ncols=True)
+    size = dict(total=work) if isinstance(work, int) else dict(iterable=work)
+    hidden = bool(process_rank()) or not ("ipykernel" in sys.modules or sys.stderr.isatty())
+    return tqdm(**size, desc=printable(label), unit=unit, leave=False, disable=hidden, dynamic_ncols=True)
 
 
 class Interrupt:
@@ -109,7 +139,7 @@ class Interrupt:
     def leave(self, message):
         """Print the message and exit with 128 + the signal's number (130 for Ctrl-C), if a signal came."""
         if self.signal:
-            print(f"\n{message}", file=sys.stderr)
+            write_line(f"\n{message}", sys.stderr)
             sys.exit(128 + self.signal)
 
     def __exit__(self, *_):

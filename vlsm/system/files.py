@@ -14,6 +14,7 @@ import re
 import shutil
 import socket
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 
@@ -115,7 +116,7 @@ def check_targets(targets, inputs=(), overwrite=False):
     for two equal targets.
     """
     read = {os.path.realpath(file) for file in inputs if isinstance(file, (str, Path))}
-    ledgers = {}
+    ledger_of = cache(_ledger)
     seen = set()
     foreign = []
     for target in map(Path, targets):
@@ -124,10 +125,7 @@ def check_targets(targets, inputs=(), overwrite=False):
         seen.add(target)
         if os.path.realpath(target) in read:
             raise FileExistsError(f"'{target}' is itself read, so it is not written to. Name another folder.")
-        folder = target.parent
-        if folder not in ledgers:
-            ledgers[folder] = _ledger(folder)
-        if not overwrite and os.path.lexists(target) and not _is_own(target, ledgers[folder]):
+        if not overwrite and os.path.lexists(target) and not _is_own(target, ledger_of(target.parent)):
             foreign.append(target)
     if foreign:
         raise FileExistsError(
@@ -229,11 +227,23 @@ def write_csv(path, rows, write=owned_write):
     write_text(path, csv_text(rows), write)
 
 
+# Before a text that a spreadsheet would run as a formula (=, +, -, @ first, and no number), or an escaped one
+FORMULA = re.compile(r"\A(?![-+][\d.]+(e[-+]?\d+)?\Z)(?='*[-=+@\t\r\n])")
+
+
 def csv_text(rows):
-    """Format rows of values as CSV."""
+    """Format rows of values as CSV; an apostrophe, which `read_csv` removes, goes before formulas."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
+    writer = csv.writer(text, lineterminator="\r\n")  # so that a text with \r is quoted
+    for row in rows:
+        writer.writerow([FORMULA.sub("'", cell) if isinstance(cell, str) else cell for cell in row])
+    return text.getvalue().replace("\r\n", "\n")
+
+
+def read_csv(path):
+    """Return the rows of a file of `write_csv`, the names of the columns first."""
+    with open(path, encoding="utf-8", newline="") as text:
+        return [[re.sub(r"\A'(?='*[-=+@\t\r\n])", "", cell) for cell in row] for row in csv.reader(text)]
 
 
 def read_lines(path):

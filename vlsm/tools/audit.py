@@ -5,6 +5,7 @@ drew. DSC is over the records with foreground. Writes audit.json into eval-SPLIT
 """
 
 import re
+import textwrap
 
 import numpy as np
 
@@ -15,18 +16,22 @@ from vlsm.data.negatives import ABSENT_SETS, absent_prompts, unused_words
 from vlsm.data.records import group_names, prompt_texts
 from vlsm.results.evaluation import add_split_arguments, measure_prompts, results_folder
 from vlsm.results.predict import load_predictor, masks_at_size
-from vlsm.results.scores import in_brackets, summarise_values
+from vlsm.results.scores import mean_text, summarise_values
 from vlsm.segment import enlarge
 from vlsm.system import parallel
 from vlsm.system.arguments import Parser, add_machine_arguments
 from vlsm.system.console import friendly_errors, say
 from vlsm.system.files import write_json
 
-EXAMPLE = "example:\n  python -m vlsm.tools.audit runs/kvasir-dense-64-seed42 --split test"
+EXAMPLE = """examples:
+  python -m vlsm.tools.audit runs/kvasir-dense-64-seed42
+  python -m vlsm.tools.audit runs/kvasir-dense-64-seed42 --split val --device cpu
+  python -m vlsm.tools.audit hub:owner/polyps --dataset my-folder"""
 CONDITIONS = ("right", "paraphrase", "swapped", "contradictory", "class word", "nonsense")
 NONSENSE = "florp wexal quindle"
 MOST_ALARMS = 0.05  # share of false alarms up to which a run refuses what is not there
 LEAST_LOSS = 0.05  # of DSC, below which nonsense scores like the right prompt
+COLUMNS = 100  # of the lines of text
 FEW = 30  # records below which a verdict is uncertain
 OPPOSITES = {
     "left": "right",
@@ -100,24 +105,21 @@ def audit(predictor, data, right, seed=0, group=None, upsample="logits", batch_s
     for condition, rows in measure_prompts(predictor, data, prompt_sets, batch_size, measure).items():
         if rows:
             names, texts, dsc, alarms = zip(*rows)
-            summaries[condition] = dict(
-                dsc=summarise_values(dsc, names),
-                alarms=summarise_values(alarms, names),
-                n=len(rows),
-                example=texts[0],
-            )
+            stats = summarise_values(dict(dsc=dsc, alarms=alarms), names)
+            summaries[condition] = dict(stats, n=len(rows), example=texts[0])
     return summaries
 
 
 def verdict(summaries):
     """Return in one sentence whether the run listens to its prompt."""
-    alarms = {
-        condition: summaries[condition]["alarms"]["mean"]
-        for condition in ABSENT_SETS
-        if condition in summaries
-    }
-    figures = ", ".join(f"{condition} {100 * share:.1f} %" for condition, share in alarms.items())
-    wrong = [condition for condition, share in alarms.items() if share > MOST_ALARMS]
+    figures = []
+    wrong = []
+    for condition in ABSENT_SETS:
+        if condition in summaries:
+            share = summaries[condition]["alarms"]["mean"]
+            figures.append(f"{condition} {100 * share:.1f} %")
+            if share > MOST_ALARMS:
+                wrong.append(condition)
     sentence = "This run listens: it refuses what is not there"
     if summaries["right"]["alarms"]["mean"] < 0.5:
         sentence = "This run mostly gives no mask for the right prompt, so that its refusals mean nothing"
@@ -125,7 +127,7 @@ def verdict(summaries):
         sentence = "This run gives a mask for a word of what is not there"
     elif wrong:
         sentence = f"This run refuses an absent word, but not an {' or an '.join(wrong)}"
-    sentence += f" (images with a mask: {figures})"
+    sentence += f" (images with a mask: {', '.join(figures)})"
     right = summaries["right"]["dsc"]["mean"]
     nonsense = summaries["nonsense"]["dsc"]["mean"]
     if right is not None and right - nonsense < LEAST_LOSS:
@@ -139,15 +141,15 @@ def verdict(summaries):
 
 
 def describe(summaries):
-    """Return the audit as a table and a sentence."""
-    lines = [f"{'prompt':26}{'DSC %':>22}{'with a mask %':>22}{'records':>9}   an example"]
+    """Return the audit as a table and a sentence, in lines of at most `COLUMNS`."""
+    lines = [f"{'prompt':26}{'DSC %':>24}{'images with a mask %':>24}{'records':>9}"]
+    examples = ["Examples of these prompts:"]
     for condition, summary in summaries.items():
-        line = f"{condition:26}"
-        for stats in (summary["dsc"], summary["alarms"]):
-            mean = "n/a" if stats["mean"] is None else f"{100 * stats['mean']:.1f}"
-            line += f"{mean + ' ' + in_brackets(stats['ci95']):>22}"
-        lines.append(f"{line}{summary['n']:9}   {summary['example'][:60]}")
-    return "\n".join([*lines, verdict(summaries)])
+        dsc = mean_text(summary["dsc"])
+        alarms = mean_text(summary["alarms"])
+        lines.append(f"{condition:26}{dsc:>24}{alarms:>24}{summary['n']:9}")
+        examples.append(textwrap.shorten(f"- {condition}: {summary['example']}", COLUMNS, placeholder=" ..."))
+    return "\n".join([*lines, *examples, textwrap.fill(verdict(summaries), COLUMNS)])
 
 
 def main(argv=None):

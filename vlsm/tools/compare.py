@@ -10,21 +10,21 @@ from pathlib import Path
 import numpy as np
 
 from datasets import open_run_split
-from vlsm.checkpoint import read_metadata
 from vlsm.data.records import describe_groups
 from vlsm.results.evaluation import add_split_arguments, evaluate_split
 from vlsm.results.figures import draw_cases
 from vlsm.results.gallery import page_files, write_gallery
-from vlsm.results.predict import load_predictor
-from vlsm.results.scores import DRAWS, bootstrap_intervals, in_brackets, summarise
+from vlsm.results.predict import load_predictors
+from vlsm.results.scores import DRAWS, bootstrap_intervals, in_brackets, mean_text, summarise
 from vlsm.system import parallel
 from vlsm.system.arguments import Parser, add_machine_arguments, number
 from vlsm.system.console import friendly_errors, say
 from vlsm.system.files import check_targets
 
-EXAMPLE = (
-    "example:\n  python -m vlsm.tools.compare runs/kvasir-dense-64-seed42 runs/kvasir-coop-seed42 --gallery"
-)
+EXAMPLE = """examples:
+  python -m vlsm.tools.compare runs/kvasir-dense-64-seed42 runs/kvasir-coop-seed42
+  python -m vlsm.tools.compare runs/a runs/b runs/c --gallery --figure 12
+  python -m vlsm.tools.compare runs/a runs/b --dataset clinicdb --out clinicdb.pdf"""
 
 
 def signed_rank(gaps):
@@ -61,7 +61,7 @@ def run_names(paths):
 def parse_arguments(argv=None):
     parser = Parser(__doc__, EXAMPLE, prog="python -m vlsm.tools.compare")
     parser.add_argument("run", help="run folder or checkpoint")
-    parser.add_argument("others", nargs="+", metavar="run", help="one or more to compare it with")
+    parser.add_argument("others", nargs="+", metavar="other_run", help="one or more to compare it with")
     add = parser.add_argument_group("output").add_argument
     add("--figure", type=number(int, 1), default=6, metavar="N", help="rows of the sheet (default 6)")
     add(
@@ -88,15 +88,18 @@ def main(argv=None):
     gallery = out.with_suffix("") / "gallery"
     check_targets([out, *page_files(gallery)] if args.gallery else [out], overwrite=args.overwrite)
     paths = [args.run, *args.others]
-    dataset = args.dataset or read_metadata(args.run)["dataset"]
+    predictors = load_predictors(
+        paths,
+        weights=args.weights,
+        device=args.device,
+        amp=args.amp,
+        kernels=args.kernels,
+        compile=args.compile,
+    )
+    dataset = args.dataset or predictors[0].metadata["dataset"]
 
     runs = {}
-    base = None
-    for name, path in zip(run_names(paths), paths):
-        predictor = load_predictor(
-            path, args.weights, args.device, args.amp, args.kernels, args.compile, base=base
-        )
-        base = base or predictor.model
+    for name, predictor in zip(run_names(paths), predictors):
         data, texts = open_run_split(
             predictor.metadata, args.split, dataset, args.data_root, args.prompts, args.seed, args.cache_dir
         )
@@ -110,9 +113,8 @@ def main(argv=None):
             keep_masks=True,
         )
         dsc = summarise(runs[name])["dsc"]
-        mean = f"{100 * dsc['mean']:.2f} {in_brackets(dsc['ci95'])}"
         prompts = args.prompts or predictor.metadata["prompts"]
-        say(f"{name:30} DSC {mean} % over {dsc['n']} records, prompts: {prompts}")
+        say(f"{name:30} DSC {mean_text(dsc)} % over {dsc['n']} records, prompts: {prompts}")
     for a, b in combinations(runs, 2):
         say(f"{a} - {b}: {difference(runs[a], runs[b])}")
     groups = describe_groups(data.records, args.group)
@@ -122,7 +124,8 @@ def main(argv=None):
         say(f"Wrote {out}")
         if args.gallery:
             title = f"{' and '.join(runs)} on {dataset} {args.split}"
-            say(f"Wrote {write_gallery(gallery, data.records, runs, title)}")
+            facts = [f"prompts: {args.prompts or 'of each run'}", "foreground: probability above 0.5"]
+            say(f"Wrote {write_gallery(gallery, data.records, runs, title, facts)}")
     parallel.shut_down()
 
 

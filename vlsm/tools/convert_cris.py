@@ -6,22 +6,24 @@ executed, except in OpenAI's archive, which is a program: only the published fil
 
 import hashlib
 import io
-import re
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from vlsm.networks.clip import SIZE_TENSORS
 from vlsm.networks.cris import CRIS, CRISConfig
-from vlsm.networks.weights import describe_mismatch, guess_checkpoint
+from vlsm.networks.weights import describe_mismatch, guess_checkpoint, load_safely
 from vlsm.system.arguments import Parser
 from vlsm.system.console import friendly_errors, say
 from vlsm.system.files import atomic_write, is_filled, read_json, write_json, write_text
 
-EXAMPLE = "example:\n  python -m vlsm.tools.convert_cris cris_best.pth weights/cris --tokenizer clip-folder"
+EXAMPLES = """examples:
+  python -m vlsm.tools.convert_cris cris_best.pth weights/cris --tokenizer clip-folder
+  python -m vlsm.tools.convert_cris RN50.pt weights/cris-start --tokenizer clip-folder
+  python -m vlsm.tools.convert_cris small.pth weights/small --config sizes.json"""
 TOKENIZER_FILES = ("vocab.json", "merges.txt")
 # SHA-256 of the file that OpenAI published; it is also in the file's address
 OPENAI_RN50 = "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762"
@@ -39,17 +41,11 @@ def read_tensors(path):
         raise FileNotFoundError(f"There is no file '{path}'.")
     if is_torchscript(path):
         return read_openai_archive(path)
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling, zip, end-of-file, safetensors and runtime errors alike
-        reason = " ".join([type(error).__name__, *re.findall(r"GLOBAL [\w.]+", str(error))])
-        raise ValueError(
-            f"'{path}' cannot be read, and nothing in it was run ({reason}). Is the file complete? If it "
-            "holds more than tensors (GLOBAL ...) and you trust it, save its state dictionary alone: "
-            "torch.save(checkpoint['state_dict'], FILE)."
-        ) from error
+    checkpoint = load_safely(
+        path,
+        "Is the file complete? If it holds more than tensors (GLOBAL ...) and you trust it, save its state "
+        "dictionary alone: torch.save(checkpoint['state_dict'], FILE).",
+    )
     if isinstance(checkpoint, dict):
         checkpoint = checkpoint.get("state_dict", checkpoint)
     if not isinstance(checkpoint, dict) or not any(map(torch.is_tensor, checkpoint.values())):
@@ -122,7 +118,7 @@ def convert(source, folder, config=None, tokenizer=None):
 
 
 def main(argv=None):
-    parser = Parser(__doc__, EXAMPLE, prog="python -m vlsm.tools.convert_cris")
+    parser = Parser(__doc__, EXAMPLES, prog="python -m vlsm.tools.convert_cris")
     parser.add_argument(
         "source", metavar="SRC", help="a CRIS checkpoint (cris_best.pth), or OpenAI's RN50.pt"
     )

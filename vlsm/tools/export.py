@@ -16,9 +16,10 @@ from vlsm.system.arguments import Parser
 from vlsm.system.console import friendly_errors, say
 from vlsm.system.files import check_targets, owned_write
 
-EXAMPLE = (
-    'example:\n  python -m vlsm.tools.export runs/kvasir-dense-64-seed42 --prompt "polyp" --out polyp.onnx'
-)
+EXAMPLES = """examples:
+  python -m vlsm.tools.export runs/kvasir-dense-64-seed42 --prompt "polyp" --out polyp.onnx
+  python -m vlsm.tools.export hub:owner/polyps --prompt "a flat polyp" --out flat.onnx
+  python -m vlsm.tools.export runs/ct --prompt "liver" --out liver.onnx --weights weights/clipseg"""
 NEEDS = "onnxscript onnxruntime"
 TOLERANCE = 1e-3  # between both programs' logits, as a share of the largest logit or of 1
 DESCRIBED = ("model", "weights", "method", "dataset", "image_size")  # metadata in the file, with the prompt
@@ -98,7 +99,7 @@ def to_onnx(model, prompt, size, path, description):
 
 
 def main(argv=None):
-    parser = Parser(__doc__, EXAMPLE, prog="python -m vlsm.tools.export")
+    parser = Parser(__doc__, EXAMPLES, prog="python -m vlsm.tools.export")
     parser.add_argument("run", metavar="RUN", help="run folder or checkpoint")
     parser.add_argument("--prompt", required=True, help='what the file segments: "polyp"')
     parser.add_argument("--out", required=True, metavar="FILE.onnx", help="file to write")
@@ -113,9 +114,10 @@ def main(argv=None):
     size = model.metadata["image_size"]
     difference = to_onnx(model, args.prompt, size, args.out, dict(description, prompt=args.prompt))
     say(
-        f"Wrote '{args.out}' for \"{args.prompt}\"; ONNX Runtime's logits differ from PyTorch's by at most "
-        f"{difference:.1g}.\npixels float32 [batch, 3, {size}, {size}] (RGB, 0 to 255) -> logits "
-        f"[batch, 1, {size}, {size}], foreground where above 0"
+        f"Wrote '{args.out}' for \"{args.prompt}\".\n"
+        f"ONNX Runtime's logits differ from PyTorch's by at most {difference:.1g}.\n"
+        f"pixels float32 [batch, 3, {size}, {size}] (RGB, 0 to 255)\n"
+        f"-> logits [batch, 1, {size}, {size}], foreground where above 0"
     )
 
 

@@ -11,7 +11,10 @@ from vlsm.system.arguments import Parser
 from vlsm.system.console import friendly_errors, say
 from vlsm.system.files import atomic_write, is_filled, write_json, write_text
 
-EXAMPLE = "example:\n  python -m vlsm.tools.merge runs/kvasir-lora-seed42 merged-weights"
+EXAMPLES = """examples:
+  python -m vlsm.tools.merge runs/kvasir-lora-seed42 merged-weights
+  python -m vlsm.tools.merge hub:owner/polyps-lora merged-weights
+  python -m vlsm.tools.merge runs/kvasir-full-seed42 merged --weights weights/clipseg"""
 
 
 def merged_state_dict(model):
@@ -27,15 +30,10 @@ def merged_state_dict(model):
 def save_merged(folder, model):
     """Write a plain Hugging Face folder, weights last: the network with the tuned weights merged in.
 
-    The base's tokenizer and processor files are copied. Raises ValueError if merging is not possible,
-    FileExistsError if the folder is not empty.
+    The base's tokenizer and processor files are copied. Raises ValueError if merging is not possible.
     """
     folder = Path(folder)
     source = Path(model.info["folder"])
-    if is_filled(folder):
-        raise FileExistsError(
-            f"'{folder}' exists and is not empty. Name another folder for the merged weights."
-        )
     tensors = merged_state_dict(model)
     write_json(folder / "config.json", model.info["config"])
     for name in TEXT_FILES:
@@ -46,15 +44,17 @@ def save_merged(folder, model):
 
 
 def main(argv=None):
-    parser = Parser(__doc__, EXAMPLE, prog="python -m vlsm.tools.merge")
+    parser = Parser(__doc__, EXAMPLES, prog="python -m vlsm.tools.merge")
     parser.add_argument("run", metavar="RUN", help="run folder or checkpoint of lora, decoder or full")
     parser.add_argument("folder", metavar="DIR", help="new folder for the weights, in Hugging Face layout")
     parser.add_argument("--weights", help="folder or hub id of the base, if it has moved")
     args = parser.parse_args(argv)
+    if is_filled(Path(args.folder)):
+        raise FileExistsError(f"'{args.folder}' exists and is not empty. Name another folder.")
     model = load(args.run, args.weights)
     save_merged(args.folder, model)
-    also = "transformers loads it, and so does" if model.info["model"] == "clipseg" else "load it with"
-    say(f"Wrote '{args.folder}'; {also} --weights {args.folder}.")
+    also = " (transformers loads it, too)" if model.info["model"] == "clipseg" else ""
+    say(f"Wrote '{args.folder}'{also}.\nLoad it with --weights {args.folder}")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ import train
 from vlsm.system import parallel
 from vlsm.system.arguments import Parser, number
 from vlsm.system.console import friendly_errors, say
-from vlsm.training.arguments import default_folder, parse_arguments
+from vlsm.training.arguments import parse_arguments
 
 EXAMPLES = """examples:
   python -m vlsm.tools.repeat --seeds 41 42 43 -- --dataset kvasir --peft dense
+  python -m vlsm.tools.repeat --folds 5 -- --dataset my-folder --prompts "a polyp"
   python -m vlsm.tools.repeat --folds 5 --out runs/five --resume -- --dataset my-folder --peft dense
 what follows -- goes to train.py. Evaluate all runs with: python evaluate.py --ckpt FOLDER"""
 
@@ -33,19 +34,18 @@ def main(argv=None):
     repeats = {f"seed{seed}": f"--seed={seed}" for seed in args.seeds or ()}
     for i in range(1, 1 + (args.folds or 0)):
         repeats[f"fold{i}"] = f"--fold={i}/{args.folds}"
-    values = vars(parse_arguments([*args.train, *list(repeats.values())[-1:]]))
-    group = args.out or default_folder(
-        values["dataset"], values["model"], values["peft"], values["branches"], values["dim"],
-        values["prompt_depth"], "folds" if args.folds else "seeds",
-    )  # fmt: skip
+    first, *_ = repeats.values()
+    run = parse_arguments([*args.train, first])  # reject bad options before anything is trained
+    ending = "folds" if args.folds else "seeds"
+    group = args.out or run.out.removesuffix(f"seed{run.seed}") + ending
     for name, option in repeats.items():
         out = Path(group, name)
         words = [*args.train, option, f"--out={out}"]
         if args.resume and (out / "config.json").is_file():
             words.append("--resume")
-        say(f"{name}: {out}")
+        say(f"\n{name}: {out}")
         train.main(words)
-    say(f"All runs are done. Evaluate them with: python evaluate.py --ckpt {group}")
+    say(f"All runs are done. Evaluate them with:\n  python evaluate.py --ckpt {group}")
     parallel.shut_down()
 
 

@@ -1,24 +1,31 @@
 """Table and charts of the evaluated runs below a folder: a column for each method, means over seeds."""
 
-import re
 import statistics
 from collections import defaultdict, namedtuple
 from pathlib import Path
 
 from vlsm.checkpoint import differing_settings, read_metadata, run_settings
+from vlsm.data.negatives import ABSENT_SETS
 from vlsm.results.scores import METRICS, class_summaries, in_brackets, mean_over_runs
+from vlsm.results.tables import BOLD, PLAIN, format_rows
 from vlsm.system import plots
 from vlsm.system.arguments import Parser
 from vlsm.system.console import friendly_errors, say
-from vlsm.system.files import check_targets, csv_text, field, owned_write, read_json, write_text
+from vlsm.system.files import check_targets, field, owned_write, read_json, write_text
+from vlsm.system.plots import DAGGER
 
-IN_MM = {"mm": " (mm)"}  # after the name of a data set whose distances are in millimetres
-DAGGER = " †"  # after the name of a method whose figures are a paper's
-TEX = str.maketrans({"%": r"\%", "&": r"\&", "_": r"\_", "†": r"$^\dagger$", "±": r"$\pm$"})
+IN_MM = " (mm)"  # after the name of a data set whose distances are in millimetres
+ALARMS = {name: (f"false alarms %: {name}", 100, min) for name in ABSENT_SETS}
+ROWS = METRICS | ALARMS
+KEY = (
+    "± standard deviation of the means of several seeds or folds; [...] 95 % bootstrap interval over "
+    "records, each averaged over its runs."
+)
 NETWORK_PREFIXES = {"clipseg": "", "cris": "CRIS ", "san": "SAN ", "sam3": "SAM3 "}
 
 # An evaluation of a run on its own data set, or on one class of it ("kvasir: polyp"); metrics: the contents
-# of metrics.json, which is `file`, or what that says of the class; settings: see `run_settings`
+# of metrics.json, which is `file`, or what that says of the class, and each false alarm by its name;
+# settings: see `run_settings`
 Run = namedtuple("Run", "dataset label settings file metrics")
 # A mean in per cent or pixels and its spread, as numbers and as text: the sample deviation of several seeds
 # and the 95 % interval over records (" ± 1.41 [78.20, 83.10]")
@@ -57,11 +64,11 @@ def collect(root, split="test"):
             for suffix, summary in class_summaries(metrics).items():
                 runs.append(
                     Run(
-                        dataset + suffix + IN_MM.get(metrics.get("unit"), ""),
+                        dataset + suffix + (IN_MM if metrics.get("unit") == "mm" else ""),
                         method_label(metadata, metrics),
                         run_settings(metadata),
                         file,
-                        summary,
+                        summary | summary.get("alarms", {}),
                     )
                 )
     if not runs:
@@ -92,29 +99,33 @@ def group_seeds(runs):
 
 def mean_over_seeds(runs, metric):
     """Return the `Cell` of runs that differ in seed or fold; None if the metric is undefined for all."""
-    factor = METRICS[metric][1]
+    factor = ROWS[metric][1]
+    runs = [run for run in runs if metric in METRICS or metric in run.metrics]  # not all have false alarms
     summaries = [field(run.file, run.metrics, metric, kind=dict, words="a summary") for run in runs]
     defined = [summary for summary in summaries if summary["mean"] is not None]
     if not defined:
         return None
-    means = [factor * summary["mean"] for summary in defined]
-    if len(means) > 1:
-        pooled = mean_over_runs((run.file.parent for run in runs), metric, list(runs)[0].metrics.get("word"))
-        mean = factor * pooled["mean"] if pooled["n"] else statistics.mean(means)
+    stats = defined[0]
+    mean = stats["mean"]
+    low, high = stats["ci95"] or (mean, mean)  # none of fewer than two groups of records
+    spread = ""
+    if len(defined) > 1:
+        means = [summary["mean"] for summary in defined]
+        folders = [] if metric in ALARMS else [run.file.parent for run in runs]  # metrics.csv has no alarms
+        stats = mean_over_runs(folders, metric, runs[0].metrics.get("word"))
+        mean = stats["mean"] if stats["n"] else statistics.mean(means)
         std = statistics.stdev(means)
-        spread = f" ± {std:.2f} {in_brackets(pooled['ci95'], factor)}"
-        return Cell(mean, mean - std, mean + std, spread.rstrip())
-    mean = defined[0]["mean"]
-    interval = defined[0]["ci95"]
-    low, high = interval or (mean, mean)  # none of fewer than two groups of records
-    return Cell(factor * mean, factor * low, factor * high, f" {in_brackets(interval, factor)}".rstrip())
+        low, high = mean - std, mean + std
+        spread = f" ± {factor * std:.2f}"
+    spread += f" {in_brackets(stats['ci95'], factor)}"
+    return Cell(factor * mean, factor * low, factor * high, spread.rstrip())
 
 
 def tabulate(groups):
     """Return {(data set, metric): {label: Cell}} of the groups of `group_seeds`."""
     table = defaultdict(dict)
     for (dataset, label), runs in groups.items():
-        for metric in METRICS:
+        for metric in ROWS:
             cell = mean_over_seeds(runs.values(), metric)
             if cell:
                 table[dataset, metric][label] = cell
@@ -136,10 +147,13 @@ def add_published(table, trained, name):
         label = field(where, row, "method", kind=str, words="a text") + DAGGER
         trained[label] = field(where, row, "trained") if "trained" in row else trained.get(label)
         for metric in METRICS:
-            if metric in row and (dataset, metric) in table:
-                mean = field(where, row, metric)
-                table[dataset, metric][label] = Cell(mean, mean, mean, "")
-    return f"\n{DAGGER.strip()} {field(file, paper, 'source', kind=str, words='a text')}\n"
+            for name in (dataset, dataset + IN_MM):
+                if metric in row and (name, metric) in table:
+                    mean = field(where, row, metric)
+                    # a paper's distances are in pixels
+                    place = dataset if metric in ("hd95", "nsd") else name
+                    table.setdefault((place, metric), {})[label] = Cell(mean, mean, mean, "")
+    return f"{DAGGER.strip()} {field(file, paper, 'source', kind=str, words='a text')}"
 
 
 def head_text(label, trained):
@@ -150,45 +164,37 @@ def head_text(label, trained):
 
 
 def table_rows(table, trained):
-    """Return rows of texts in markdown, the head first; our best figures are bold, unknown ones empty."""
+    """Return rows of texts, the head first; our best figures are bold, unknown ones empty."""
     labels = sorted(trained, key=lambda label: (trained[label] is None, trained[label], label))
     rows = [["data set", "metric", *(head_text(label, trained[label]) for label in labels)]]
     for (dataset, metric), cells in table.items():
-        title, _, better = METRICS[metric]
-        best = f"{better(cell.mean for label, cell in cells.items() if not label.endswith(DAGGER)):.2f}"
-        row = [dataset, title.replace("px", "mm") if IN_MM["mm"] in dataset else title]
+        title, _, better = ROWS[metric]
+        ours = [cell.mean for label, cell in cells.items() if not label.endswith(DAGGER)]
+        best = f"{better(ours, default=0):.2f}"
+        row = [dataset, title.replace("px", "mm") if IN_MM in dataset else title]
         for label in labels:
             text = ""
             if label in cells:
                 text = f"{cells[label].mean:.2f}"
                 if text == best and not label.endswith(DAGGER):
-                    text = f"**{text}**"
+                    text = BOLD + text + PLAIN
                 text += cells[label].spread
             row.append(text)
         rows.append(row)
     return rows
 
 
-def format_rows(rows, text_format):
-    """Format rows of texts in markdown, the first of which is the head, as md, csv or tex (with booktabs)."""
-    if text_format == "csv":
-        return csv_text(rows).replace("**", "").replace("±", "+-")
-    if text_format == "md":
-        head, *body = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
-        return "\n".join([head, "| --- | --- |" + " ---: |" * (len(rows[0]) - 2), *body, ""])
-    head, *body = [" & ".join(cell.translate(TEX) for cell in row) + r" \\" for row in rows]
-    begin = r"\begin{tabular}{ll" + "r" * (len(rows[0]) - 2) + "}"
-    lines = [begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", ""]
-    return re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", "\n".join(lines))
-
-
 def main(argv=None):
     parser = Parser(
         __doc__,
-        "example:\n  python -m vlsm.tools.report runs --published vlsm-adapter",
+        "examples:\n  python -m vlsm.tools.report runs\n"
+        "  python -m vlsm.tools.report runs --published vlsm-adapter\n"
+        "  python -m vlsm.tools.report runs --split val --format tex --out tables --figure-format pdf",
         prog="python -m vlsm.tools.report",
     )
-    parser.add_argument("folder", metavar="DIR", help="folder of evaluated runs")
+    parser.add_argument(
+        "folder", metavar="DIR", nargs="?", default="runs", help="folder of evaluated runs (default: runs)"
+    )
     parser.add_argument("--split", default="test", choices=["train", "val", "test"], help="default: test")
     parser.add_argument("--format", default="md", choices=["md", "csv", "tex"], help="default: md")
     parser.add_argument(
@@ -207,9 +213,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     groups, trained = group_seeds(collect(args.folder, args.split))
     table = tabulate(groups)
-    dsc = {dataset: dict(cells) for (dataset, metric), cells in table.items() if metric == "dsc"}
-    note = add_published(table, trained, args.published) if args.published else ""
-    text = format_rows(table_rows(table, trained), args.format) + (note if args.format == "md" else "")
+    sources = [add_published(table, trained, args.published)] if args.published else []
+    dsc = {dataset: cells for (dataset, metric), cells in table.items() if metric == "dsc"}
+    text = format_rows(table_rows(table, trained), args.format, [KEY, *sources])
     names = (f"report.{args.format}", f"dsc.{args.figure_format}", f"parameters.{args.figure_format}")
     files = [Path(args.out or args.folder, name) for name in names]
     check_targets(files, overwrite=args.overwrite)

@@ -5,6 +5,8 @@ eval-SPLIT in the run's folder. Source: Angelopoulos, Bates, Fisch, Lei, Schuste
 (ICLR 2024), section 2.
 """
 
+import textwrap
+
 import numpy as np
 import torch
 
@@ -13,13 +15,16 @@ from vlsm import metrics
 from vlsm.data.records import group_names
 from vlsm.results.evaluation import add_split_arguments, measure_prompts, results_folder
 from vlsm.results.predict import load_predictor, logits_at_size
-from vlsm.results.scores import bootstrap_intervals, in_brackets
+from vlsm.results.scores import mean_text, summarise_values
 from vlsm.system import parallel
 from vlsm.system.arguments import Parser, add_machine_arguments, number
 from vlsm.system.console import friendly_errors, say
 from vlsm.system.files import write_json
 
-EXAMPLE = "example:\n  python -m vlsm.tools.risk runs/kvasir-dense-64-seed42 fn 0.1"
+EXAMPLES = """examples:
+  python -m vlsm.tools.risk runs/kvasir-dense-64-seed42 fn 0.1
+  python -m vlsm.tools.risk runs/kvasir-dense-64-seed42 fn 0.05 --dataset clinicdb
+  python -m vlsm.tools.risk runs/my-folder-dense-seed42 fn 0.2 --prompts "a polyp" --device cpu"""
 THRESHOLDS = np.arange(1, 1000) / 1000
 
 
@@ -59,7 +64,7 @@ def fit_threshold(missed, level):
 
 
 def effect(predictor, data, prompts, threshold, group=None, batch_size=32):
-    """Return {"missed", "dsc", "dsc_at_half": mean, ci95 and n} of a threshold, and of the usual 0.5."""
+    """Return {"missed", "dsc", "dsc_at_half": as in `summarise_values`} of a threshold, and the usual 0.5."""
     groups = group_names(data.records, group)
 
     def measure(_, i, prompt, logits, truth):
@@ -67,21 +72,13 @@ def effect(predictor, data, prompts, threshold, group=None, batch_size=32):
         probability = logits_at_size(logits, truth.shape).sigmoid()
         mask = probability >= threshold
         half = probability >= 0.5
-        missed = np.nan
-        if truth.any():
-            missed = 1 - mask[truth].sum().item() / truth.sum().item()
+        missed = 1 - mask[truth].double().mean().item()  # NaN if there is no foreground
         dsc, dsc_at_half = metrics.dsc([mask, half], [truth, truth]).tolist()
         return groups[i], missed, dsc, dsc_at_half
 
     rows = measure_prompts(predictor, data, {"": prompts}, batch_size, measure)[""]
-    row_groups, *columns = zip(*rows)
-    values = dict(zip(("missed", "dsc", "dsc_at_half"), columns))
-    intervals = bootstrap_intervals(values, row_groups)
-    summary = {}
-    for name, column in values.items():
-        n = int(np.isfinite(column).sum())
-        summary[name] = dict(mean=np.nanmean(column), ci95=intervals[name], n=n)
-    return summary
+    row_groups, missed, dsc, dsc_at_half = zip(*rows)
+    return summarise_values(dict(missed=missed, dsc=dsc, dsc_at_half=dsc_at_half), row_groups)
 
 
 def guarantee(level, n):
@@ -95,19 +92,18 @@ def guarantee(level, n):
 
 def describe(result):
     """Return a fitted threshold in words."""
-    percent = {}
-    for name, s in result["test"].items():
-        percent[name] = f"{100 * s['mean']:.2f} {in_brackets(s['ci95'])}".rstrip()
+    percent = {name: mean_text(stats) for name, stats in result["test"].items()}
     return (
         f"Threshold {result['threshold']:.3f} keeps the expected share of missed foreground below "
-        f"{100 * result['level']:g} % (fitted on {result['fitted_on']} validation records).\n"
-        f"Test: missed {percent['missed']} %, DSC {percent['dsc']} % (at 0.5: {percent['dsc_at_half']} %)\n"
-        f"{result['guarantee']}"
+        f"{100 * result['level']:g} %\n(validation records it is fitted on: {result['fitted_on']}).\n"
+        f"Test: missed {percent['missed']} %, DSC {percent['dsc']} %\n"
+        f"(DSC at 0.5: {percent['dsc_at_half']} %)\n"
+        f"{textwrap.fill(result['guarantee'], 90)}"
     )
 
 
 def main(argv=None):
-    parser = Parser(__doc__, EXAMPLE, prog="python -m vlsm.tools.risk")
+    parser = Parser(__doc__, EXAMPLES, prog="python -m vlsm.tools.risk")
     parser.add_argument("run", help="run folder or checkpoint")
     parser.add_argument("risk", choices=["fn"], help="fn: the share of foreground that is missed")
     parser.add_argument("level", type=number(float, high=0.999, above=0), help="such as 0.1")

@@ -8,10 +8,15 @@ from vlsm.data.images import image_files, read_mask, say_left_out
 from vlsm.data.records import group_of
 from vlsm.results.scores import RESULT_FILES, describe, score, summarise, write_results
 from vlsm.system.arguments import Parser, number, pattern
-from vlsm.system.console import friendly_errors, progress, say
+from vlsm.system.console import first_few, friendly_errors, progress, say
 from vlsm.system.files import check_targets
 
-EXAMPLE = "example:\n  python -m vlsm.tools.score predicted-masks data/kvasir/masks --out scores"
+EXAMPLES = r"""examples:
+  python -m vlsm.tools.score predicted-masks my-folder/masks
+  python -m vlsm.tools.score predicted-masks my-folder/masks --out scores --nsd-tolerance 3
+  python -m vlsm.tools.score predicted-masks my-folder/masks --group "patient\d+"
+"""
+OVERLAY = ".overlay"  # ends the stem of what evaluate.py --overlay writes beside a mask
 
 
 def masks_by_stem(folder):
@@ -42,26 +47,29 @@ def score_folders(pred, target, tolerance=2.0, group=None):
     truths = masks_by_stem(target)
     if not predictions and not truths:
         raise ValueError(f"'{pred}' and '{target}' hold no masks.")
+    for stem in set(predictions) - set(truths):
+        if stem.endswith(OVERLAY) and stem.removesuffix(OVERLAY) in predictions:
+            del predictions[stem]
     unpaired = sorted(set(predictions) ^ set(truths))
     if unpaired:
-        names = ", ".join(unpaired[:5])
-        raise ValueError(f"{len(unpaired)} masks have no partner in the other folder: {names}.")
+        names = first_few(unpaired, 5)
+        raise ValueError(f"Masks without a partner in the other folder ({len(unpaired)}): {names}.")
     scores = []
     for stem in progress(truths, "scoring", "mask"):
-        prediction = torch.from_numpy(read_mask(predictions[stem]))
-        truth = torch.from_numpy(read_mask(truths[stem]))
+        prediction = read_mask(predictions[stem])
+        truth = read_mask(truths[stem])
         if prediction.shape != truth.shape:
             raise ValueError(
-                f"'{predictions[stem]}' and '{truths[stem]}' differ in size: {tuple(prediction.shape)} and "
-                f"{tuple(truth.shape)} (height, width)."
+                f"'{predictions[stem]}' and '{truths[stem]}' differ in size: {prediction.shape} and "
+                f"{truth.shape} (height, width)."
             )
-        row = score(prediction, truth, tolerance)
+        row = score(torch.from_numpy(prediction), torch.from_numpy(truth), tolerance)
         scores.append(dict(row, mask=truths[stem].name, group=group_of(stem, group)))
     return scores
 
 
 def main(argv=None):
-    parser = Parser(__doc__, EXAMPLE, prog="python -m vlsm.tools.score")
+    parser = Parser(__doc__, EXAMPLES, prog="python -m vlsm.tools.score")
     parser.add_argument("pred", metavar="PRED", help="folder of predicted masks")
     parser.add_argument("target", metavar="TARGET", help="folder of true masks")
     parser.add_argument(
@@ -89,6 +97,7 @@ def main(argv=None):
     if args.out:
         write_results(Path(args.out), scores, summary, dict(pred=args.pred, target=args.target))
     say(describe(summary))
+    say("+-: standard deviation over the masks")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ The study is a SQLite file beside the trials; an interrupted sweep continues fro
 import argparse
 import json
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ import torch
 import train
 from vlsm.methods.search_space import search_space
 from vlsm.model import network_class, read_config
-from vlsm.system.arguments import Parser, number
+from vlsm.system.arguments import Parser, flag, number
 from vlsm.system.console import friendly_errors, say
 from vlsm.system.files import atomic_write, field, is_filled, locked, read_json, write_csv, write_json
 from vlsm.training.arguments import method_options, parse_arguments, train_parser
@@ -116,13 +115,13 @@ def run_trial(optuna, study, trial, words, folder, by_loss):
     """
     words = [*words, f"--out={folder}"]
     for name, value in trial.params.items():
-        flag = f"--{name.replace('_', '-')}"
+        option = flag(name)
         if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
+            words.append(option if value else flag(f"no_{name}"))
         elif isinstance(value, str) and value.startswith("["):
-            words += [flag, *map(str, json.loads(value))]
+            words += [option, *map(str, json.loads(value))]
         else:
-            words.append(f"{flag}={value}")
+            words.append(f"{option}={value}")
     if (folder / "config.json").is_file():
         words.append("--resume")
     elif is_filled(folder):  # killed before its first file was whole
@@ -181,7 +180,8 @@ def report(study, out):
     for row in table:
         say("  ".join(cell.rjust(12) for cell in row))
     best = study.best_trial if any(trial.state.name == "COMPLETE" for trial in trials) else trials[0]
-    say(f"Wrote {out / 'sweep.csv'}. The best: python evaluate.py --ckpt {trial_folder(out, best)}")
+    command = f"python evaluate.py --ckpt {trial_folder(out, best)}"
+    say(f"Wrote {out / 'sweep.csv'}. Evaluate the best with:\n  {command}")
 
 
 def main(argv=None):
@@ -192,10 +192,10 @@ def main(argv=None):
     parser.add_argument("--resume", action="store_true", help="continue the sweep in --out")
     parser.add_argument("train", nargs="*", metavar="-- OPTIONS", help="options of train.py")
     args = parser.parse_args(argv)
-    if find_spec("optuna") is None:
-        raise ValueError("A sweep needs Optuna: pip install optuna")
-    import optuna
-
+    try:
+        import optuna
+    except ImportError:
+        raise ValueError("A sweep needs Optuna: pip install optuna") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     file = args.out / "config.json"
@@ -218,7 +218,7 @@ def main(argv=None):
             try:
                 run_trial(optuna, study, trial, words, trial_folder(args.out, trial), values["reference"])
             except SystemExit:  # interrupted
-                say(f"Continue the sweep with: python -m vlsm.tools.sweep --out {args.out} --resume")
+                say(f"Continue the sweep with:\n  python -m vlsm.tools.sweep --out {args.out} --resume")
                 raise
         report(study, args.out)
 

@@ -6,16 +6,17 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from vlsm.data.cache import default_cache
-from vlsm.data.folders import parse_fold
 from vlsm.methods.registry import METHODS, OPTIONS, PromptLearner, add_method_options, split_methods
 from vlsm.model import NETWORKS, network_class
 from vlsm.system.arguments import Parser, add_machine_arguments, add_split_rules, flag, number
+from vlsm.system.console import did_you_mean
 from vlsm.system.files import read_json
 
 EXAMPLES = """examples:
   python train.py --dataset demo --peft dense --dim 64
   python train.py --dataset kvasir --data-root data --peft coop --prompt-depth 11
-  python train.py --dataset my-folder --prompts "a polyp" --peft lora --weights mini
+  python train.py --dataset my-folder --prompts "a polyp" --peft lora --dry-run
+  python train.py --dataset my-folder --fold 1/5 --out runs/my-folder-fold1
   python train.py --out runs/kvasir-dense-64-seed42 --resume --epochs 300"""
 
 # The papers' recipes: VLSM-Adapter's for adapters (and LoRA, decoder, full), TuneVLSeg's for prompt learners.
@@ -114,7 +115,6 @@ def add_data_arguments(add):
     add_split_rules(add)
     add(
         "--fold",
-        type=fold,
         metavar="K/N",
         help="hold out the K-th of N parts, by groups: it tests and the next one validates, or it validates "
         "beside a test split of your own (python -m vlsm.tools.repeat --folds N trains all)",
@@ -122,12 +122,13 @@ def add_data_arguments(add):
     add("--cache-dir", help="folder of decoded images (default: vlsm in the user's cache folder)")
 
 
-def fold(text):
-    """Check a fold: a `type=` for argparse. Raises ArgumentTypeError if it is none."""
-    try:
-        parse_fold(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def method(text):
+    """Check the names of methods: a `type=` for argparse. Raises ArgumentTypeError, with a guess."""
+    for name in text.split("+"):
+        if name.strip() and name not in METHODS:
+            guess = did_you_mean(name, METHODS)
+            known = ", ".join(METHODS)
+            raise argparse.ArgumentTypeError(f"'{name}' is not known.{guess} Choose one of: {known}")
     return text
 
 
@@ -142,6 +143,7 @@ def add_model_arguments(add):
     )
     add(
         "--peft",
+        type=method,
         metavar="METHOD",
         help=f"one of {', '.join(METHODS)}; or several: dense+vpt. Default: dense on clipseg and sam3, full "
         "on cris and san. cris takes none, decoder, full, coop, cocoop; san none, decoder, full; sam3 all "
@@ -242,7 +244,7 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     peft = args.peft or default_method(args.model)
     out = args.out or default_folder(
-        args.dataset, args.model, peft, args.branches, args.dim, args.prompt_depth, f"seed{args.seed}"
+        args.dataset, args.model, peft, args.branches, args.dim, args.prompt_depth, args.seed
     )
     if args.resume:
         stored = read_stored(parser, out)
@@ -292,7 +294,7 @@ def default_method(model):
     return "dense" if model in ("clipseg", "sam3") else "full"
 
 
-def default_folder(dataset, model, peft, branches, dim, prompt_depth, suffix):
+def default_folder(dataset, model, peft, branches, dim, prompt_depth, seed):
     """Return the run's folder unless --out names one, such as runs/kvasir-dense-64-seed42."""
     parts = [Path(dataset).name]
     if model != "clipseg":
@@ -304,7 +306,8 @@ def default_folder(dataset, model, peft, branches, dim, prompt_depth, suffix):
         parts.append(str(dim))
     if prompt_depth:
         parts.append(f"depth{prompt_depth}")
-    return str(Path("runs", "-".join([*parts, suffix])))
+    parts.append(f"seed{seed}")
+    return str(Path("runs", "-".join(parts)))
 
 
 def method_options(values):
@@ -338,7 +341,7 @@ def read_stored(parser, out):
     values = {}
     for action in parser._actions:  # options of older versions are not among these, and are ignored
         name = action.dest
-        if name in OF_THE_START or name == "help":
+        if name in (*OF_THE_START, "help", "version"):
             continue
         values[name] = action.default
         if stored.get(name) is not None:

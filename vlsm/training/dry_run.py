@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from vlsm.system.parallel import autocast
+from vlsm.training.frozen_cache import GB
 
-GB = 1 << 30
 CARDS = (8, 16, 24, 80)  # GB
 
 
@@ -69,8 +69,10 @@ def describe_memory(model, cache, optimizer, criterion, side, negatives):
     fixed = max(peaks[1] - least * each, 0)
     batches = []
     for size in CARDS:
-        batches.append(f"{size} GB: {max(0, (size * GB - fixed) // each)}")
+        batches.append(f"{max(0, (size * GB - fixed) // each)} in {size} GB")
     return (
-        f"memory, measured in two steps: {fixed / GB:.2f} GB for weights and the like, {each / GB:.3f} GB "
-        f"for each image of a step\nlargest --batch-size (with --accumulate, of a part): {', '.join(batches)}"
+        f"Memory, as measured: {fixed / GB:.2f} GB for the model, {each / GB:.3f} GB for each image of a "
+        "step\n"
+        f"Largest --batch-size: {', '.join(batches)}\n"
+        "(with --accumulate N: N times as many)"
     )

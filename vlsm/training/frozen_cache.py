@@ -70,10 +70,10 @@ class FeatureStore:
 
 def mapped_tensor(size, dtype, folder):
     """Return a tensor in a memory-mapped file without a name, which disappears with the process."""
-    if not math.prod(size):
+    count = math.prod(size)
+    if not count:
         return torch.empty(size, dtype=dtype)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    count = math.prod(size)
     with tempfile.NamedTemporaryFile(prefix="activations-", dir=folder) as file:  # the mapping outlives it
         reserve(file.name, count * dtype.itemsize)
         return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(size)
@@ -106,7 +106,7 @@ class FrozenCache:
     number of the image encoder's first blocks that are frozen where it is not.
     """
 
-    def __init__(self, model, device, dtype, cache_gb=None, folder="."):
+    def __init__(self, model, device, dtype, cache_gb, folder):
         self.model = model
         self.tokenizer = model.tokenizer()
         self.device = device

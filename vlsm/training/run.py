@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from vlsm.checkpoint import load_state, save_state, save_tuned
+from vlsm.checkpoint import save_state, save_tuned
+from vlsm.networks.weights import load_safely
 from vlsm.system import parallel, plots
 from vlsm.system.console import first_few, say
 from vlsm.system.files import (
@@ -25,7 +27,11 @@ from vlsm.system.files import (
     write_json,
 )
 
-# Stamps of the data in config.json, and what each is of.
+# The options that say which data a run reads
+DATA_FIELDS = (
+    "dataset", "data_root", "split_seed", "group", "fold", "no_mask_is_empty", "skip_bad", "prompts",
+)  # fmt: skip
+# Stamps of the data in config.json, and what each is of
 STAMPS = dict(records="names or prompts", contents="pixels")
 FIRST_SAVE = 2  # lines of log.csv; without state.pt its run was stopped in its first save, and begins anew
 PROGRESS = 1e-4  # by which the monitored value must improve
@@ -62,6 +68,7 @@ class Run:
         self.improved = False  # whether the last epoch is the best so far
         self.stalled = 0
         self.mark = -math.inf
+        self.times = []  # in seconds: the start of this program's first epoch, and the end of each
         self.gradients_checked = False
         self.writer = None  # TensorBoard's
 
@@ -85,8 +92,11 @@ class Run:
             if not changed_data:
                 check_stamps(self.out, self.metadata)
             self.resume()
-            best = f"best epoch: validation DSC {100 * self.best:.2f}"
-            say(f"Resuming '{self.out}' after epoch {len(self.history)} ({best})")
+            if settings["epochs"] < len(self.history):
+                raise ValueError(
+                    f"'{self.out}' has {len(self.history)} epochs already; --epochs counts them, too."
+                )
+            say(f"Resuming '{self.out}' after epoch {len(self.history)}. {self.describe_best()}")
         if parallel.rank():
             return
         make_folder(self.out, settings, self.metadata, overwrite)  # only once the saved state matches
@@ -97,32 +107,41 @@ class Run:
             self.writer = SummaryWriter(folder, purge_step=self.next_epoch, flush_secs=20)
 
     @property
+    def best_row(self):
+        """Return the log's row of the best epoch by `selection_score`."""
+        return max(self.history, key=selection_score)
+
+    @property
     def best(self):
-        """Return the validation DSC of the best epoch by `selection_score`; None before the first."""
-        return max(self.history, key=selection_score)["val_dsc"] if self.history else None
+        """Return the validation DSC of the best epoch; None before the first."""
+        return self.best_row["val_dsc"] if self.history else None
+
+    def describe_best(self):
+        """Return the best epoch in words."""
+        return f"Best epoch: {self.best_row['epoch']}, validation DSC {100 * self.best:.2f}."
 
     # An epoch
 
     def end_epoch(self, **row):
-        """Add a row to the log, and lower the learning rate if the validation loss stalls.
-
-        Returns the row as a line of text; a star marks the best epoch so far.
-        """
+        """Add a row to the log, and lower the learning rate if the validation loss stalls."""
         self.history.append(row)
         self.scheduler.step(row["val_loss"])
-        self.improved = row is max(self.history, key=selection_score)
+        self.improved = row is self.best_row
         value = selection_score(row) if self.monitor == "dsc" else -row["val_loss"]
         if value > self.mark + PROGRESS:
             self.stalled = 0
             self.mark = value
         else:
             self.stalled += 1
-        line = f"loss {row['train_loss']:.4f}  DSC {100 * row['train_dsc']:.2f}  "
-        line += f"val loss {row['val_loss']:.4f}  val DSC {100 * row['val_dsc']:.2f}  "
-        line += f"IoU {100 * row['val_iou']:.2f}  "
+
+    def describe_epoch(self, epochs):
+        """Return the last epoch as a line that fits into 80 columns; epochs: those of the whole run."""
+        row = self.history[-1]
+        line = f"epoch {row['epoch']:3d}/{epochs}  loss {row['train_loss']:.3f}  "
+        line += f"val DSC {100 * row['val_dsc']:4.1f}  "
         if row["val_alarms"] is not None:
-            line += f"false alarms {100 * row['val_alarms']:.1f} %  "
-        line += f"lr {row['lr']:.1e}  {row['images_per_second']:.3g} img/s"
+            line += f"alarms {100 * row['val_alarms']:3.0f} %  "
+        line += describe_time(self.times, epochs - row["epoch"])
         return line + ("  *" if self.improved else "")
 
     def save(self):
@@ -140,7 +159,7 @@ class Run:
             table.append([row.get(name, "") for name in COLUMNS])
         write_csv(self.out / "log.csv", table, atomic_write)
         with atomic_write(self.out / "curves.png") as temporary:
-            plots.curves(self.history, temporary)
+            plots.curves(self.history, self.best_row["epoch"], self.out.absolute().name, temporary)
         if self.writer:
             for name in COLUMNS[1:]:
                 if self.history[-1][name] is not None:
@@ -191,8 +210,8 @@ class Run:
         )
 
     def resume(self):
-        """Continue from state.pt. Raises ValueError if it belongs to another base."""
-        state = load_state(self.out / "state.pt")
+        """Continue from state.pt. Raises ValueError if it is broken, or belongs to another base."""
+        state = load_safely(self.out / "state.pt", "Start again with --overwrite.")
         if not isinstance(state, dict) or not set(self.state()) <= set(state):
             raise ValueError(
                 f"'{self.out / 'state.pt'}' is not the state of a run. Start again with --overwrite."
@@ -224,11 +243,21 @@ def selection_score(row):
     return row["val_dsc"] * (1 - alarms / 2)
 
 
+def describe_time(times, epochs_left):
+    """Return the time since the start, and what is left at most, such as "01:02, 05:14 left".
+
+    times: in seconds, of the start and of the end of each epoch.
+    """
+    elapsed = tqdm.format_interval(times[-1] - times[0])
+    left = tqdm.format_interval(epochs_left * (times[-1] - times[-2]))
+    return f"{elapsed}, {left} left"
+
+
 # The folder
 
 
 @contextmanager
-def held_folder(out, resume=False, overwrite=False):
+def held_folder(out, resume, overwrite):
     """Check a run's folder in every process, and hold its lock in the first while the run writes there.
 
     Raises FileExistsError or ValueError before any work is done, see `check_folder`.
@@ -277,7 +306,7 @@ def check_folder(out, resume, overwrite):
         )
 
 
-def make_folder(out, settings, metadata, overwrite=False):
+def make_folder(out, settings, metadata, overwrite):
     """Make a run's folder with its config.json; with `overwrite`, delete the run that is there first."""
     if overwrite and is_filled(out):
         delete_run(out)
@@ -318,14 +347,7 @@ def describe_run(model, data, side, settings, recipe_fields):
     for split in data.values():
         words.update(record.class_word for record in split.records if record.class_word)
     return dict(
-        dataset=settings["dataset"],
-        data_root=settings["data_root"],
-        split_seed=settings["split_seed"],
-        group=settings["group"],
-        fold=settings["fold"],
-        no_mask_is_empty=settings["no_mask_is_empty"],
-        skip_bad=settings["skip_bad"],
-        prompts=settings["prompts"],
+        {name: settings[name] for name in DATA_FIELDS},
         image_size=side,
         mean=model.network.mean,
         std=model.network.std,
@@ -409,7 +431,7 @@ def check_gradients(model):
             "please report this."
         )
     counts = f"{len(tuned) - len(zero)} of {len(tuned)} trained tensors finite and non-zero"
-    line = f"gradients at the first step: {counts}, 0 of {frozen} frozen ones have any"
+    line = f"Gradients of the first step: {counts}, 0 of {frozen} frozen ones."
     if zero:
-        line += f"; ZERO, so not learning yet: {first_few(zero, 4)}"
+        line += f"\n  ZERO, so not learning yet: {first_few(zero, 4)}"
     return line

@@ -10,10 +10,7 @@ from vlsm.raw.formats.paths import name_below, split_of
 
 def read(download):
     """Yield the images of SegmentationClass/, whose classes' colours labelmap.txt tells."""
-    files = download.find(r"labelmap\.txt")
-    if len(files) > 1:
-        raise ValueError(f"'{download.path}' holds several labelmap.txt; import each export by itself.")
-    file = files[0][0]
+    file = download.only(r"labelmap\.txt")
     text = download.read(file).decode()
     lines = re.findall(r"^[^#\s].*", text, re.MULTILINE)  # polyp:250,50,83:parts:actions
     classes = class_colours(lines, r"(.+?):(\d{1,3}),(\d{1,3}),(\d{1,3})\b.*", f"'{file}'")

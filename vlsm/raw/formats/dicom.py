@@ -34,8 +34,8 @@ def read(download, axis=None, keep_empty=0.1, window=None):
 
 def _labels_of(download, folder):
     """Return the NIfTI file in a series' folder. Raises ValueError unless there is one."""
-    names = [name for name, _ in download.find(rf"[^/]+{NIFTI}")]
-    files = [name for name in names if PurePosixPath(name).parent == folder]
+    volumes = download.find(rf"[^/]+{NIFTI}")
+    files = [name for name, _ in volumes if PurePosixPath(name).parent == folder]
     if len(files) != 1:
         raise ValueError(f"{len(files)} NIfTI files of its labels beside it, not one. {NOT_READ}")
     return files[0]

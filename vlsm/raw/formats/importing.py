@@ -23,7 +23,8 @@ from vlsm.raw.prepare import (
     encode_png,
     refuse_inside,
 )
-from vlsm.system.console import progress, say
+from vlsm.system.arguments import flag
+from vlsm.system.console import did_you_mean, progress, say
 from vlsm.system.files import hash_of
 
 
@@ -77,22 +78,23 @@ def import_dataset(format_name, source, out, templates=False, overwrite=False, *
     format or option and if nothing fits, FileNotFoundError for a missing source, FileExistsError.
     """
     if format_name not in FORMATS:
-        raise ValueError(f"--import '{format_name}' is not known. Choose one of: {', '.join(FORMATS)}.")
+        guess = did_you_mean(format_name, FORMATS)
+        raise ValueError(
+            f"--import '{format_name}' is not known.{guess} Choose one of: {', '.join(FORMATS)}."
+        )
     read = FORMATS[format_name]
     for name in options.keys() - inspect.signature(read).parameters.keys():
-        raise ValueError(f"--{name.replace('_', '-')} has no effect on --import {format_name}; leave it out.")
+        raise ValueError(f"{flag(name)} has no effect on --import {format_name}; leave it out.")
     download = Download(source)
     refuse_inside(download, out)
     images = {}  # stem -> Imported
     with Writer(out, overwrite) as writer:
-        with progress(None, f"importing {format_name}") as bar:
-            for image in read(download, **options):
-                bar.update()
-                with download.skipping(image.name):
-                    stem = stem_of(image.name)
-                    if stem in images:
-                        raise ValueError("another image has this name")
-                    images[stem] = _write_image(download, writer, image, templates)
+        for image in progress(read(download, **options), f"importing {format_name}"):
+            with download.skipping(image.name):
+                stem = stem_of(image.name)
+                if stem in images:
+                    raise ValueError("another image has this name")
+                images[stem] = _write_image(download, writer, image, templates)
         counts = Counter(word for image in images.values() for word in image.masks)
         if not counts:
             raise ValueError(

@@ -20,13 +20,10 @@ def read_classes(download):
 
     {"background": 0, "liver": 1, "organ": [1, 2]}, or {"0": "background", "1": "liver"}. Raises ValueError.
     """
-    files = [file for file, _ in download.find(r"dataset\.json")]
-    if not files:
+    file = download.only(r"dataset\.json")
+    if not file:
         say_once("classes", f"No dataset.json names the classes, as in {LABELS_FORM}: class1, class2, ...")
         return None
-    if len(files) > 1:
-        raise ValueError(f"'{download.path}' holds {', '.join(files[:3])}: name the folder of one of them.")
-    file = files[0]
     content = parse_json(download.read(file), file)
     labels = field(file, content, "labels", kind=dict, words=f"an object, as in {LABELS_FORM}")
     classes = {}

@@ -12,6 +12,7 @@ import numpy as np
 from vlsm.data.images import NOT_FINITE
 from vlsm.raw.download import LabelledImage, open_nifti
 from vlsm.raw.formats.label_maps import class_masks, name_numbers, read_classes
+from vlsm.system.console import say_once
 from vlsm.system.files import hash_of
 
 NIFTI = r"\.nii(?:\.gz)?"  # a file's ending
@@ -86,6 +87,12 @@ def slices(download, case, volume, mask, classes, axis, keep_empty, window):
     sizes = np.linalg.norm(affine[:3, :3], axis=0)
     labels = _labels_on(download, mask, values.shape, affine, 0.1 * sizes.min())
     classes = name_numbers(mask, labels, classes)
+    if window is None:
+        say_once(
+            "window",
+            "Without --window LOW HIGH each volume is scaled by itself: its least value becomes black, its "
+            "largest white.",
+        )
     low, high = window or (values.min(), values.max())
     if not low < high:
         raise ValueError(f"values from {low} to {high} are no range of grey")
