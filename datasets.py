@@ -307,7 +307,7 @@ def check(dataset, data_root, rules, out, overwrite=False):
 
     Raises as `read_splits` does.
     """
-    from vlsm.data.check import describe_splits, inspect_splits, pair_rows, sheet_rows
+    from vlsm.data.check import describe_splits, inspect_splits, pair_rows, sheet_rows, similar_splits
     from vlsm.results.figures import sheet
     from vlsm.system import plots
 
@@ -327,10 +327,11 @@ def check(dataset, data_root, rules, out, overwrite=False):
     check_targets([file, pairs_file], inputs, overwrite)
     say(f"{name}: {_describe_form(dataset, data_root, next(iter(splits.values()))[0])}")
     summaries = inspect_splits(splits)
-    say(describe_splits(name, summaries))
+    similar = similar_splits(summaries)
+    say(describe_splits(name, summaries, similar))
     for path, rows, second in (
         (file, sheet_rows(splits), ("ground truth", plots.GREEN)),
-        (pairs_file, pair_rows(summaries), ("nearly equal image", "white")),
+        (pairs_file, pair_rows(similar), ("nearly equal image", "white")),
     ):
         if rows:
             with owned_write(path) as temporary:

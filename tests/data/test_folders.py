@@ -8,7 +8,7 @@ from PIL import Image
 from scipy import ndimage
 
 import datasets
-from vlsm.data.check import describe_splits, inspect_splits
+from vlsm.data.check import describe_splits, inspect_splits, similar_splits
 from vlsm.data.folders import SplitRules, folder_splits, parse_fold
 from vlsm.data.images import ImageError, MaskUnion, read_image, read_mask
 from vlsm.data.pairing import common_ends, match_names
@@ -163,7 +163,7 @@ def test_a_class_that_only_train_has_is_told(tmp_path):
     for record, word in zip(rows, ("liver", "cyst", None, "cyst")):
         record.class_word = word
     summaries = inspect_splits(dict(train=rows[:3], val=rows[:2], test=rows[:1]))
-    text = describe_splits("mine", summaries)
+    text = describe_splits("mine", summaries, similar_splits(summaries))
     assert text.count("WARNING: no record") == 1
     assert "WARNING: no record of 'cyst', which train has" in text.split("mine test")[1]
 

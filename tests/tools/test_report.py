@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
@@ -256,7 +257,7 @@ def svg_texts(file):
 
 def test_names_stand_at_their_bars_and_do_not_overlap(tmp_path):
     groups, trained = chart_groups()
-    plots.bars(groups, trained, tmp_path / "a.svg", "svg")
+    plots.bars(groups, tmp_path / "a.svg", "svg")
     texts = svg_texts(tmp_path / "a.svg")
     heights = {text: y for text, _, y in texts}
     values = [(y, text) for text, _, y in texts if text.endswith("[79.00, 82.00]")]
@@ -264,7 +265,7 @@ def test_names_stand_at_their_bars_and_do_not_overlap(tmp_path):
     assert abs(heights["paper †"] - heights["99.00"]) < 3 and heights["99.00"] < heights["70.00"]
     first = [y for text, x, y in texts if text in ("99.00", "70.00") or "[" in text][:15]
     assert all(abs(b - a) > 10 for a, b in pairwise(sorted(first)))
-    plots.against_parameters(groups, trained, tmp_path / "b.svg", "svg")
+    plots.against_parameters(trained, groups, tmp_path / "b.svg", "svg")
     names = [(x, y) for text, x, y in svg_texts(tmp_path / "b.svg") if text.startswith("a method")]
     column = sorted(y for x, y in names if x == names[0][0])
     assert len(names) == 8 * 13 and all(b - a > 8 for a, b in pairwise(column) if b != a)
@@ -272,7 +273,7 @@ def test_names_stand_at_their_bars_and_do_not_overlap(tmp_path):
 
 
 def test_a_single_method_is_no_giant_bar(tmp_path):
-    plots.bars({"k": {"dense": Cell(80, 79, 81, "")}}, {"dense": 1}, tmp_path / "a.png")
+    plots.bars({"k": {"dense": Cell(80, 79, 81, "")}}, tmp_path / "a.png")
     width, height = Image.open(tmp_path / "a.png").size
     assert height < width / 4
     blue = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")) == (0x00, 0x72, 0xB2)
@@ -283,9 +284,9 @@ def test_a_single_method_is_no_giant_bar(tmp_path):
 def test_charts(tmp_path, file_format):
     groups, trained = group_seeds([*RUNS, run("kvasir", "none", 1, 0.4, trained=0)])
     dsc = {dataset: cells for (dataset, metric), cells in tabulate(groups).items() if metric == "dsc"}
-    for draw in (plots.bars, plots.against_parameters):
-        draw(dsc, trained, tmp_path / "a", file_format)
-        draw(dsc, trained, tmp_path / "b", file_format)
+    for draw in (plots.bars, partial(plots.against_parameters, trained)):
+        draw(dsc, tmp_path / "a", file_format)
+        draw(dsc, tmp_path / "b", file_format)
         written = (tmp_path / "a").read_bytes()
         assert written == (tmp_path / "b").read_bytes() and len(written) > 3000
         assert b"/Type3" not in written, "a font that journals refuse"

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from vlsm.data.images import read_image, read_mask, read_target
 from vlsm.metrics import dsc
 from vlsm.results.predict import load_predictors
 from vlsm.segment import image_logits
-from vlsm.tools.serve import NEEDS, ask, build_page, own_page, read_upload, run_examples, show
+from vlsm.tools.serve import NEEDS, ask, build_page, own_page, read_upload, run_examples, save, show
 
 
 @pytest.fixture
@@ -66,6 +67,14 @@ def test_several_prompts_in_colours(answer, tmp_path, monkeypatch):
     assert "&lt;b&gt;,: " in legend and "names none of that" in legend and "DSC" not in legend
     assert answer("a;b;c;d;e;f;g") == answer(" ; ") == (NEEDS, None)
     assert show(tmp_path, NEEDS, 0.5) == (None, NEEDS, None)
+
+
+def test_names_of_files_fit_the_disk(tmp_path):
+    def write(path):
+        Path(path).write_bytes(b"")
+
+    assert save(write, tmp_path, "a b", "../c", "mask").endswith("/a-b_c_mask.png")
+    assert Path(save(write, tmp_path, "息" * 99, "肉" * 99, "mask")).is_file(), "letters of three bytes"
 
 
 def test_an_example_shows_its_truth(answer, runs, trained, tmp_path):

@@ -18,7 +18,6 @@ from vlsm.system.files import digest
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SHEET_ROWS = 8
-UNBROKEN = dict(break_long_words=False, break_on_hyphens=False)  # names can be searched and copied
 PAIRS = 4  # on a sheet, of two splits
 COLUMNS = 80  # of the lines of text
 SIDE = 352  # pixels, of CLIPSeg's images
@@ -124,8 +123,19 @@ def similar_images(summary, earlier):
     return [(record, other) for _, record, other in pairs]
 
 
-def describe_splits(name, summaries):
-    """Return the statistics of a data set as text; images in two splits come last."""
+def similar_splits(summaries):
+    """Return {(earlier split, split): pairs, as `similar_images` returns them}; slow for many images."""
+    return {
+        (earlier, split): similar_images(summaries[split], summaries[earlier])
+        for earlier, split in combinations(summaries, 2)
+    }
+
+
+def describe_splits(name, summaries, similar):
+    """Return the statistics of a data set as text; images in two splits come last.
+
+    similar: of `similar_splits`.
+    """
     lines = []
     for split, summary in summaries.items():
         lines.append(f"{name} {split}: records {summary.records}, images {summary.images}")
@@ -133,21 +143,23 @@ def describe_splits(name, summaries):
         for word in summaries.get("train", summary).classes:
             if word not in summary.classes:
                 lines.append(f"  WARNING: no record of '{word}', which train has")
-    for earlier, split in combinations(summaries, 2):
+    for (earlier, split), alike in similar.items():
         pairs = shared_images(summaries[earlier], summaries[split])
         if pairs:
             lines.append(
                 f"WARNING: images both in {earlier} and in {split}: {len(pairs)} ({_examples(pairs, '=')}). "
                 "Test results would be too good."
             )
-        pairs = similar_images(summaries[split], summaries[earlier])
-        if pairs:
+        if alike:
             lines.append(
-                f"NOTE: images in {split} that look nearly like one in {earlier}: {len(pairs)} of "
-                f"{summaries[split].images} ({_examples(pairs, '~')}). "
+                f"NOTE: images in {split} that look nearly like one in {earlier}: {len(alike)} of "
+                f"{summaries[split].images} ({_examples(alike, '~')}). "
                 "If they are frames of one video or of one patient, scores on them are too good."
             )
-    return "\n".join(textwrap.fill(line, COLUMNS, subsequent_indent="    ", **UNBROKEN) for line in lines)
+    wrapper = textwrap.TextWrapper(  # names stay whole, to be searched for and copied
+        COLUMNS, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(map(wrapper.fill, lines))
 
 
 def _describe(summary):
@@ -190,11 +202,11 @@ def _examples(pairs, sign):
     return first_few(texts)
 
 
-def pair_rows(summaries):
-    """Return rows for `figures.sheet` of nearly equal images in two splits, side by side."""
+def pair_rows(similar):
+    """Return rows for `figures.sheet` of nearly equal images side by side; similar: of `similar_splits`."""
     rows = []
-    for earlier, split in combinations(summaries, 2):
-        for record, other in similar_images(summaries[split], summaries[earlier])[:PAIRS]:
+    for (earlier, split), alike in similar.items():
+        for record, other in alike[:PAIRS]:
             left = (read_image(other.image), None, f"{earlier}: {other.name}")
             right = (read_image(record.image), None, f"{split}: {record.name}")
             rows.append(([left, right], "", ""))

@@ -32,8 +32,6 @@ from vlsm.system.plots import COLOURS
 
 SIDES = re.compile(r"\b(left|right|Left|Right)\b")
 OTHER_SIDE = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
-UNSAFE = re.compile(r"[^\w-]+")  # in a folder's name
-LONGEST_NAME = 60  # letters of a folder's name
 
 
 def load_predictor(
@@ -287,11 +285,16 @@ def prompt_folders(folder, prompts):
         return [Path(folder)]
     folders = {}
     for prompt in prompts:
-        name = UNSAFE.sub("-", prompt).strip("-")[:LONGEST_NAME] or "prompt"
+        name = part_of_name(prompt) or "prompt"
         if name in folders:
             raise ValueError(f"--prompt '{prompt}' and '{folders[name]}' would share the folder '{name}'.")
         folders[name] = prompt
     return [Path(folder) / name for name in folders]
+
+
+def part_of_name(text):
+    """Return a text's letters and digits, at most 60, for the name of a file or folder."""
+    return re.sub(r"[^\w-]+", "-", text).strip("-")[:60]
 
 
 def class_colours(count):

@@ -114,7 +114,7 @@ def _fill(method):
 
 
 @styled()
-def bars(groups, trained, path, file_format="png"):
+def bars(groups, path, file_format="png"):
     """Plot DSC as horizontal bars, the best first, with lines from low to high."""
     figure, axes = _method_panels(groups)
     most = max(map(len, groups.values()))
@@ -133,7 +133,7 @@ def bars(groups, trained, path, file_format="png"):
 
 
 @styled()
-def against_parameters(groups, trained, path, file_format="png"):
+def against_parameters(trained, groups, path, file_format="png"):
     """Plot DSC against trained parameters, where these are known.
 
     The names stand in a column beside the panel, and lines lead to them.

@@ -12,7 +12,6 @@ from vlsm.system import plots
 from vlsm.system.arguments import Parser
 from vlsm.system.console import friendly_errors, say
 from vlsm.system.files import check_targets, field, owned_write, read_json, write_text
-from vlsm.system.plots import DAGGER
 
 IN_MM = " (mm)"  # after the name of a data set whose distances are in millimetres
 ALARMS = {name: (f"false alarms %: {name}", 100, min) for name in ABSENT_SETS}
@@ -144,16 +143,16 @@ def add_published(table, trained, name):
     for i, row in enumerate(field(file, paper, "rows", kind=list, words="a list")):
         where = f"{file}, row {i}"
         dataset = field(where, row, "dataset", kind=str, words="a text")
-        label = field(where, row, "method", kind=str, words="a text") + DAGGER
+        label = field(where, row, "method", kind=str, words="a text") + plots.DAGGER
         trained[label] = field(where, row, "trained") if "trained" in row else trained.get(label)
         for metric in METRICS:
-            for name in (dataset, dataset + IN_MM):
-                if metric in row and (name, metric) in table:
+            for place in (dataset, dataset + IN_MM):
+                if metric in row and (place, metric) in table:
                     mean = field(where, row, metric)
                     # a paper's distances are in pixels
-                    place = dataset if metric in ("hd95", "nsd") else name
-                    table.setdefault((place, metric), {})[label] = Cell(mean, mean, mean, "")
-    return f"{DAGGER.strip()} {field(file, paper, 'source', kind=str, words='a text')}"
+                    line = dataset if metric in ("hd95", "nsd") else place
+                    table.setdefault((line, metric), {})[label] = Cell(mean, mean, mean, "")
+    return f"{plots.DAGGER.strip()} {field(file, paper, 'source', kind=str, words='a text')}"
 
 
 def head_text(label, trained):
@@ -169,14 +168,14 @@ def table_rows(table, trained):
     rows = [["data set", "metric", *(head_text(label, trained[label]) for label in labels)]]
     for (dataset, metric), cells in table.items():
         title, _, better = ROWS[metric]
-        ours = [cell.mean for label, cell in cells.items() if not label.endswith(DAGGER)]
+        ours = [cell.mean for label, cell in cells.items() if not label.endswith(plots.DAGGER)]
         best = f"{better(ours, default=0):.2f}"
         row = [dataset, title.replace("px", "mm") if IN_MM in dataset else title]
         for label in labels:
             text = ""
             if label in cells:
                 text = f"{cells[label].mean:.2f}"
-                if text == best and not label.endswith(DAGGER):
+                if text == best and not label.endswith(plots.DAGGER):
                     text = BOLD + text + PLAIN
                 text += cells[label].spread
             row.append(text)
@@ -220,9 +219,10 @@ def main(argv=None):
     files = [Path(args.out or args.folder, name) for name in names]
     check_targets(files, overwrite=args.overwrite)
     write_text(files[0], text)
-    for file, draw in zip(files[1:], (plots.bars, plots.against_parameters)):
-        with owned_write(file) as temporary:
-            draw(dsc, trained, temporary, args.figure_format)
+    with owned_write(files[1]) as temporary:
+        plots.bars(dsc, temporary, args.figure_format)
+    with owned_write(files[2]) as temporary:
+        plots.against_parameters(trained, dsc, temporary, args.figure_format)
     evaluations = {run.file for runs in groups.values() for run in runs.values()}
     say(f"{text}\n{len(evaluations)} evaluations. Wrote {', '.join(map(str, files))}")
 

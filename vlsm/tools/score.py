@@ -6,6 +6,7 @@ import torch
 
 from vlsm.data.images import image_files, read_mask, say_left_out
 from vlsm.data.records import group_of
+from vlsm.results.predict import overlay_target
 from vlsm.results.scores import RESULT_FILES, describe, score, summarise, write_results
 from vlsm.system.arguments import Parser, number, pattern
 from vlsm.system.console import first_few, friendly_errors, progress, say
@@ -16,7 +17,6 @@ EXAMPLES = r"""examples:
   python -m vlsm.tools.score predicted-masks my-folder/masks --out scores --nsd-tolerance 3
   python -m vlsm.tools.score predicted-masks my-folder/masks --group "patient\d+"
 """
-OVERLAY = ".overlay"  # ends the stem of what evaluate.py --overlay writes beside a mask
 
 
 def masks_by_stem(folder):
@@ -47,8 +47,9 @@ def score_folders(pred, target, tolerance=2.0, group=None):
     truths = masks_by_stem(target)
     if not predictions and not truths:
         raise ValueError(f"'{pred}' and '{target}' hold no masks.")
+    overlays = set(map(overlay_target, predictions.values()))
     for stem in set(predictions) - set(truths):
-        if stem.endswith(OVERLAY) and stem.removesuffix(OVERLAY) in predictions:
+        if predictions[stem] in overlays:
             del predictions[stem]
     unpaired = sorted(set(predictions) ^ set(truths))
     if unpaired:

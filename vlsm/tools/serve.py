@@ -18,7 +18,7 @@ from vlsm.data.cache import default_cache
 from vlsm.data.images import ImageError, mask_image, read_image, read_target
 from vlsm.metrics import dsc
 from vlsm.results.figures import TRUTH, outline, overlay, rgb
-from vlsm.results.predict import load_predictors, logits_at_size
+from vlsm.results.predict import load_predictors, logits_at_size, part_of_name
 from vlsm.segment import logit_of, prompt_notice, to_batch
 from vlsm.system.arguments import Parser, number
 from vlsm.system.console import friendly_errors, say
@@ -59,9 +59,9 @@ def save(write, folder, *words):
 
     write: a function of the path, such as an image's `save`.
     """
-    names = [re.sub(r"[^\w-]+", "-", word).strip("-") for word in words]
-    names = [name.encode()[:60].decode(errors="ignore") for name in names]  # a name has at most 255 bytes
-    path = f"{tempfile.mkdtemp(dir=folder)}/{'_'.join(names)}.png"
+    name = "_".join(map(part_of_name, words))
+    name = name.encode()[:250].decode(errors="ignore")  # a file's name has at most 255 bytes
+    path = f"{tempfile.mkdtemp(dir=folder)}/{name}.png"
     write(path)
     return path
 
