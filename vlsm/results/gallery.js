@@ -1,6 +1,6 @@
 "use strict";
 const started = performance.now();
-const {records, runs, summaries} = JSON.parse(document.getElementById("data").textContent);
+const {records, runs, summaries, side} = JSON.parse(document.getElementById("data").textContent);
 const $ = id => document.getElementById(id);
 const BINS = 10;  // of DSC
 const EAGER = 300;  // a page of at most so many records loads all images at once, so that it can be printed at any time
@@ -342,7 +342,7 @@ function showRecord(record) {
 
 function tellSource(record, reachable) {
   if (at < 0 || record !== records[shown[at]]) return;
-  const small = Math.max(record.width, record.height) > 360;
+  const small = Math.max(record.width, record.height) > side;
   const note = record.original ? "The original image is not where it was when this page was written." : "";
   $("source").replaceChildren(`${record.width} x ${record.height} pixels. `);
   if (record.original && reachable) $("source").append(make("a", {href: record.original, textContent: "original image"}));

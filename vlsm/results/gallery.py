@@ -44,7 +44,9 @@ def write_gallery(folder, records, runs, title, facts=(), full=False):
     summaries = list(map(summarise, runs.values()))
     page = folder / "index.html"
     facts = [*facts, f"evaluated on {datetime.date.today()}"]
-    write_text(page, _render(title, facts, dict(records=rows, runs=list(runs), summaries=summaries)))
+    write_text(
+        page, _render(title, facts, dict(records=rows, runs=list(runs), summaries=summaries, side=SIDE))
+    )
     return page
 
 
