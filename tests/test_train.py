@@ -39,7 +39,10 @@ def test_a_run_from_training_to_pictures(cli, quick, tmp_path, folder):
     log = rows(run / "log.csv")
     assert [r["epoch"] for r in log] == list("12345")
     assert float(log[4]["train_loss"]) < float(log[0]["train_loss"])
-    assert Image.open(run / "curves.png").size == (2280, 1080), "five panels"
+    width, height = Image.open(run / "curves.png").size
+    assert (width, height) in ((2280, 1080), (2279, 1080)), (
+        "five panels; older matplotlib rounds 11.4 inches down"
+    )
     with safe_open(run / "best.safetensors", "pt") as file:
         about = {k: json.loads(v) for k, v in file.metadata().items()}
     assert (
