@@ -341,13 +341,11 @@ def check_outputs(args, records, out):
     inputs = []
     for record in records:
         inputs += record.files
-    targets = []
-    if args.out:
-        targets += [out / name for name in RESULT_FILES]
-        if args.figure:
-            targets.append(out / f"figure.{args.figure_format}")
-        if args.gallery:
-            targets += page_files(out / "gallery")
+    targets = [out / name for name in RESULT_FILES]
+    if args.figure:
+        targets.append(out / f"figure.{args.figure_format}")
+    if args.gallery:
+        targets += page_files(out / "gallery")
     for folder in (args.save_masks, args.save_probabilities):
         if folder:
             targets += [mask_target(folder, record.mask_name) for record in records]
@@ -377,9 +375,8 @@ def evaluate_all_prompts(args, predictor, data, out, settings):
         keys.update(record.prompts)
     if not keys:
         raise ValueError(f"--all-prompts: the records of '{settings['dataset']}' came without prompts.")
-    if args.out:
-        targets = [out / key / name for key in keys for name in RESULT_FILES]
-        check_targets([*targets, out / "prompts.json"], overwrite=args.overwrite)
+    targets = [out / key / name for key in keys for name in RESULT_FILES]
+    check_targets([*targets, out / "prompts.json"], overwrite=args.overwrite)
     prompt_sets = {}
     seed = settings["seed"]
     for key in keys:

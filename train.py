@@ -90,6 +90,7 @@ def main(argv=None, after_epoch=None):
         negatives = choose_negatives(args.negatives, args.prompts, data, cache.tokenizer)
         with Interrupt() as interrupt:
             train_epochs(args, run, data, cache, negatives, criterion, interrupt, after_epoch)
+        run.check_results()
     say(f"{run.describe_best()} Evaluate it with:\n  python evaluate.py --ckpt {run.out}")
     if run.history[-1]["val_dsc"] < NOTHING_FOUND:
         say(

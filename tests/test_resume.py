@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import numpy as np
 from PIL import Image
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT, rows, same_tensors, without_dim
+from vlsm.checkpoint import read_metadata
 
 
 def test_four_epochs_are_two_and_two(cli, quick, tmp_path):
@@ -169,7 +171,76 @@ def test_a_run_starts_from_another_one(cli, quick, trained, tmp_path):
 
 
 def test_a_run_stopped_in_its_first_save_begins_anew(cli, quick, tmp_path):
+    run = tmp_path / "run"
     assert cli("train", *quick, "--epochs", 1)[0] == 0
-    (tmp_path / "run" / "state.pt").unlink()
-    code, said, err = cli("train", "--out", tmp_path / "run", "--resume")
+    for file in run.iterdir():
+        if file.name != "config.json":
+            file.unlink()
+    code, said, err = cli("train", "--out", run, "--resume")
     assert code == 0 and "epoch   1/1" in said, err
+    (run / "state.pt").unlink()
+    code, _, err = cli("train", "--out", run, "--resume")
+    assert code == 2 and "has a log.csv and no state.pt" in err, "somebody deleted it"
+
+
+def test_what_follows_from_the_state_is_written_again(cli, quick, tmp_path):
+    """A run that is stopped between its state and the files that follow from it."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    assert cli("train", *quick, "--epochs", 1)[0] == 0
+    shutil.copytree(run, whole)
+    for name in ("best.safetensors", "last.safetensors", "log.csv", "curves.png"):
+        (run / name).unlink()
+    assert cli("train", "--out", run, "--resume")[0] == 0
+    for name in ("log.csv", "curves.png"):
+        assert (run / name).read_bytes() == (whole / name).read_bytes(), name
+    for name in ("best.safetensors", "last.safetensors"):
+        assert same_tensors(run / name, whole / name), name
+        assert read_metadata(run / name) == read_metadata(whole / name)
+
+
+def test_a_log_changed_by_hand_is_not_replaced(cli, trained):
+    log = trained / "log.csv"
+    log.write_text(log.read_text() + "my notes")
+    code, _, err = cli("train", "--out", trained, "--resume", "--epochs", 3)
+    assert code == 2 and "log.csv' was changed since this program wrote it" in err
+    assert "my notes" in log.read_text()
+
+
+def test_a_flipped_bit_is_told(cli, trained):
+    state = trained / "state.pt"
+    with zipfile.ZipFile(state) as archive:
+        largest = max(archive.infolist(), key=lambda part: part.file_size)
+    inside = largest.header_offset + largest.file_size // 2
+    best = trained / "best.safetensors"
+    for file, place, argv in (
+        (state, inside, ("train", "--out", trained, "--resume", "--epochs", 3)),
+        (best, best.stat().st_size - 99, ("evaluate", "--ckpt", trained)),
+        (best, best.read_bytes().index(b'"image_size":"48"') + 15, ("evaluate", "--ckpt", trained)),
+    ):
+        data = file.read_bytes()
+        flipped = bytearray(data)
+        flipped[place] ^= 0x04
+        file.write_bytes(flipped)
+        code, _, err = cli(*argv)
+        assert code == 2 and str(file) in err, (file.name, place, err)
+        file.write_bytes(data)
+
+
+def test_a_folder_that_is_renamed_stops_the_run(quick, tmp_path):
+    process = start(*quick, "--epochs", 50, "--patience", 50)
+    wait_for_epoch(process, 1)
+    (tmp_path / "run").rename(tmp_path / "renamed")
+    text = process.communicate()[0]
+    assert process.returncode == 2 and "was renamed or deleted while it is written to" in text, text
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_deleted_meanwhile_is_missed_at_the_end(cli, trained):
+    (trained / "best.safetensors").unlink()
+    log = rows(trained / "log.csv")
+    best = max(log, key=lambda row: float(row["val_dsc"]))
+    code, _, err = cli("train", "--out", trained, "--resume")
+    if best is log[-1]:
+        assert code == 0 and (trained / "best.safetensors").is_file()
+    else:
+        assert code == 2 and "lacks best.safetensors at the end of the run" in err

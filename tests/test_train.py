@@ -273,7 +273,7 @@ def test_recipe_options_have_effects(cli, quick, tmp_path):
 
 def test_data_options_have_effects(cli, quick, folder, tmp_path):
     assert cli("train", *quick, "--epochs", 1, "--cache-dir", tmp_path / "kept")[0] == 0
-    assert len(list((tmp_path / "kept").glob("*.npy"))) == 6
+    assert len(list((tmp_path / "kept").iterdir())) == 3
     (folder / "images" / "d3.png").write_bytes(b"broken")
     code, _, err = cli("train", *quick[:-1], tmp_path / "b", "--epochs", 1)
     assert (

@@ -176,7 +176,6 @@ def test_overwrite_deletes_a_run_and_nothing_else(tmp_path, capsys):
     for name in (
         "config.json",
         "best.safetensors",
-        "eval-test/metrics.csv",
         "eval-test/mine.txt",
         "notes.md",
     ):
@@ -184,8 +183,49 @@ def test_overwrite_deletes_a_run_and_nothing_else(tmp_path, capsys):
         (tmp_path / name).write_text("{}")
     files.write_text(tmp_path / "eval-test" / "metrics.csv", "x")
     delete_run(tmp_path)
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["eval-test", "mine.txt", "notes.md"]
+    left = sorted(p.name for p in tmp_path.rglob("*"))
+    assert left == ["config.json", "eval-test", "mine.txt", "notes.md"], "a new run replaces config.json"
     assert "also holds eval-test, notes.md" in capsys.readouterr().out
+
+
+def test_nothing_of_a_users_is_replaced_without_overwrite(cli, folder, trained, tmp_path):
+    assert cli("evaluate", "--ckpt", trained)[0] == 0
+    table = trained / "eval-test" / "metrics.csv"
+    table.write_text(table.read_text() + "my notes")
+    code, _, err = cli("evaluate", "--ckpt", trained)
+    assert code == 2 and "was changed since" in err and "my notes" in table.read_text()
+    assert cli("evaluate", "--ckpt", trained, "--overwrite")[0] == 0 and "my notes" not in table.read_text()
+    audit = trained / "eval-test" / "audit.json"
+    audit.write_text("mine")
+    code, _, err = cli("vlsm.tools.audit", trained)
+    assert code == 2 and audit.read_text() == "mine", err
+
+
+@pytest.mark.parametrize("program", ["export", "compare"])
+def test_what_was_read_is_never_replaced(program, cli, folder, trained):
+    picture = folder / "images" / "d30.png"  # of the test split
+    file, argv = {
+        "export": (trained / "best.safetensors", (trained, "--prompt", "disk")),
+        "compare": (picture, (trained, trained)),
+    }[program]
+    before = file.read_bytes()
+    code, _, err = cli(f"vlsm.tools.{program}", *argv, "--out", file, "--overwrite")
+    assert code == 2 and f"'{file}' is itself read" in err and file.read_bytes() == before, err
+
+
+def test_links_of_a_run_lead_nowhere(cli, quick, trained, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for name in ("metrics.csv", "events.out.tfevents.1"):
+        files.write_text(outside / name, "mine")
+    (trained / "eval-test").symlink_to(outside)
+    (trained / "tensorboard").symlink_to(outside)
+    (trained / "curves.png").unlink()
+    (trained / "curves.png").symlink_to(outside / "metrics.csv")
+    code, _, err = cli("train", *quick, "--epochs", 1, "--overwrite")
+    assert code == 0, err
+    assert [(outside / name).read_text() for name in ("metrics.csv", "events.out.tfevents.1")] == ["mine"] * 2
+    assert (trained / "eval-test").is_symlink() and (trained / "tensorboard").is_symlink()
 
 
 def test_only_what_this_program_wrote_is_deleted(tmp_path):

@@ -6,19 +6,32 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 
 from vlsm.model import attach, read_network
-from vlsm.networks.weights import describe_hub_error, hub_answers
+from vlsm.networks.weights import describe_hub_error, fingerprint, hub_answers
 from vlsm.system.console import did_you_mean, first_few
-from vlsm.system.files import atomic_write, field
+from vlsm.system.files import atomic_write, check_fields, digest, opened
 
 FORMAT = 1
-METADATA = dict(
-    model=str, weights=str, fingerprint=str, method=str, options=dict, reference=bool, dataset=str,
-    data_root=str, split_seed=int, prompts=str, image_size=int, mean=list, std=list, recipe=dict,
-)  # fmt: skip
-REQUIRED = ("model", "weights", "fingerprint", "method", "options", "reference")
+TEXT = (str, "a text")
+OBJECT = (dict, "an object")
+SWITCH = (bool, "true or false")
+SEED = (int, "a whole number from 0", 0, 2**64)
+NUMBERS = [(int, float)] * 3
+# The schema of the metadata, see `check_fields`; what a ? follows is not in all runs, or null.
+METADATA = {
+    "model": TEXT, "weights": TEXT, "fingerprint": TEXT, "method": TEXT, "options": OBJECT,
+    "reference": SWITCH, "dataset": TEXT, "data_root": TEXT, "prompts": TEXT, "split_seed": SEED,
+    "image_size": (int, "a side of 1 to 8192 pixels", 1, 8192),
+    "mean": (NUMBERS, "three numbers to subtract", -1e3, 1e3),
+    "std": (NUMBERS, "three numbers to divide by", 1e-6, 1e3),
+    "recipe": OBJECT, "recipe.seed": SEED, "recipe.negatives?": SEED,
+    "group?": (re.Pattern, "a regular expression"),
+    "fold?": (re.compile(r"\d+/\d+"), "a fold such as 1/5"),
+    "no_mask_is_empty?": SWITCH, "skip_bad?": SWITCH,
+    "class_words?": ([str], "a list of words"), "best_val_dsc?": ((int, float), "a number"),
+}  # fmt: skip
 REPEATED = ("seed", "fold")  # settings by which the runs of a group may differ
 OF_THIS_MACHINE = ("folder", "config", "fresh")  # keys of a model's `info` that a checkpoint leaves out
 HUB = "hub:"  # before the name of a repository on the Hugging Face hub
@@ -26,11 +39,22 @@ HUB_ID = re.compile(rf"{HUB}[\w.-]+/[\w.-]+")
 
 
 def save_tuned(path, model, **metadata):
-    """Write the tuned tensors and, as metadata (each value in JSON), the model's `info` and `metadata`."""
+    """Write the tuned tensors and, as metadata (each value in JSON), the model's `info` and `metadata`.
+
+    A digest of both, also in the metadata, tells `read_tuned` of damage.
+    """
     described = {name: value for name, value in model.info.items() if name not in OF_THIS_MACHINE}
     texts = {name: json.dumps(value) for name, value in dict(format=FORMAT, **described, **metadata).items()}
+    tensors = model.tuned_state_dict()
+    texts["digest"] = _digest(tensors, texts)
     with atomic_write(path) as temporary:
-        save_file(model.tuned_state_dict(), temporary, texts)
+        temporary.write_bytes(save(tensors, texts))
+
+
+def _digest(tensors, texts):
+    """Return the digest of a checkpoint's tensors and metadata, in JSON."""
+    content = [fingerprint(tensors), sorted(texts.items())]
+    return json.dumps(digest(json.dumps(content).encode()))
 
 
 def locate_checkpoint(path):
@@ -70,7 +94,7 @@ def read_metadata(path):
     """
     path = locate_checkpoint(path)
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(opened(path), "pt") as file:
             texts = file.metadata() or {}
     except Exception as error:
         with open(path, "rb") as file:
@@ -93,32 +117,25 @@ def read_metadata(path):
             metadata[name] = json.loads(text)
         except (ValueError, RecursionError):
             raise ValueError(f"'{path}': the metadata's '{name}' is not valid JSON.") from None
-    _check_metadata(path, metadata)
+    check_fields(f"metadata of {path}", metadata, METADATA)
     return metadata
-
-
-def _check_metadata(path, metadata):
-    """Raise ValueError, which names the file and the key, for metadata that no checkpoint can have."""
-    source = f"metadata of {path}"
-    for name, expected in METADATA.items():
-        if name in metadata or name in REQUIRED:
-            field(source, metadata, name, kind=expected, words=f"of type {expected.__name__}")
-    side = metadata.get("image_size", 1)
-    if not 1 <= side <= 8192:
-        raise ValueError(f"'{source}': 'image_size' {side} is out of range (1 to 8192).")
-    for name, least in (("mean", -1e3), ("std", 1e-6)):
-        values = metadata.get(name, [1.0] * 3)
-        if len(values) != 3 or not all(isinstance(v, (int, float)) and least <= v <= 1e3 for v in values):
-            raise ValueError(f"'{source}': '{name}' {values} should be three numbers to normalise by.")
 
 
 def read_tuned(path):
     """Return the tuned tensors of a checkpoint (of a run's folder: its best one).
 
-    Raises ValueError for NaN or infinity.
+    Raises ValueError for NaN or infinity, and for a file that is not as it was written.
     """
     path = locate_checkpoint(path)
-    tensors = load_file(path)
+    with safe_open(opened(path), "pt") as file:
+        texts = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    written = texts.pop("digest", None)  # checkpoints of earlier versions have none
+    if written and written != _digest(tensors, texts):
+        raise ValueError(
+            f"'{path}' is damaged: its content is not what was written there. Take a copy of it, or of the "
+            "run's last.safetensors."
+        )
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise ValueError(f"'{path}': NaN or infinity in {first_few(broken)}.")
@@ -227,5 +244,5 @@ def _describe_base(model, reference, fingerprint):
 
 def save_state(path, state):
     """Write what a run needs to resume: tensors, numbers, texts, lists and dictionaries only."""
-    with atomic_write(path) as temporary:
-        torch.save(state, temporary)
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        torch.save(state, file)

@@ -1,9 +1,10 @@
-"""Data sets: layouts, splits, what is wrong with them, pictures of all kinds, the cache, augmentation."""
+"""Data sets: layouts, splits, what is wrong with them, pictures of all kinds, augmentation."""
 
 import json
-import os
 import shutil
+import signal
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,10 +14,9 @@ from PIL import Image
 import datasets
 from tests.conftest import disk, normalise, write_demo, write_pair
 from vlsm.data.augment import affine_matrices, augment
-from vlsm.data.cache import open_split
 from vlsm.data.folders import SplitRules
 from vlsm.data.images import read_image, read_mask
-from vlsm.data.records import DataError, Record, choose_prompt, describe_groups, group_names
+from vlsm.data.records import Record, choose_prompt, describe_groups, group_names, group_of
 from vlsm.data.resize import resize_image, resize_mask
 from vlsm.mini import demo
 
@@ -313,45 +313,6 @@ def test_resizing_is_the_references():
     torch.testing.assert_close(normalise(pixels), want, atol=1e-5, rtol=1e-5)
 
 
-def test_cache_is_used_and_made_anew_when_broken_or_stale(folder, tmp_path):
-    found, cache = datasets.records(str(folder), "train"), tmp_path / "cache"
-    first = open_split(found, 32, cache, "disks train")
-    files = sorted(cache.glob("*.npy"))
-    assert len(files) == 2 and isinstance(first.images, np.memmap)
-    pixels = first.images.copy()
-    stamps = [f.stat().st_mtime_ns for f in files]
-    open_split(found, 32, cache, "disks train")
-    assert [f.stat().st_mtime_ns for f in files] == stamps  # read, not written
-    files[0].write_bytes(files[0].read_bytes()[:-100])
-    again = open_split(found, 32, cache, "disks train")
-    assert (again.images == pixels).all() and files[0].stat().st_mtime_ns != stamps[0]
-    Image.new("RGB", (60, 44), (9, 9, 9)).save(found[0].image)
-    changed = open_split(found, 32, cache, "disks train")
-    assert (changed.images[0] == 9).all()
-    assert len(list(cache.glob("*.npy"))) == 2, "the stale files are gone"
-    os.utime(found[1].image, ns=(1, 1))  # of equal size, but touched
-    open_split(found, 32, cache, "disks train")
-    assert not set(cache.glob("*.npy")) & set(files) and not list(cache.glob(".*.tmp"))
-
-
-def test_cache_folder_that_cannot_be_written(folder, tmp_path):
-    (tmp_path / "file").write_text("no folder")
-    with pytest.raises(ValueError, match="cannot be written .* --cache-dir"):
-        open_all(folder, ["val"], cache_dir=tmp_path / "file")
-
-
-def test_cache_in_parallel_equals_one_thread(folder, monkeypatch):
-    found, splits = datasets.records(str(folder), "train"), []
-    for threads in (1, 4):
-        monkeypatch.setattr("vlsm.data.cache.READERS", threads)
-        splits.append(open_split(found, 32, None, "x"))
-    one, four = splits
-    assert (one.images == four.images).all() and (one.masks == four.masks).all()
-    found[3].image = folder / "nothing.png"
-    with pytest.raises(DataError, match="image without file: d3.png"):
-        open_split(found, 32, None, "x")
-
-
 def test_demo_is_the_same_for_ever_and_varied():
     for a, b in zip(demo.image_records(5), demo.image_records(5), strict=True):
         assert (a.image == b.image).all() and (a.mask.file == b.mask.file).all() and a.prompts == b.prompts
@@ -402,3 +363,14 @@ def test_augmentation_stays_in_its_ranges():
     assert m[:, :, 2].abs().max() <= 0.04 and m[:, :, 2].abs().max() > 0.039
     scale = 1 / m[:, 0, :2].norm(dim=1)
     assert 0.975 < scale.min() < 0.985 and 1.015 < scale.max() < 1.025
+
+
+def test_a_pattern_that_takes_for_ever_is_refused():
+    found = [Record("a" * 40 + ".png", "", None, None)]
+    for search in (lambda: group_names(found, "(a+)+$"), lambda: group_of("a" * 40 + "!", "(a+)+$")):
+        with pytest.raises(ValueError, match=r"--group '\(a\+\)\+\$' takes too long to search in 'aaa"):
+            search()
+    assert group_names(found, "a") == ["a"]
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+    with ThreadPoolExecutor(1) as pool:  # where no signals come
+        assert pool.submit(group_names, found, "a+").result() == ["a" * 40]

@@ -47,6 +47,12 @@ def test_long_prompts_are_cut_and_it_is_said_once(capsys):
     assert said.count("cut off") == 1 and "32 tokens and the model takes 10" in said
 
 
+def test_a_prompt_of_megabytes_is_refused_at_once():
+    with pytest.raises(ValueError, match=r"'aaa.{57}\.\.\.' has 10000001 characters"):
+        Tokenizer(MINI)(["a polyp", "a" * 10_000_001])
+    assert len(Tokenizer(MINI).encode("a " * 5000)) == 77
+
+
 def test_no_tokenizer(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no tokenizer"):
         Tokenizer(tmp_path)

@@ -11,6 +11,7 @@ from tests.raw.test_import_coco import save
 from vlsm.data.images import read_image, read_mask
 from vlsm.raw.download import LabelledImage
 from vlsm.raw.formats import importing
+from vlsm.system import files
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (12, 15, 3), dtype=np.uint8)
 
@@ -28,6 +29,7 @@ def bring(tmp_path, monkeypatch):
     Image.fromarray(PIXELS).save(tmp_path / "src/photo.jpg")
 
     def run(images, templates=False, overwrite=False):
+        files._inputs.clear()  # as a process of its own
         monkeypatch.setitem(importing.FORMATS, "test", lambda download: iter(images))
         importing.import_dataset("test", tmp_path / "src", tmp_path / "out", templates, overwrite)
         return tmp_path / "out"

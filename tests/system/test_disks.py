@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.conftest import ROOT
+from vlsm.checkpoint import save_state
 from vlsm.system import files
 from vlsm.system.console import friendly_errors
 
@@ -41,12 +42,16 @@ def test_a_full_disk_is_a_sentence(tmp_path):
             files.reserve(small / "x", 4 << 20)
         for save in (
             lambda file: save_file({"a": torch.zeros(1 << 20)}, file),
-            lambda file: torch.save({"a": torch.zeros(1 << 20)}, file),
+            lambda file: file.write_bytes(bytes(1 << 22)),
         ):
             with pytest.raises(OSError) as caught, files.atomic_write(small / "y"):
                 with files.atomic_write(small / "z") as temporary:
                     save(temporary)
-            assert caught.value.errno == 28 and not list(small.glob(".*.tmp"))
+            assert caught.value.errno == 28 and caught.value.filename == str(small / "z")
+            assert not list(small.glob(".*.tmp"))
+        with pytest.raises(OSError) as caught:
+            save_state(small / "state.pt", {"a": torch.zeros(1 << 20)})
+        assert caught.value.errno == 28 and caught.value.filename == str(small / "state.pt")
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
 

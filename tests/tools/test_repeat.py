@@ -18,7 +18,7 @@ def repeat(cli, quick, out, *seeds, epochs=1, more=()):
 def test_each_seed_is_a_run_of_its_own(cli, quick, tmp_path):
     code, said, err = repeat(cli, quick, tmp_path / "group", 1, 2, 1)
     assert code == 0 and "All runs are done" in said, err
-    assert sorted(p.name for p in (tmp_path / "group").iterdir()) == ["seed1", "seed2"]
+    assert sorted(p.name for p in (tmp_path / "group").iterdir()) == ["config.json", "seed1", "seed2"]
     assert cli("train", *quick, "--epochs", 1, "--seed", 2)[0] == 0
     assert same_tensors(
         tmp_path / "run" / "last.safetensors", tmp_path / "group" / "seed2" / "last.safetensors"
@@ -30,15 +30,30 @@ def test_seeds_go_on_after_an_interruption(cli, quick, tmp_path):
     code, said, err = repeat(cli, quick, tmp_path / "group", 1, 2, epochs=2, more=["--resume"])
     assert code == 0 and "Resuming" in said, err
     assert all(len(rows(tmp_path / "group" / f"seed{seed}" / "log.csv")) == 2 for seed in (1, 2))
-    code, _, err = repeat(cli, quick, tmp_path / "group", 1, 2)
+    code, _, err = repeat(cli, quick, tmp_path / "group", 1, 2, epochs=2)
     assert code == 2 and "exists and is not empty" in err
+
+
+def test_a_group_goes_on_with_its_own_options(cli, quick, tmp_path):
+    group = tmp_path / "group"
+    assert repeat(cli, ["--dataset", tmp_path / "nowhere", *quick[2:]], group, 1)[0] == 2
+    assert repeat(cli, quick, group, 1)[0] == 0, "options are the group's once a run exists"
+    code, _, err = repeat(cli, quick, group, 1, 2, epochs=2, more=["--resume"])
+    assert code == 2 and "have the options --dataset" in err and not (group / "seed2").exists()
+    code, said, err = cli("vlsm.tools.repeat", "--out", group, "--resume", "--seeds", 1, 2)
+    assert code == 0 and "Resuming" in said, err
+    of_seed = [json.loads((group / f"seed{k}" / "config.json").read_text())["options"] for k in (1, 2)]
+    assert of_seed[0] | {"seed": 2} == of_seed[1]
+    (group / "config.json").unlink()  # as of earlier versions
+    code, _, err = cli("vlsm.tools.repeat", "--out", group, "--resume", "--seeds", 1, 3)
+    assert code == 2 and "give the options of the runs behind --" in err and not (group / "seed3").exists()
 
 
 def folds(cli, quick, dataset, out):
     options = ["--dataset", dataset, *quick[2:-2], "--prompts", "a red disk", "--epochs", 1]
     code, said, err = cli("vlsm.tools.repeat", "--folds", 3, "--out", out, "--", *options)
     assert code == 0 and "All runs are done" in said, err
-    assert sorted(path.name for path in out.iterdir()) == ["fold1", "fold2", "fold3"]
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "fold1", "fold2", "fold3"]
 
 
 def test_folds_are_tested_on_each_record_once(cli, quick, folder, tmp_path):

@@ -1,15 +1,19 @@
 """The decode-once cache: every image is read, checked and resized once, into memory-mapped uint8 arrays.
 
-Also: batches on the device.
+An entry of the cache is one file of planes `[S, S]`: three for each image of a split, one for each mask, and
+one that begins with their checksum. Also: batches on the device.
 """
 
 import glob
+import hashlib
 import json
 import math
 import os
+import zlib
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from contextlib import suppress
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +23,6 @@ from vlsm.data.images import (
     READERS,
     ImageError,
     LabelMask,
-    MaskUnion,
     class_target,
     orientation,
     read_image,
@@ -36,10 +39,10 @@ from vlsm.data.resize import (
     resize_mask,
     touches_corners,
 )
-from vlsm.system.console import ADVICE, progress, say, say_once
-from vlsm.system.files import atomic_write, digest, reserve, sweep_temporary
+from vlsm.system.console import progress, say, say_once
+from vlsm.system.files import atomic_write, digest, opened, reserve
 
-FORMAT = 3  # increased whenever a reader or a resizer gives other pixels: old cache files are then ignored
+FORMAT = 4  # increased whenever a reader or a resizer gives other pixels: old cache files are then ignored
 
 
 def default_cache():
@@ -65,6 +68,14 @@ class CachedSplit:
 
     def __len__(self):
         return len(self.records)
+
+    @cached_property
+    def checksum(self):
+        """Return 16 letters that change when a pixel does, wherever the files lie.
+
+        Every start computes them: CRC-32 is several times faster than `digest`.
+        """
+        return f"{zlib.crc32(self.images.reshape(-1)):08x}{zlib.crc32(self.masks.reshape(-1)):08x}"
 
     def batch(self, indices, with_images=True):
         """Return (images uint8 `[B, 3, S, S]` or None, masks uint8 `[B, 1, S, S]`) of some records."""
@@ -232,17 +243,15 @@ def open_split(records, size, folder, label, need_foreground=True):
     folder: None for no cache. need_foreground: refuse a split without any. Raises DataError for records that
     cannot be used, ValueError if no mask has foreground at this size or the folder cannot be written.
     """
-    first, image_of = index_images(records)
-    shapes = [(len(first), 3, size, size), (len(records), size, size)]
-    in_memory = any(isinstance(record.image, np.ndarray) for record in records)
-    if folder is None or in_memory:
-        images, masks = (np.empty(shape, np.uint8) for shape in shapes)
-        decode(records, images, masks, label)
+    first, _ = index_images(records)
+    shape = (3 * len(first) + len(records) + 1, size, size)
+    if folder is None or isinstance(records[0].image, np.ndarray):
+        split = _fill_entry(np.empty(shape, np.uint8), records, label)
     else:
-        images, masks = _cached_arrays(records, shapes, Path(folder), label)
+        split = _cached_split(records, shape, Path(folder), label)
     if need_foreground:
-        _check_foreground(records, masks, label)
-    return CachedSplit(records, images, masks, image_of)
+        _check_foreground(records, split.masks, label)
+    return split
 
 
 def _check_foreground(records, masks, label):
@@ -263,84 +272,97 @@ def _check_foreground(records, masks, label):
         say(f"{label}: {describe_smaller(smaller, len(areas), size)}")
 
 
-def _cached_arrays(records, shapes, folder, label):
-    """Return (images, masks) mapped from cache files of `shapes`; write missing or broken files anew."""
-    size = shapes[0][-1]
+def _cached_split(records, shape, folder, label):
+    """Return the `CachedSplit` mapped from its file of `shape`; write a missing or broken file anew."""
     first_folder = Path(records[0].image).parent
     source = digest(str(first_folder).encode(), 4)  # data sets of one name in two folders stay apart
-    stem = f"{label.replace('/', '-').replace(' ', '-')}-{source}-{size}"
-    key = _cache_key(records, size)
-    files = [folder / f"{stem}-{key}.{content}.npy" for content in ("images", "masks")]
-    arrays = _open_arrays(files, shapes)
-    if arrays is None:
-        _write_arrays(files, shapes, records, label)
-        for old in folder.glob(f"{glob.escape(stem)}-*.npy"):  # of earlier states of the same files
-            if old not in files:
-                old.unlink(missing_ok=True)
-        arrays = _open_arrays(files, shapes)
-    return arrays
+    stem = f"{label.replace('/', '-').replace(' ', '-')}-{source}-{shape[-1]}"
+    file = folder / f"{stem}-{_cache_key(records, label)}.pixels"
+    split = _open_entry(file, shape, records)
+    if split is None:
+        split = _write_entry(file, shape, records, label)
+        for old in folder.glob(f"{glob.escape(stem)}-*"):  # of earlier states, and this one, which is in use
+            _delete_unused(old)
+    return split
 
 
-def _cache_key(records, size):
-    """Return a hash of the size and of every file's path, length and modification time."""
-    stamps = []
-    for record in records:
-        stamp = [record.problem, *map(_stamp, record.files)]
-        if isinstance(record.mask, LabelMask):
-            stamp += [record.mask.value, record.mask.ignore]
-        if isinstance(record.mask, MaskUnion):
-            stamp.append(record.mask.any_value)
-        stamps.append(stamp)
-    text = json.dumps([FORMAT, size, stamps])
-    return digest(text.encode())
+def _cache_key(records, label):
+    """Return a hash of every file's path and content, whatever its time says, and of how masks are read."""
+    files = dict.fromkeys(file for record in records for file in record.files)  # records may share one
+    with ThreadPoolExecutor(READERS) as pool:
+        contents = list(progress(pool.map(_content, files), f"comparing {label}"))
+    stamps = [(record.problem, str(record.image), str(record.mask)) for record in records]
+    return digest(json.dumps([FORMAT, stamps, contents]).encode())
 
 
-def _stamp(path):
-    """Return values that change when a file does; a missing file is reported later, when it is read."""
+def _content(path):
+    """Return the digest of a file; None for a missing one, which is reported later, when it is decoded."""
     try:
-        stat = os.stat(path)
+        return hashlib.sha256(Path(opened(path)).read_bytes()).hexdigest()  # faster than `digest`
     except OSError:
-        return [str(path), -1, -1]
-    return [str(path), stat.st_size, stat.st_mtime_ns]
+        return None
 
 
-def _write_arrays(files, shapes, records, label):
-    """Decode the records into cache files, all or none. Raises ValueError, which names the folder."""
-    folder = files[0].parent
+def _entry_split(entry, records):
+    """Return the `CachedSplit` that is a view of an entry's planes."""
+    first, image_of = index_images(records)
+    images, masks, _ = np.split(entry, [3 * len(first), -1])
+    return CachedSplit(records, images.reshape(-1, 3, *masks.shape[1:]), masks, image_of)
+
+
+def _fill_entry(entry, records, label):
+    """Decode the records into an entry's planes; returns their `CachedSplit`."""
+    split = _entry_split(entry, records)
+    decode(records, split.images, split.masks, label)
+    entry[-1].flat[:16] = list(split.checksum.encode())
+    return split
+
+
+def _open_entry(file, shape, records):
+    """Return the `CachedSplit` of a file; None if it is missing, too short or changed."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        sweep_temporary(folder)
-        with atomic_write(files[0]) as image_file, atomic_write(files[1]) as mask_file:
-            images = _array_on_disk(image_file, shapes[0])
-            masks = _array_on_disk(mask_file, shapes[1])
-            decode(records, images, masks, label)
-            images.flush()
-            masks.flush()
+        entry = _map_file(file, "r", shape)
+    except (OSError, ValueError):
+        return None
+    split = _entry_split(entry, records)
+    return split if bytes(entry[-1].flat[:16]) == split.checksum.encode() else None
+
+
+def _write_entry(file, shape, records, label):
+    """Decode the records into a new file; returns their `CachedSplit`.
+
+    Raises ValueError, which names the folder.
+    """
+    nbytes = math.prod(shape)
+    try:
+        with atomic_write(file) as temporary:
+            reserve(temporary, nbytes)
+            entry = _map_file(temporary, "r+", shape)
+            split = _fill_entry(entry, records, label)
+            entry.flush()
     except OSError as error:
-        reason = ADVICE.get(error.errno) or error.strerror
-        nbytes = sum(math.prod(shape) for shape in shapes)
         raise ValueError(
-            f"The cache folder '{folder}' cannot be written ({reason}). It needs {nbytes:,} bytes more. Name "
-            "another with --cache-dir."
+            f"The cache folder '{file.parent}' cannot be written ({error.strerror or error}). It needs "
+            f"{nbytes:,} bytes more. Name another with --cache-dir."
         ) from error
+    return split
 
 
-def _array_on_disk(file, shape):
-    """Return a uint8 array mapped to a new .npy file whose blocks are all reserved on the disk."""
-    array = np.lib.format.open_memmap(file, "w+", np.uint8, shape)
-    reserve(file, array.nbytes, array.offset)
-    return array
+def _map_file(path, mode, shape):
+    """Return a file's bytes, mapped to memory; while they are mapped the file stays in the cache."""
+    with open(path, mode + "b") as file:
+        with suppress(ImportError, OSError):  # without locks nothing is deleted, see `_delete_unused`
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_SH)  # the mapping keeps a copy of the handle, and with it the lock
+        return np.memmap(file, mode=mode, shape=shape)
 
 
-def _open_arrays(files, shapes):
-    """Return the arrays mapped from files, or None if one is missing, broken or of another shape."""
-    arrays = []
-    for file, shape in zip(files, shapes):
-        try:
-            array = np.load(file, mmap_mode="r")
-        except (OSError, ValueError, EOFError):
-            return None
-        if array.shape != shape or array.dtype != np.uint8:
-            return None
-        arrays.append(array)
-    return arrays
+def _delete_unused(path):
+    """Delete a file of the cache that no process has mapped; else a later start tries again."""
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        with open(path, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()

@@ -18,6 +18,8 @@ from vlsm.data.records import check_texts
 from vlsm.system.console import first_few
 from vlsm.system.files import field, hash_of, leaves_folder, read_json
 
+LENGTHS = [(int, float)] * 2  # from row to row, and from column to column
+
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
@@ -53,12 +55,7 @@ def find_group(file, content):
     """Return the "group" of a dataset.json, as --group is written, or None. Raises ValueError."""
     if "group" not in content:
         return None
-    pattern = field(file, content, "group", kind=str, words="a regular expression")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"'{file}': 'group' is no regular expression ({error}).") from None
-    return pattern
+    return field(file, content, "group", kind=re.Pattern, words="a regular expression")
 
 
 def add_spacing(records, file, content):
@@ -71,10 +68,9 @@ def add_spacing(records, file, content):
     if spacing is None:
         return
     by_name = spacing if isinstance(spacing, dict) else {".": spacing}
-    for name, pair in by_name.items():
-        numbers = isinstance(pair, list) and all(isinstance(length, (int, float)) for length in pair)
-        if not numbers or len(pair) != 2 or not all(0 < length < 1e6 for length in pair):
-            raise ValueError(f"'{file}': 'spacing' of '{name}' should be two lengths in mm, and is {pair!r}.")
+    for name in by_name:
+        keys = ("spacing", name) if by_name is spacing else ("spacing",)
+        field(file, content, *keys, kind=LENGTHS, words="two lengths in mm", low=1e-9, high=1e6)
     for record in records:
         path = PurePosixPath(record.name)
         for place in (path, *path.parents):
@@ -87,9 +83,8 @@ def parse_labels(content, file):
     """Return the `Labels` in the content of a dataset.json. Raises ValueError, which names file and key."""
     numbers = dict(field(file, content, "labels", kind=dict, words=f"an object, as in {LABELS_FORM}"))
     for word in numbers:
-        number = field(file, content, "labels", word, kind=int, words=f"a class number, as in {LABELS_FORM}")
-        if not 0 <= number <= 65535:
-            raise ValueError(f"'{file}': 'labels.{word}' should be 0 to 65535, and is {number}.")
+        words = f"a class number, 0 to 65535, as in {LABELS_FORM}"
+        field(file, content, "labels", word, kind=int, words=words, low=0, high=65535)
         if not word or leaves_folder(word):
             raise ValueError(f"'{file}': 'labels' names a class '{word}'; it should be a word.")
     if len(set(numbers.values())) < len(numbers):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import signal
 from collections import defaultdict
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import numpy as np
 
 from vlsm.data.images import LabelMask, MaskUnion
 from vlsm.system.console import first_few
-from vlsm.system.files import field, leaves_folder, read_json
+from vlsm.system.files import field, fits, leaves_folder, read_json
 
 PROMPT_KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
+# of a name with a letter, as the file system takes it; bytes that are no UTF-8 come as \udc80 to \udcff
+FILE_NAME = re.compile(r"(?s)(?=.*[^./])[^\0\ud800-\udc7f\udd00-\udfff]{1,1000}")
 
 
 @dataclasses.dataclass
@@ -70,9 +73,29 @@ class DataError(ValueError):
         super().__init__("\n".join([heading, *lines]))
 
 
+def search_name(pattern, name):
+    """Search a pattern of --group in an image's name. Raises ValueError if it takes a second of computing."""
+
+    def give_up(*_):
+        raise ValueError(
+            f"--group '{pattern}' takes too long to search in '{name}'. Write it without a repeat of "
+            "repeats, such as (a+)+."
+        )
+
+    try:
+        signal.signal(signal.SIGVTALRM, give_up)
+    except (AttributeError, ValueError):  # on Windows, or in another thread than the first: no limit
+        return re.search(pattern, name)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 1)
+    try:
+        return re.search(pattern, name)
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+
 def group_of(name, pattern=None):
     """Return the group of an image's name: what `pattern`, or its first group, matches; else the name."""
-    match = re.search(pattern, name) if pattern else None
+    match = search_name(pattern, name) if pattern else None
     return match[min(1, match.re.groups)] if match else name
 
 
@@ -90,7 +113,7 @@ def group_names(records, pattern=None):
 def refuse_idle_pattern(pattern, records):
     """Raise ValueError if a pattern of --group is found in no image's name."""
     names = [record.name for record in records]
-    if names and not any(re.search(pattern, name) for name in names):
+    if names and not any(search_name(pattern, name) for name in names):
         raise ValueError(f"--group '{pattern}' is found in no image's name, such as '{names[0]}'.")
 
 
@@ -154,7 +177,7 @@ def read_annotations(path):
 def _check_entry(entry, source):
     """Raise ValueError, which names `source`, unless an annotation file's entry is a record."""
     for key in ("img_name", "mask_name"):
-        name = field(source, entry, key, kind=str, words="a text")
+        name = field(source, entry, key, kind=FILE_NAME, words="a file's name")
         if leaves_folder(name):
             raise ValueError(f"'{source}': the file name '{name}' leaves the data set's folder.")
     prompts = field(source, entry, "prompts", kind=dict, words="an object")
@@ -168,8 +191,7 @@ def _check_entry(entry, source):
 
 def check_texts(source, key, value):
     """Raise ValueError, which names source and key, unless a prompt is a text or a list of texts."""
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+    if value == [] or not fits(value, str) and not fits(value, [str]):
         raise ValueError(f"'{source}': prompt '{key}' is neither a text nor a list of texts.")
 
 

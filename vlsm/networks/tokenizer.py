@@ -69,7 +69,15 @@ class Tokenizer:
             raise ValueError(f"The tokenizer in '{folder}' lacks {START} or {END}; it is not CLIP's.")
 
     def encode(self, prompt):
-        """Return the token ids of one prompt, start and end included. Raises ValueError for no UTF-8."""
+        """Return the token ids of one prompt, start and end included.
+
+        Raises ValueError for no UTF-8, and for a text that is too long to be a prompt.
+        """
+        if len(prompt) > 10_000:
+            raise ValueError(
+                f"The prompt '{prompt[:60]}...' has {len(prompt)} characters, and a model reads 77 tokens at "
+                "most. Give at most 10,000 characters."
+            )
         if prompt != prompt.encode("utf-8", "ignore").decode():
             raise ValueError(f"The prompt {ascii(prompt)} is no text in UTF-8.")
         if any(sign.isalpha() and not sign.isascii() for sign in prompt):

@@ -2,13 +2,14 @@
 
 import hashlib
 import re
+import zipfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from vlsm.system.console import first_few, say_once
-from vlsm.system.files import field, read_json
+from vlsm.system.files import field, opened, read_json
 
 RANDOM = "random:"
 MINI = Path(__file__).parents[1] / "mini"  # the embedded CLIPSeg
@@ -150,9 +151,15 @@ def load_safely(file, advice="Is the file complete?"):
 
     Raises ValueError, with an `advice`, for a file that is damaged or holds more; nothing in it is executed.
     """
+    opened(file)
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
+        if zipfile.is_zipfile(file):  # as torch.save writes it, with a checksum of each part
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise zipfile.BadZipFile(damaged)
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling, zip, end-of-file, safetensors and runtime errors alike
         # torch.load's own text advises to execute what the file holds; of it we tell what that would be

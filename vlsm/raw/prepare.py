@@ -41,8 +41,9 @@ CLASS_WORD_ONLY = ("cityscapes", "voc")  # the class is their only prompt, as in
 class Writer:
     """Files below a folder that are written together or not at all, and only if their content is new.
 
-    They are in a temporary folder beside it until `commit`. overwrite: replace files that were changed since
-    an earlier run wrote them. Attributes: `written`, a number of files; `unchanged`, paths.
+    They are in a temporary folder beside it until `commit`; a new folder is that one, renamed. overwrite:
+    replace files that were changed since an earlier run wrote them. Attributes: `written`, a number of files;
+    `unchanged`, paths.
     """
 
     def __init__(self, root, overwrite=False):
@@ -54,13 +55,14 @@ class Writer:
 
     def __enter__(self):
         self.root.parent.mkdir(parents=True, exist_ok=True)
-        sweep_temporary(self.root.parent)  # of a preparation that was killed
+        for folder in (self.root.parent, *self.root.glob("**/")):
+            sweep_temporary(folder)  # of a preparation that was killed
         self.stage = temporary_beside(self.root.resolve())
         self.stage.mkdir()
         return self
 
     def __exit__(self, *_):
-        shutil.rmtree(self.stage)
+        shutil.rmtree(self.stage, ignore_errors=True)
 
     def write(self, name, data):
         """Write bytes under a path below the root. Raises ValueError for a name that leaves it."""
@@ -71,8 +73,8 @@ class Writer:
             self.unchanged.add(path)
             return
         staged = self.stage / name
-        staged.parent.mkdir(parents=True, exist_ok=True)
-        staged.write_bytes(data)
+        with owned_write(staged) as temporary:
+            temporary.write_bytes(data)
         self.waiting[path] = staged
 
     def image(self, name, download, image):
@@ -107,6 +109,10 @@ class Writer:
             if not path.parent.resolve().is_relative_to(root):
                 raise ValueError(f"'{path}' leads out of '{self.root}' by a link; remove the link.")
         check_targets(targets, overwrite=self.overwrite)
+        self.written = len(self.waiting)
+        if not root.exists():
+            self.stage.rename(root)
+            return
         for path, staged in self.waiting.items():
             with owned_write(path) as temporary:
                 temporary.write_bytes(staged.read_bytes())
@@ -114,7 +120,6 @@ class Writer:
             path.unlink()
             if [other.name for other in path.parent.iterdir()] == [LEDGER]:
                 shutil.rmtree(path.parent)
-        self.written = len(self.waiting)
 
 
 def encode_png(pixels):

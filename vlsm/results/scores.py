@@ -1,5 +1,6 @@
 """Scores of predicted masks: of each pair, their means over a split with bootstrap intervals, their files."""
 
+import csv
 import math
 from collections import defaultdict
 
@@ -322,11 +323,16 @@ def mean_over_runs(folders, metric, word=None):
     values = defaultdict(list)
     groups = {}
     for file in files:
-        columns, *rows = read_csv(file)
-        for row in (dict(zip(columns, cells)) for cells in rows):
-            if word in (None, row.get("class") or NO_CLASS):
-                record = row["image"], row["mask"]
-                values[record].append(float(row[metric]))
-                groups[record] = row["group"]
+        try:
+            columns, *rows = read_csv(file)
+            for row in (dict(zip(columns, cells)) for cells in rows):
+                if word in (None, row.get("class") or NO_CLASS):
+                    record = row["image"], row["mask"]
+                    values[record].append(float(row[metric]))
+                    groups[record] = row["group"]
+        except (KeyError, ValueError, csv.Error) as error:
+            raise ValueError(
+                f"'{file}' is not as evaluate.py wrote it ({error!r}). Evaluate the run again."
+            ) from error
     means = [np.mean(values[record]) for record in groups]  # nan if undefined for one
     return summarise_values({metric: means}, list(groups.values()))[metric]

@@ -90,7 +90,7 @@ def number(cast, low=-math.inf, high=math.inf, above=-math.inf):
 
     def parse(text):
         value = cast(text)  # a ValueError names the text and `parse.__name__`
-        if not math.isfinite(value) or not low <= value <= high or value <= above:
+        if not low <= value <= high or value <= above or not abs(value) < 2**63:
             raise argparse.ArgumentTypeError(f"{text} is out of range: give {limits}")
         return value
 

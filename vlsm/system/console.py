@@ -29,6 +29,8 @@ ADVICE = {
     errno.EEXIST: "a file has the name of a folder that is needed",
     errno.EISDIR: "a folder has the name of a file that is needed",
     errno.EACCES: "permission is denied",
+    errno.EFBIG: "the file would be larger than the system allows (ulimit -f)",
+    errno.EMFILE: "too many files are open (ulimit -n)",
 }
 ADVICE[errno.EDQUOT] = ADVICE[errno.ENOSPC]
 
@@ -82,6 +84,9 @@ def friendly_errors():
 
     With VLSM_TRACEBACK=1 in the environment the traceback comes instead.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, "w"))
     for stream in (sys.stdout, sys.stderr):  # an ASCII terminal, or a file name that is no UTF-8
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

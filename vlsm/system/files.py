@@ -1,18 +1,18 @@
 """Files that survive a crash: each is written under a temporary name, flushed to disk, then renamed.
 
-Also: JSON and CSV, the protection of a user's files from being overwritten, a lock on a folder.
+Also: JSON and CSV, the protection of a user's files from being overwritten, a lock on a folder. Temporary
+files of processes that died are removed where this program writes.
 """
 
 import csv
-import errno
 import hashlib
 import io
 import json
-import math
 import os
 import re
 import shutil
 import socket
+from collections import Counter
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -28,10 +28,21 @@ def hash_of(text):
     return int(digest(text.encode(errors="surrogateescape")), 16)
 
 
+LARGEST = 1e300  # of the numbers in a file: infinity and NaN are none of them
 HOST = digest(socket.gethostname().encode(), 4)
-TEMPORARY = re.compile(rf"\.vlsm-{HOST}-(\d+)-.*\.tmp")
-LEDGER = ".vlsm-written"  # a file in each folder: digest and name of every file that this program wrote there
-FULL = 1 << 20  # bytes; with fewer left, a writer's error without a reason means that the disk is full
+OURS = ".vlsm-"  # beginning of the names of the ledger and of temporary files
+TEMPORARY = re.compile(rf"\{OURS}{HOST}-(\d+)-.*\.tmp")
+LEDGER = f"{OURS}written"  # in each folder: digest and name of every file that this program wrote there
+OS_ERROR = re.compile(r"\(os error (\d+)\)")  # in the text of safetensors' errors
+_inputs = set()  # real paths of the files that this process has read; they are never replaced
+_checked = set()  # targets that `check_targets` has allowed and nobody has written since
+_held = {}  # folder of `locked` -> its open handle
+
+
+def opened(path):
+    """Note that this process reads a file, which `owned_write` then never replaces; returns the path."""
+    _inputs.add(os.path.realpath(path))
+    return path
 
 
 @contextmanager
@@ -42,9 +53,11 @@ def atomic_write(path):
     Raises OSError that names `path`.
     """
     path = Path(path)
+    _refuse_moved(path)
     temporary = temporary_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        sweep_temporary(path.parent)
         temporary.touch()
         mode = temporary.stat().st_mode  # as the umask has it; safetensors writes for the owner alone
         yield temporary
@@ -53,27 +66,49 @@ def atomic_write(path):
         os.chmod(temporary, mode)
         os.replace(temporary, path)
     except OSError as error:
-        if str(error.filename) == str(temporary):
+        if str(error.filename or temporary) == str(temporary):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
-    except Exception as error:  # safetensors' and torch's writers have errors of their own
-        if temporary.exists() and shutil.disk_usage(temporary.parent).free < FULL:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+    except Exception as error:
+        number = _system_error(error)
+        if number:
+            raise OSError(number, os.strerror(number), str(path)) from error
         raise
     finally:
         if temporary.exists():  # unlink of a missing file fails on a file system that cannot be written
             temporary.unlink()
 
 
+def _system_error(error):
+    """Return the number of the system's error behind that of a writer, or None.
+
+    safetensors tells it in its text, torch.save to a Python file keeps it as the context.
+    """
+    number = OS_ERROR.search(str(error))
+    return int(number[1]) if number else getattr(error.__context__, "errno", None)
+
+
+def _refuse_moved(path):
+    """Raise FileNotFoundError if a locked folder above `path` was renamed or deleted meanwhile."""
+    for folder, handle in _held.items():
+        if folder in path.absolute().parents:
+            if not folder.exists() or not os.path.samestat(os.fstat(handle), os.stat(folder)):
+                raise FileNotFoundError(
+                    f"The folder '{folder}' was renamed or deleted while it is written to. What was finished "
+                    "before is whole; give it back its name to go on."
+                )
+
+
 def temporary_beside(path):
     """Return a path beside `path` whose name holds the machine and the process."""
     short = digest(os.fsencode(path.name), 6)  # the name itself may be too long to be lengthened
-    return path.with_name(f".vlsm-{HOST}-{os.getpid()}-{short}.tmp")
+    return path.with_name(f"{OURS}{HOST}-{os.getpid()}-{short}.tmp")
 
 
+@cache
 def sweep_temporary(folder):
-    """Remove the temporary files and folders in a folder whose processes, of this machine, are gone."""
-    for path in Path(folder).glob(".vlsm-*.tmp"):
+    """Remove the temporary files in a folder whose processes, of this machine, are gone; once a process."""
+    for path in Path(folder).glob(f"{OURS}*.tmp"):
         owner = TEMPORARY.fullmatch(path.name)
         if owner and not _is_alive(int(owner[1])):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -115,7 +150,9 @@ def check_targets(targets, inputs=(), overwrite=False):
     files that this program did not write, or that were changed since. Raises FileExistsError, or ValueError
     for two equal targets.
     """
-    read = {os.path.realpath(file) for file in inputs if isinstance(file, (str, Path))}
+    for file in inputs:
+        if isinstance(file, (str, Path)):
+            opened(file)
     ledger_of = cache(_ledger)
     seen = set()
     foreign = []
@@ -123,15 +160,21 @@ def check_targets(targets, inputs=(), overwrite=False):
         if target in seen:
             raise ValueError(f"Several images would be written to '{target}': rename those with equal stems.")
         seen.add(target)
-        if os.path.realpath(target) in read:
-            raise FileExistsError(f"'{target}' is itself read, so it is not written to. Name another folder.")
+        _refuse_input(target)
         if not overwrite and os.path.lexists(target) and not _is_own(target, ledger_of(target.parent)):
             foreign.append(target)
+        _checked.add(target.absolute())
     if foreign:
         raise FileExistsError(
-            f"'{foreign[0]}' exists, and was not written by this program, or was changed since. Name another "
-            f"place, or pass --overwrite. ({len(foreign)} such files)"
+            f"'{foreign[0]}' exists, and was not written by this program, or was changed since. Rename it, "
+            f"name another place, or pass --overwrite. ({len(foreign)} such files)"
         )
+
+
+def _refuse_input(path):
+    """Raise FileExistsError for a file that this process has read."""
+    if os.path.realpath(path) in _inputs:
+        raise FileExistsError(f"'{path}' is itself read, so it is not written to. Name another place.")
 
 
 def _ledger(folder):
@@ -156,8 +199,15 @@ def _ledger_line(path, name):
 
 @contextmanager
 def owned_write(path):
-    """Write as `atomic_write` does, and add the file's digest to the folder's ledger."""
+    """Write as `atomic_write` does, and add the file's digest to the folder's ledger.
+
+    Raises as `check_targets` for a path that this has not allowed before.
+    """
     path = Path(path)
+    if path.absolute() not in _checked:
+        check_targets([path])
+    _checked.discard(path.absolute())
+    _refuse_input(path)  # it may have been read since
     with atomic_write(path) as temporary:
         yield temporary
         line = _ledger_line(temporary, path.name) + "\n"
@@ -173,6 +223,7 @@ def delete_owned(folder):
     folder = Path(folder)
     if folder.is_symlink():
         return [folder]
+    sweep_temporary(folder)
     ledger = _ledger(folder)
     left = []
     for path in sorted(folder.iterdir()):
@@ -182,7 +233,7 @@ def delete_owned(folder):
             path.unlink()
         else:
             left.append(path)
-    if not is_filled(folder):
+    if not any(folder.iterdir()):
         folder.rmdir()
     return left
 
@@ -201,13 +252,16 @@ def locked(folder, activity):
         return
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)  # the folder itself, so that no lock file is left
+    place = folder.absolute()
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise FileExistsError(f"Another process {activity} '{folder}' at this moment.") from None
+        _held[place] = handle
         yield
     finally:
+        _held.pop(place, None)
         os.close(handle)
 
 
@@ -260,6 +314,16 @@ def is_owned(path):
     return _is_own(path, _ledger(path.parent))
 
 
+def refuse_changed(path):
+    """Raise FileExistsError for a file that this program wrote and somebody has changed since."""
+    known = any(line.endswith(f" {path.name}") for line in _ledger(path.parent))
+    if known and path.exists() and not is_owned(path):
+        raise FileExistsError(
+            f"'{path}' was changed since this program wrote it, and would be replaced. Rename the changed "
+            "file."
+        )
+
+
 def read_json(path, kind=dict, words="a JSON object"):
     """Return the value of type `kind` (in words: `words`) that a JSON file holds.
 
@@ -274,7 +338,7 @@ def parse_json(data, path, kind=dict, words="a JSON object"):
     Raises ValueError, which names `path`, if they are no JSON or hold another type.
     """
     try:
-        value = json.loads(data.decode("utf-8-sig"))
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
         if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise ValueError(f"'{path}' is saved in UTF-16; save it in UTF-8.") from None
@@ -286,18 +350,66 @@ def parse_json(data, path, kind=dict, words="a JSON object"):
     return value
 
 
-def field(source, value, *keys, kind=(int, float), words="a number"):
-    """Return the item under nested keys of a value that was read from `source`.
+def _distinct(pairs):
+    """Return the dictionary of a JSON object's pairs of key and value. Raises ValueError for equal keys."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {twice!r} comes twice in one object")
+    return value
 
-    Raises ValueError, which names source and keys, if it is missing, of another type or not finite.
+
+def fits(value, kind, low=-LARGEST, high=LARGEST):
+    """Tell whether a value that was read from a file has a type and, of numbers, is from `low` to `high`.
+
+    kind: a type, or several; [type]: a list of such items, [type] * 3: of three; a regular expression: a text
+    that it matches; `re.Pattern`: a regular expression itself. true and false are no numbers.
     """
+    if isinstance(kind, list):
+        if not isinstance(value, (list, tuple)) or len(kind) not in (1, len(value)):
+            return False
+        return all(fits(item, kind[0], low, high) for item in value)
+    if isinstance(kind, re.Pattern):
+        return isinstance(value, str) and bool(kind.fullmatch(value))
+    if kind is re.Pattern:
+        try:
+            re.compile(value)
+        except (re.error, TypeError, OverflowError, RecursionError):
+            return False
+        return isinstance(value, str)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, kind) and (not isinstance(value, (int, float)) or low <= value <= high)
+
+
+def item_of(value, keys):
+    """Return the item under nested keys of a value, None where one is missing."""
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
-    infinite = isinstance(value, float) and not math.isfinite(value)
-    other_type = not isinstance(value, kind) or isinstance(value, bool) and kind is not bool
-    if other_type or infinite:
-        raise ValueError(f"'{source}': '{'.'.join(keys)}' should be {words}, and is {value!r}.")
     return value
+
+
+def field(source, value, *keys, kind=(int, float), words="a number", low=-LARGEST, high=LARGEST):
+    """Return the item under nested keys of a value that was read from `source`.
+
+    Raises ValueError, which names source and keys, unless it `fits`; words: what it should be.
+    """
+    value = item_of(value, keys)
+    if not fits(value, kind, low, high):
+        raise ValueError(f"'{source}': '{'.'.join(keys)}' should be {words}, and is {value!r:.200}.")
+    return value
+
+
+def check_fields(source, value, schema):
+    """Check by `field` each item that a schema names, of a value that was read from `source`.
+
+    schema: {keys, with dots between: (kind, words, or these with low and high)}; what a ? follows may be
+    missing or null. Raises ValueError, which names source and keys.
+    """
+    for name, (kind, words, *limits) in schema.items():
+        keys = name.rstrip("?").split(".")
+        if not name.endswith("?") or item_of(value, keys) is not None:
+            field(source, value, *keys, kind=kind, words=words, **dict(zip(("low", "high"), limits)))
 
 
 def leaves_folder(name):
@@ -307,6 +419,6 @@ def leaves_folder(name):
 
 
 def is_filled(folder):
-    """Tell whether a path exists and is not an empty folder."""
+    """Tell whether a path exists and is not a folder without files, but for our temporary ones."""
     folder = Path(folder)
-    return folder.exists() and any(folder.iterdir())
+    return folder.exists() and not all(path.name.startswith(OURS) for path in folder.iterdir())

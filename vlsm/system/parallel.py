@@ -4,13 +4,18 @@ A step reduces one buffer of gradients: the trained parameters are few, and froz
 Without torchrun every function works for a single process.
 """
 
+import ctypes
 import os
+import signal
+import sys
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+
+PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when its parent dies
 
 
 def join_processes(device):
@@ -20,6 +25,8 @@ def join_processes(device):
     """
     if int(os.environ.get("WORLD_SIZE", 1)) < 2:
         return device
+    if sys.platform == "linux":  # a killed torchrun takes its processes along
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     cuda = device != "cpu" and torch.cuda.is_available()
     if not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")

@@ -1,18 +1,42 @@
 """Train the same run with several seeds, or on each fold of a cross-validation, in folders below one."""
 
+import shlex
 from pathlib import Path
 
 import train
 from vlsm.system import parallel
 from vlsm.system.arguments import Parser, number
 from vlsm.system.console import friendly_errors, say
+from vlsm.system.files import atomic_write, field, read_json, write_json
 from vlsm.training.arguments import parse_arguments
 
 EXAMPLES = """examples:
   python -m vlsm.tools.repeat --seeds 41 42 43 -- --dataset kvasir --peft dense
   python -m vlsm.tools.repeat --folds 5 -- --dataset my-folder --prompts "a polyp"
-  python -m vlsm.tools.repeat --folds 5 --out runs/five --resume -- --dataset my-folder --peft dense
+  python -m vlsm.tools.repeat --folds 5 --out runs/five --resume
 what follows -- goes to train.py. Evaluate all runs with: python evaluate.py --ckpt FOLDER"""
+
+
+def group_words(group, words, repeat):
+    """Return the options of train.py that the runs of a group share, as the config.json of its folder says.
+
+    words: those given now, which are written there before the first run. repeat: an option of one run. Raises
+    ValueError for other words than those of the runs.
+    """
+    file = group / "config.json"
+    begun = any(group.glob("*/config.json"))
+    if begun and not file.is_file() and not words:
+        raise ValueError(f"'{file}' is missing: give the options of the runs behind --.")
+    if not begun or not file.is_file():
+        write_json(file, dict(arguments=words), atomic_write)
+        return words
+    stored = field(file, read_json(file), "arguments", kind=list, words="the options of a group")
+    if words and parse_arguments([*words, repeat]) != parse_arguments([*stored, repeat]):
+        raise ValueError(
+            f"The runs in '{group}' have the options {shlex.join(stored)}. Leave out what follows --, or "
+            "name another --out."
+        )
+    return stored
 
 
 def main(argv=None):
@@ -37,10 +61,11 @@ def main(argv=None):
     first, *_ = repeats.values()
     run = parse_arguments([*args.train, first])  # reject bad options before anything is trained
     ending = "folds" if args.folds else "seeds"
-    group = args.out or run.out.removesuffix(f"seed{run.seed}") + ending
+    group = Path(args.out or run.out.removesuffix(f"seed{run.seed}") + ending)
+    train_words = group_words(group, args.train, first)
     for name, option in repeats.items():
-        out = Path(group, name)
-        words = [*args.train, option, f"--out={out}"]
+        out = group / name
+        words = [*train_words, option, f"--out={out}"]
         if args.resume and (out / "config.json").is_file():
             words.append("--resume")
         say(f"\n{name}: {out}")

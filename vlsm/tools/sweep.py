@@ -15,9 +15,24 @@ from vlsm.methods.search_space import search_space
 from vlsm.model import network_class, read_config
 from vlsm.system.arguments import Parser, flag, number
 from vlsm.system.console import friendly_errors, say
-from vlsm.system.files import atomic_write, field, is_filled, locked, read_json, write_csv, write_json
-from vlsm.training.arguments import method_options, parse_arguments, train_parser
-from vlsm.training.run import Diverged, delete_run, selection_score
+from vlsm.system.files import (
+    atomic_write,
+    check_fields,
+    field,
+    is_filled,
+    locked,
+    read_json,
+    write_csv,
+    write_json,
+)
+from vlsm.training.arguments import (
+    checked,
+    method_options,
+    parse_arguments,
+    stored_options,
+    train_parser,
+)
+from vlsm.training.run import Diverged, selection_score
 
 EXAMPLES = """examples:
   python -m vlsm.tools.sweep --out runs/coop-sweep --trials 20 -- --dataset kvasir --peft coop
@@ -43,52 +58,72 @@ def choose_space(values, words):
     return space
 
 
-def make_distributions(optuna, space):
-    """Return {name: Optuna's distribution} of a space; Optuna checks the values.
+def make_distributions(optuna, space, source):
+    """Return {name: Optuna's distribution} of a space, each value checked like one on the command line.
 
-    Raises ValueError for an entry without a meaning, and for a space without entries.
+    source: the file of the space, for messages. Raises ValueError for an entry without a meaning, and for a
+    space without entries.
     """
-    known = {action.dest for action in train_parser()._actions}
+    options = stored_options(train_parser())
     if not space:
         raise ValueError("Nothing is left to search: every hyper-parameter was given as an option.")
     distributions = {}
     for name, entry in space.items():
         try:
-            if name not in known:
-                raise ValueError("train.py has no such option")
+            if name not in options:
+                raise ValueError("train.py has no such option to search")
             if isinstance(entry, list):  # Optuna has no choices that are lists
+                for choice in entry:
+                    checked(options[name], choice)
                 choices = [json.dumps(choice) if isinstance(choice, list) else choice for choice in entry]
                 distributions[name] = optuna.distributions.CategoricalDistribution(choices)
-            elif isinstance(entry["low"], int) and isinstance(entry["high"], int):
-                distributions[name] = optuna.distributions.IntDistribution(**entry)
-            else:
-                distributions[name] = optuna.distributions.FloatDistribution(**entry)
-        except (ValueError, TypeError, KeyError) as error:
+                continue
+            for end in ("low", "high"):
+                if not isinstance(checked(options[name], entry[end]), (int, float)):
+                    raise ValueError("its values are no numbers")
+            check_fields(
+                source, entry, {"log?": (bool, "true or false"), "step?": ((int, float), "a number")}
+            )
+            whole = isinstance(entry["low"], int) and isinstance(entry["high"], int)
+            kind = optuna.distributions.IntDistribution if whole else optuna.distributions.FloatDistribution
+            distributions[name] = kind(**entry)
+        except (ValueError, TypeError, KeyError, argparse.ArgumentTypeError) as error:
             raise ValueError(
-                f"The search space's '{name}' should be a list of choices, or an interval such as "
-                f'{{"low": 1e-5, "high": 1e-2, "log": true}}; it is {entry} ({error}).'
+                f"'{source}': the search space's '{name}' should be a list of choices, or an interval such "
+                f'as {{"low": 1e-5, "high": 1e-2, "log": true}}; it is {entry!r:.200} ({error}).'
             ) from None
     return distributions
 
 
-def open_study(optuna, file, new):
-    """Return the study in a file. Raises ValueError if it is missing though not `new`, or is no study."""
-    if not new and (not file.is_file() or not file.stat().st_size):
-        raise ValueError(
-            f"'{file}', which holds the trials of this sweep, is missing or empty. Start again with another "
-            "--out."
-        )
+def open_study(optuna, file):
+    """Return the study in a file, which is made under another name first if there are no trials yet.
+
+    Raises ValueError if it is missing beside trials, or is no study.
+    """
+    if not file.is_file() or not file.stat().st_size:
+        if list(file.parent.glob("trial-*")):
+            raise ValueError(
+                f"'{file}', which holds the trials of this sweep, is missing or empty. Start again with "
+                "another --out."
+            )
+        with atomic_write(file) as temporary:
+            load_study(optuna, temporary)
     try:
-        study = optuna.create_study(
-            storage=f"sqlite:///{file.absolute()}", study_name="sweep", direction="maximize",
-            load_if_exists=True, pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=5),
-        )  # fmt: skip
-        study.get_trials()
+        return load_study(optuna, file)
     except Exception as error:  # of SQLAlchemy, alembic or Optuna
         raise ValueError(
             f"'{file}' is no study that Optuna can read ({type(error).__name__}). The runs beside it are "
             "whole; start the search again with another --out."
         ) from error
+
+
+def load_study(optuna, file):
+    """Return the study in a file, made there if the file is empty."""
+    study = optuna.create_study(
+        storage=f"sqlite:///{file.absolute()}", study_name="sweep", direction="maximize",
+        load_if_exists=True, pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=5),
+    )  # fmt: skip
+    study.get_trials()
     return study
 
 
@@ -124,8 +159,6 @@ def run_trial(optuna, study, trial, words, folder, by_loss):
             words.append(f"{option}={value}")
     if (folder / "config.json").is_file():
         words.append("--resume")
-    elif is_filled(folder):  # killed before its first file was whole
-        delete_run(folder)
 
     def score(history):
         """Return the value of a run so far, which the study maximises."""
@@ -202,17 +235,17 @@ def main(argv=None):
     words = args.train
     if args.resume:
         config = read_json(file)
-        words = field(file, config, "arguments", kind=list, words="the arguments of a sweep")
+        words = field(file, config, "arguments", kind=[str], words="the arguments of a sweep")
         space = field(file, config, "space", kind=dict, words="the space of a sweep")
     elif is_filled(args.out):
         raise FileExistsError(f"'{args.out}' exists and is not empty. Use --resume, or another --out.")
     values = vars(parse_arguments(words))
     if not args.resume:
         space = read_json(args.space) if args.space else choose_space(values, words)
-    distributions = make_distributions(optuna, space)
+    distributions = make_distributions(optuna, space, args.space or file)
     with locked(args.out, "is writing a sweep into"):
         write_json(file, dict(arguments=words, space=space), atomic_write)
-        study = open_study(optuna, args.out / "study.db", new=not args.resume)
+        study = open_study(optuna, args.out / "study.db")
         while trial := next_trial(optuna, study, distributions, args.trials, values["seed"]):
             say(f"\ntrial {trial.number + 1} of {args.trials}: {trial.params}")
             try:

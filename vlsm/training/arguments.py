@@ -10,7 +10,7 @@ from vlsm.methods.registry import METHODS, OPTIONS, PromptLearner, add_method_op
 from vlsm.model import NETWORKS, network_class
 from vlsm.system.arguments import Parser, add_machine_arguments, add_split_rules, flag, number
 from vlsm.system.console import did_you_mean
-from vlsm.system.files import read_json
+from vlsm.system.files import fits, read_json
 
 EXAMPLES = """examples:
   python train.py --dataset demo --peft dense --dim 64
@@ -339,10 +339,7 @@ def read_stored(parser, out):
         raise ValueError(f"'{file}' is not the config.json of a run: 'options' should name dataset and peft.")
     stored = {"negatives": 0, **stored}  # runs of earlier versions had none
     values = {}
-    for action in parser._actions:  # options of older versions are not among these, and are ignored
-        name = action.dest
-        if name in (*OF_THE_START, "help", "version"):
-            continue
+    for name, action in stored_options(parser).items():  # options of older versions are ignored
         values[name] = action.default
         if stored.get(name) is not None:
             try:
@@ -355,6 +352,12 @@ def read_stored(parser, out):
     return values
 
 
+def stored_options(parser):
+    """Return {name: action} of the options that belong to a run, not to one start of the program."""
+    start = (*OF_THE_START, "help", "version")
+    return {action.dest: action for action in parser._actions if action.dest not in start}
+
+
 def checked(action, value):
     """Return the value of an option in a JSON file, by the option's own type and choices.
 
@@ -364,13 +367,11 @@ def checked(action, value):
         if not isinstance(value, bool):
             raise ValueError(f"{value!r} should be true or false")
         return value
-    items = value if action.nargs == "+" else [value]
-    if not isinstance(items, list) or not items:
-        raise ValueError(f"{value!r} should be a list")
+    several = action.nargs == "+" and isinstance(value, list) and value
     parsed = []
-    for item in items:
-        if isinstance(item, (bool, list, dict)):
-            raise ValueError(f"{item!r} should be a number or a text")
+    for item in value if several else [value]:
+        if not fits(item, (int, float, str)) or not str(item).strip():
+            raise ValueError(f"{item!r:.200} should be a number or a text")
         item = (action.type or str)(str(item))
         if action.choices and item not in action.choices:
             raise ValueError(f"{item!r} should be one of {', '.join(action.choices)}")

@@ -8,7 +8,6 @@ encoder is frozen if its output requires no gradient.
 import math
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from vlsm.data.normalise import normalise
 from vlsm.networks.base import FrozenBlocks, ImageFeatures
 from vlsm.system import parallel
 from vlsm.system.console import progress
-from vlsm.system.files import reserve
+from vlsm.system.files import reserve, sweep_temporary, temporary_beside
 from vlsm.system.parallel import autocast
 
 SHARE = 0.5  # largest fraction of the free memory or disk that is used
@@ -73,10 +72,15 @@ def mapped_tensor(size, dtype, folder):
     count = math.prod(size)
     if not count:
         return torch.empty(size, dtype=dtype)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(prefix="activations-", dir=folder) as file:  # the mapping outlives it
-        reserve(file.name, count * dtype.itemsize)
-        return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(size)
+    path = temporary_beside(Path(folder) / "activations")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep_temporary(path.parent)
+    path.touch()
+    try:
+        reserve(path, count * dtype.itemsize)
+        return torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(size)
+    finally:
+        path.unlink()  # the mapping outlives the name
 
 
 def tensors_of(features):

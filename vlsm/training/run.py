@@ -4,7 +4,6 @@ import json
 import math
 import platform
 import re
-import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,13 +15,17 @@ from vlsm.networks.weights import load_safely
 from vlsm.system import parallel, plots
 from vlsm.system.console import first_few, say
 from vlsm.system.files import (
+    LEDGER,
     atomic_write,
+    check_fields,
+    check_targets,
     delete_owned,
     digest,
     is_filled,
     locked,
+    owned_write,
     read_json,
-    sweep_temporary,
+    refuse_changed,
     write_csv,
     write_json,
 )
@@ -33,17 +36,28 @@ DATA_FIELDS = (
 )  # fmt: skip
 # Stamps of the data in config.json, and what each is of
 STAMPS = dict(records="names or prompts", contents="pixels")
-FIRST_SAVE = 2  # lines of log.csv; without state.pt its run was stopped in its first save, and begins anew
 PROGRESS = 1e-4  # by which the monitored value must improve
 COLUMNS = (
     "epoch", "train_loss", "train_dsc", "val_loss", "val_dsc", "val_iou", "val_alarms", "lr", "seconds",
     "images_per_second",
 )  # fmt: skip
-# The files that `Run` writes into its folder; those of evaluations are in their folder's ledger.
-FILES = (
-    "config.json", "best.safetensors", "last.safetensors", "log.csv", "curves.png", "state.pt",
-    "tensorboard/events.out.tfevents.*",
-)  # fmt: skip
+# The schemas of state.pt and of a row of its history, see `check_fields`
+STATE = {
+    **dict.fromkeys(("tuned", "optimizer", "scheduler", "scaler"), (dict, "a dictionary")),
+    "base": (str, "a text"),
+    "rng": (torch.Tensor, "a tensor"),
+    "cuda_rng?": (torch.Tensor, "a tensor"),
+    "history": ([dict], "a list of rows"),
+    "stalled": (int, "a number of epochs", 0),
+    "mark": ((int, float), "a number", -math.inf),
+}
+ROW = {name: ((int, float), "a number") for name in COLUMNS if name != "val_alarms"}
+ROW["val_alarms?"] = ROW["val_dsc"]  # runs of earlier versions have none
+ROW["epoch"] = (int, "a whole number", 1)
+# What `Run` writes from its state after each epoch, and all its files but config.json, in the order in which
+# they are deleted; files of evaluations are in their folder's ledger.
+RESULTS = ("log.csv", "curves.png", "best.safetensors", "last.safetensors")
+FILES = (*RESULTS, "state.pt", LEDGER)
 
 
 class Run:
@@ -65,7 +79,6 @@ class Run:
         self.metadata = metadata
         self.monitor = monitor
         self.history = []
-        self.improved = False  # whether the last epoch is the best so far
         self.stalled = 0
         self.mark = -math.inf
         self.times = []  # in seconds: the start of this program's first epoch, and the end of each
@@ -103,8 +116,11 @@ class Run:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            folder = str(self.out / "tensorboard")  # rows of an epoch that was not saved are purged
-            self.writer = SummaryWriter(folder, purge_step=self.next_epoch, flush_secs=20)
+            folder = str(self.out / "tensorboard")  # rows from the last saved epoch on are purged
+            self.writer = SummaryWriter(folder, purge_step=max(1, len(self.history)), flush_secs=20)
+        check_targets([self.out / name for name in RESULTS], overwrite=True)
+        if self.history:
+            self.write_results()  # it may have been stopped between its state and these
 
     @property
     def best_row(self):
@@ -116,6 +132,11 @@ class Run:
         """Return the validation DSC of the best epoch; None before the first."""
         return self.best_row["val_dsc"] if self.history else None
 
+    @property
+    def improved(self):
+        """Tell whether the last epoch is the best so far."""
+        return self.history[-1] is self.best_row
+
     def describe_best(self):
         """Return the best epoch in words."""
         return f"Best epoch: {self.best_row['epoch']}, validation DSC {100 * self.best:.2f}."
@@ -126,7 +147,6 @@ class Run:
         """Add a row to the log, and lower the learning rate if the validation loss stalls."""
         self.history.append(row)
         self.scheduler.step(row["val_loss"])
-        self.improved = row is self.best_row
         value = selection_score(row) if self.monitor == "dsc" else -row["val_loss"]
         if value > self.mark + PROGRESS:
             self.stalled = 0
@@ -147,24 +167,37 @@ class Run:
     def save(self):
         """Write every file of the run, in the first process alone.
 
-        state.pt comes last: until it is written, a resumed run repeats this epoch and writes the same files.
+        state.pt comes first, as all others follow from it: a run that is stopped before it repeats the epoch.
         """
         if parallel.rank():
             return
+        save_state(self.out / "state.pt", self.state())
+        self.write_results()
+
+    def write_results(self):
+        """Write the files that follow from the state."""
         self.save_checkpoint("last")
         if self.improved:
             self.save_checkpoint("best")
         table = [COLUMNS]
         for row in self.history:
             table.append([row.get(name, "") for name in COLUMNS])
-        write_csv(self.out / "log.csv", table, atomic_write)
-        with atomic_write(self.out / "curves.png") as temporary:
+        write_csv(self.out / "log.csv", table)
+        with owned_write(self.out / "curves.png") as temporary:
             plots.curves(self.history, self.best_row["epoch"], self.out.absolute().name, temporary)
         if self.writer:
             for name in COLUMNS[1:]:
                 if self.history[-1][name] is not None:
                     self.writer.add_scalar(name, self.history[-1][name], len(self.history))
-        save_state(self.out / "state.pt", self.state())
+
+    def check_results(self):
+        """Raise ValueError, at the end of a run, if a file of its folder was deleted meanwhile."""
+        missing = [name for name in RESULTS if not (self.out / name).is_file()]
+        if missing and not parallel.rank():
+            raise ValueError(
+                f"'{self.out}' lacks {first_few(missing, 4)} at the end of the run. Were they deleted "
+                "meanwhile? Those of the last epoch come back with --resume, an earlier best one does not."
+            )
 
     def save_checkpoint(self, name):
         """Write the tuned tensors with the run's metadata, in the first process alone."""
@@ -211,26 +244,31 @@ class Run:
 
     def resume(self):
         """Continue from state.pt. Raises ValueError if it is broken, or belongs to another base."""
-        state = load_safely(self.out / "state.pt", "Start again with --overwrite.")
-        if not isinstance(state, dict) or not set(self.state()) <= set(state):
-            raise ValueError(
-                f"'{self.out / 'state.pt'}' is not the state of a run. Start again with --overwrite."
-            )
+        file = self.out / "state.pt"
+        state = load_safely(file, "Start again with --overwrite.")
+        check_fields(file, state, STATE)
+        for row in state["history"] or [{}]:
+            check_fields(f"{file}, history", row, ROW)
         if state["base"] != self.model.info["fingerprint"]:
             raise ValueError(
                 f"The run in '{self.out}' was started on another base than '{self.model.info['weights']}'. "
                 "Pass its own with --weights."
             )
-        self.model.load_tuned(state["tuned"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
+        try:
+            self.model.load_tuned(state["tuned"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            self.scaler.load_state_dict(state["scaler"])
+            torch.set_rng_state(state["rng"])
+            if self.device.type == "cuda" and state["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        except Exception as error:  # PyTorch raises unrelated types for a state that does not fit
+            raise ValueError(
+                f"'{file}' does not fit this run ({error}). Start again with --overwrite."
+            ) from error
         self.history = state["history"]
         self.stalled = state["stalled"]
         self.mark = state["mark"]
-        torch.set_rng_state(state["rng"])
-        if self.device.type == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
 
 
 def selection_score(row):
@@ -286,12 +324,11 @@ def check_folder(out, resume, overwrite):
         return
     if resume:
         if (out / "log.csv").is_file() and not (out / "state.pt").is_file():
-            lines = (out / "log.csv").read_text("utf-8").splitlines()
-            if len(lines) > FIRST_SAVE:
-                raise ValueError(
-                    f"'{out}' has a log.csv and no state.pt, so the run in it cannot continue where it "
-                    "stopped. Put state.pt back, or start again with --overwrite."
-                )
+            raise ValueError(
+                f"'{out}' has a log.csv and no state.pt, so the run in it cannot continue where it stopped. "
+                "Put state.pt back, or start again with --overwrite."
+            )
+        refuse_changed(out / "log.csv")
         return
     if not overwrite:
         raise FileExistsError(
@@ -310,27 +347,28 @@ def make_folder(out, settings, metadata, overwrite):
     """Make a run's folder with its config.json; with `overwrite`, delete the run that is there first."""
     if overwrite and is_filled(out):
         delete_run(out)
-    out.mkdir(parents=True, exist_ok=True)
-    sweep_temporary(out)  # of a run that was killed while writing
     write_json(out / "config.json", dict(options=settings, **metadata), atomic_write)
 
 
 def delete_run(out):
     """Delete the files that a run and its evaluations wrote, and no others; print which files stay.
 
-    Links are removed, not followed.
+    Links are neither followed nor deleted. config.json stays for the new run to replace: with it the folder
+    is still known as a run's if this is interrupted.
     """
-    for pattern in FILES:
-        for file in out.glob(pattern):
-            if file.is_file() or file.is_symlink():
-                file.unlink()
     for folder in out.glob("eval-*"):
         if folder.is_dir():
             delete_owned(folder)
     events = out / "tensorboard"
+    files = [out / name for name in FILES]
+    if not events.is_symlink():
+        files += events.glob("events.out.tfevents.*")
+    for file in files:
+        if file.is_file() and not file.is_symlink():
+            file.unlink()
     if events.is_dir() and not is_filled(events):
         events.rmdir()
-    left = sorted(path.name for path in out.iterdir())
+    left = sorted(path.name for path in out.iterdir() if path.name != "config.json")
     if left:
         say(f"'{out}' also holds {first_few(left, 5)}; this stays.")
 
@@ -355,7 +393,7 @@ def describe_run(model, data, side, settings, recipe_fields):
         versions=dict(python=platform.python_version(), torch=torch.__version__),
         class_words=sorted(words),
         records={name: fingerprint_records(split.records) for name, split in data.items()},
-        contents={name: fingerprint_pixels(split) for name, split in data.items()},
+        contents={name: split.checksum for name, split in data.items()},
     )
 
 
@@ -363,14 +401,6 @@ def fingerprint_records(records):
     """Return 16 hex digits of the names and prompts of records."""
     rows = json.dumps([[record.name, record.mask_name, record.prompts] for record in records])
     return digest(rows.encode())
-
-
-def fingerprint_pixels(split):
-    """Return a checksum of the pixels of a split at the model's size, wherever its files lie.
-
-    Every start computes it: CRC-32 is several times faster than `digest`, and finds a file that has changed.
-    """
-    return f"{zlib.crc32(split.images.reshape(-1)):08x}{zlib.crc32(split.masks.reshape(-1)):08x}"
 
 
 def check_stamps(out, metadata):
