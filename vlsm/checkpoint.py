@@ -11,7 +11,7 @@ from safetensors.torch import save
 from vlsm.model import attach, read_network
 from vlsm.networks.weights import describe_hub_error, fingerprint, hub_answers
 from vlsm.system.console import did_you_mean, first_few
-from vlsm.system.files import atomic_write, check_fields, digest, opened
+from vlsm.system.files import atomic_write, check_fields, digest, opened, told
 
 FORMAT = 1
 TEXT = (str, "a text")
@@ -159,7 +159,8 @@ def load(path, weights=None, base=None):
             metadata["model"], weights or metadata["weights"], metadata["reference"]
         )
     _check_base(path, metadata, description)
-    model = attach(network, description, metadata["method"], metadata["options"], share)
+    with told(path):
+        model = attach(network, description, metadata["method"], metadata["options"], share)
     model.metadata = metadata
     model.load_tuned(read_tuned(path))
     return model

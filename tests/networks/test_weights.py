@@ -27,13 +27,17 @@ def test_runs_that_hold_published_names_load(model, case, tmp_path):
     with torch.no_grad():
         for parameter in network.tuned_parameters().values():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    save_tuned(tmp_path / "run.safetensors", network)
+    metadata = dict(
+        dataset="set", data_root=".", prompts="disk", split_seed=0, image_size=64, mean=[0, 0, 0], std=[1, 1, 1],
+        recipe=dict(seed=0),
+    )  # fmt: skip
+    save_tuned(tmp_path / "run.safetensors", network, **metadata)
     tensors = load_file(tmp_path / "run.safetensors")
     published = network.network.published_names(tensors)
     assert set(published) != set(tensors)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(network, "tuned_state_dict", lambda: published)
-        save_tuned(tmp_path / "run.safetensors", network)
+        save_tuned(tmp_path / "run.safetensors", network, **metadata)
     pixels, ids = tiny_batch()
     ids = ids.clamp(max=network.network.config.text.vocab_size - 1)
     loaded = vlsm.load(tmp_path / "run.safetensors")

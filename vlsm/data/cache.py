@@ -241,7 +241,8 @@ def open_split(records, size, folder, label, need_foreground=True):
     """Return the `CachedSplit` of records: from the cache in `folder` if it fits, else decoded and cached.
 
     folder: None for no cache. need_foreground: refuse a split without any. Raises DataError for records that
-    cannot be used, ValueError if no mask has foreground at this size or the folder cannot be written.
+    cannot be used, ValueError if no mask has foreground at this size, OSError if the folder cannot be
+    written.
     """
     first, _ = index_images(records)
     shape = (3 * len(first) + len(records) + 1, size, size)
@@ -331,7 +332,7 @@ def _open_entry(file, shape, records):
 def _write_entry(file, shape, records, label):
     """Decode the records into a new file; returns their `CachedSplit`.
 
-    Raises ValueError, which names the folder.
+    Raises OSError, which names the folder.
     """
     nbytes = math.prod(shape)
     try:
@@ -341,7 +342,7 @@ def _write_entry(file, shape, records, label):
             split = _fill_entry(entry, records, label)
             entry.flush()
     except OSError as error:
-        raise ValueError(
+        raise OSError(
             f"The cache folder '{file.parent}' cannot be written ({error.strerror or error}). It needs "
             f"{nbytes:,} bytes more. Name another with --cache-dir."
         ) from error

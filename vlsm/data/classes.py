@@ -85,7 +85,7 @@ def parse_labels(content, file):
     for word in numbers:
         words = f"a class number, 0 to 65535, as in {LABELS_FORM}"
         field(file, content, "labels", word, kind=int, words=words, low=0, high=65535)
-        if not word or leaves_folder(word):
+        if not word.isprintable() or not word or leaves_folder(word):
             raise ValueError(f"'{file}': 'labels' names a class '{word}'; it should be a word.")
     if len(set(numbers.values())) < len(numbers):
         raise ValueError(f"'{file}': 'labels' gives one number to two classes.")

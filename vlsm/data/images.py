@@ -19,6 +19,8 @@ from vlsm.system.console import first_few, say_once
 EXTENSIONS = (
     ".png", ".jpg", ".jpeg", ".jfif", ".jp2", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm",
 )  # fmt: skip
+# Those of Pillow's that are read. Of the others EPS would run the program Ghostscript on a file.
+FORMATS = ("PNG", "JPEG", "JPEG2000", "BMP", "TIFF", "WEBP", "GIF", "PPM")
 BESIDE_IMAGES = (".json", ".txt", ".csv", ".xml", ".yaml", ".yml", ".md", ".html", ".db", ".ini")
 READERS = min(16, os.cpu_count() or 1)  # threads: Pillow and numpy release the interpreter's lock
 HIDDEN = re.compile(r"(^|/)\.")  # in paths: files and folders such as macOS adds to archives
@@ -127,7 +129,20 @@ def open_image(source, name=None):
     except (IsADirectoryError, PermissionError) as error:
         raise ImageError(name, error.strerror.lower()) from error
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        image = _decode(data, name)
+        if not all(image.size):
+            raise ImageError(name, "it has no pixels")
+        return image.convert("RGB") if image.mode == "LAB" else image
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many types
+        raise ImageError(name, _reason(error, data)) from error
+
+
+def _decode(data, name):
+    """Return the first frame of a file's bytes as Pillow reads it, else a TIFF as tifffile does."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             frames = getattr(image, "n_frames", 1)
             if frames > 1:
                 say_once("frames", f"'{name}' holds {frames} frames; only the first one of a file is read.")
@@ -138,13 +153,12 @@ def open_image(source, name=None):
                     "bits, or in 16 bits without colour",
                 )
             return ImageOps.exif_transpose(image)
-    except ImageError:
+    except (ImageError, MemoryError):
         raise
-    except Exception as error:  # Pillow's decoders raise many types
-        tiff = Path(str(name)).suffix.lower() in (".tif", ".tiff") and data[:2] in (b"II", b"MM")
-        if tiff and not isinstance(error, MemoryError):
+    except Exception:
+        if Path(str(name)).suffix.lower() in (".tif", ".tiff") and data[:2] in (b"II", b"MM"):
             return Image.fromarray(read_tiff(data, name))
-        raise ImageError(name, _reason(error, data)) from error
+        raise
 
 
 def orientation(source):
@@ -152,7 +166,7 @@ def orientation(source):
     try:
         with Image.open(source) as image:
             return Image.Image.getexif(image).get(0x0112, 1)  # a PNG's own method decodes all pixels
-    except (OSError, AttributeError):  # of a format that Pillow does not read, or pixels in memory
+    except Exception:  # of a format that Pillow does not read, or pixels in memory
         return 1
 
 

@@ -266,7 +266,9 @@ def _fill(method, given):
 
 
 def _check_type(name, value, default):
-    """Raise ValueError for a value of another type than the default's, and for a number above `LARGEST`."""
+    """Raise ValueError for a value of another type than the default's, and for a number below 0 or above
+    `LARGEST`.
+    """
     if value is None:
         return
     flag = f"--{name.replace('_', '-')}"
@@ -278,9 +280,9 @@ def _check_type(name, value, default):
     for number in value if several else [value]:
         wrong = one_number
         if isinstance(number, (int, float)):
-            wrong = not abs(number) <= LARGEST  # NaN is refused, too
+            wrong = not 0 <= number <= LARGEST  # NaN is refused, too
         if wrong:
-            raise ValueError(f"{flag} {number!r}: give a number of at most {LARGEST}.")
+            raise ValueError(f"{flag} {number!r}: give a number from 0 to {LARGEST}.")
 
 
 # Building

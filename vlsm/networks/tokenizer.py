@@ -57,9 +57,9 @@ class Tokenizer:
     def __init__(self, folder, limit=77, pad_to_limit=False):
         try:
             self.fast = read_tokenizer(Path(folder))
-        except FileNotFoundError:
+        except (FileNotFoundError, KeyboardInterrupt):
             raise
-        except Exception as error:  # the library raises plain ones
+        except BaseException as error:  # the library's panics are no Exception
             raise ValueError(f"The tokenizer in '{folder}' cannot be read ({str(error)[:200]}).") from error
         self.limit = limit
         self.pad_to_limit = pad_to_limit

@@ -1,5 +1,6 @@
 """Read a raw download, as published: a folder or a zip archive. Nothing is ever written there."""
 
+import errno
 import gzip
 import math
 import re
@@ -44,7 +45,7 @@ class LabelledImage:
 class Download:
     """The files of a folder or of a zip archive, by their paths within it.
 
-    skipped: {reason: [name, ...]}. Raises FileNotFoundError.
+    skipped: {reason: [name, ...]}. Raises FileNotFoundError, ValueError for a damaged archive.
     """
 
     def __init__(self, path):
@@ -55,21 +56,34 @@ class Download:
             files = self.path.rglob("*")
             names = [file.relative_to(self.path).as_posix() for file in files if file.is_file()]
         elif self.path.is_file() and zipfile.is_zipfile(self.path):
-            self.archive = zipfile.ZipFile(self.path)
-            names = [entry.filename for entry in self.archive.infolist() if not entry.is_dir()]
+            try:
+                self.archive = zipfile.ZipFile(self.path)
+                names = [entry.filename for entry in self.archive.infolist() if not entry.is_dir()]
+            except Exception as error:  # zipfile raises many types
+                raise ValueError(f"'{self.path}' is a damaged zip archive.") from error
         else:
             raise FileNotFoundError(f"'{self.path}' is neither a folder nor a zip archive.")
         self.names = sorted(name for name in names if not HIDDEN.search(name))
 
     def read(self, name):
-        """Return a file's bytes. Raises ValueError if it unpacks to more than LIMIT."""
+        """Return a file's bytes. Raises ValueError if it is damaged, or unpacks to more than LIMIT."""
         if self.archive is None:
             return (self.path / name).read_bytes()
-        with self.archive.open(name) as file:
-            data = file.read(LIMIT + 1)
+        try:
+            with self.archive.open(name) as file:
+                data = file.read(LIMIT + 1)
+        except Exception as error:  # zipfile and the decompressors raise many types
+            raise ValueError(f"'{name}' in '{self.path}' cannot be unpacked ({error}).") from error
         if len(data) > LIMIT:
             raise ValueError(f"it unpacks to more than {LIMIT >> 30} GiB")
         return data
+
+    def text(self, name):
+        """Return a file's text. Raises ValueError unless it is in UTF-8."""
+        try:
+            return self.read(name).decode()
+        except UnicodeDecodeError:
+            raise ValueError(f"'{name}' is no text in UTF-8; save it so.") from None
 
     def image_names(self):
         """Return the names of the image files."""
@@ -150,6 +164,8 @@ class Download:
         except ImageError as error:
             self.skip(name, f"unusable ({error.reason})")
         except Exception as error:  # decoders and broken annotations raise many types
+            if getattr(error, "errno", None) not in (None, errno.ENOENT):  # of the disk that is written to
+                raise
             self.skip(name, f"unusable ({str(error) or type(error).__name__})")
 
     def image(self, name):

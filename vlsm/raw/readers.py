@@ -208,7 +208,7 @@ def voc(download):
     words = dict(enumerate(VOC, 1))
     for folder, split in (("train", None), ("val", "test")):
         for name, _ in download.find(rf"ImageSets/Segmentation/{folder}\.txt"):
-            for stem in download.read(name).decode().split():
+            for stem in download.text(name).split():
                 if stem not in images or stem not in truths:
                     download.skip(stem, "listed, but without image or mask")
                     continue

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from vlsm import metrics
-from vlsm.system.files import read_csv, write_csv, write_json
+from vlsm.system.files import check_fields, field, read_csv, read_json, write_csv, write_json
 
 COLUMNS = ("image", "mask", "prompt", "dsc", "iou", "hd95", "nsd", "brier", "group", "class")
 DIGITS = dict(dsc=6, iou=6, hd95=4, nsd=6, brier=6)  # in metrics.csv
@@ -22,6 +22,16 @@ METRICS = {
 NO_CLASS = "no class"  # stands for the class word of records without one
 BINS = 15  # of probabilities, for the calibration error
 RESULT_FILES = ("metrics.csv", "metrics.json")
+# The schemas of metrics.json, of what it says of all records or of a class, and of a mean; see `check_fields`
+OBJECT = (dict, "an object")
+EVALUATION = {
+    "dataset": (str, "a name"), "ensemble?": ([str], "a list of checkpoints"), "classes?": OBJECT,
+    "classes.each?": OBJECT,
+}  # fmt: skip
+SUMMARY = {"trained": (int, "a whole number"), "alarms?": OBJECT}
+MEAN = {
+    "": OBJECT, ".mean?": ((int, float), "a number"), ".ci95?": ([(int, float)] * 2, "two numbers"),
+}  # fmt: skip
 
 
 def score(prediction, truth, tolerance=2.0, spacing=None):
@@ -131,12 +141,23 @@ def summarise_classes(scores, resampled="image"):
     return dict(each=each, mean=means)
 
 
-def class_summaries(metrics):
-    """Return {"": the contents of a metrics.json, ": polyp": what it says of a class, for each class}."""
+def read_metrics(file):
+    """Return the contents of a metrics.json, and {"": these, ": polyp": what they say of a class, for each}.
+
+    Raises ValueError, which names file and key, for a value of another type.
+    """
+    metrics = read_json(file)
+    check_fields(file, metrics, EVALUATION)
     summaries = {"": metrics}
-    for word, summary in metrics.get("classes", {}).get("each", {}).items():
-        summaries[f": {word}"] = dict(summary, trained=metrics.get("trained"), word=word)
-    return summaries
+    for word, summary in ((metrics.get("classes") or {}).get("each") or {}).items():
+        field(file, metrics, "classes", "each", word, kind=dict, words="an object")
+        summaries[f": {word}"] = dict(summary, trained=metrics["trained"], word=word)
+    for suffix, summary in summaries.items():
+        source = f"{file}{suffix}"
+        check_fields(source, summary, SUMMARY)
+        for place in (*METRICS, *(f"alarms.{name}" for name in summary.get("alarms") or ())):
+            check_fields(source, summary, {f"{place}{key}": schema for key, schema in MEAN.items()})
+    return metrics, summaries
 
 
 def _column(scores, name):

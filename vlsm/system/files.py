@@ -66,6 +66,7 @@ def atomic_write(path):
         os.chmod(temporary, mode)
         os.replace(temporary, path)
     except OSError as error:
+        _refuse_moved(path)
         if str(error.filename or temporary) == str(temporary):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
@@ -210,7 +211,7 @@ def owned_write(path):
     _refuse_input(path)  # it may have been read since
     with atomic_write(path) as temporary:
         yield temporary
-        line = _ledger_line(temporary, path.name) + "\n"
+        line = "\n" + _ledger_line(temporary, path.name)  # the line before it may have been cut off
         with open(path.parent / LEDGER, "ab") as ledger:  # short appends of several processes stay whole
             ledger.write(line.encode(errors="surrogateescape"))
 
@@ -410,6 +411,17 @@ def check_fields(source, value, schema):
         keys = name.rstrip("?").split(".")
         if not name.endswith("?") or item_of(value, keys) is not None:
             field(source, value, *keys, kind=kind, words=words, **dict(zip(("low", "high"), limits)))
+
+
+@contextmanager
+def told(file):
+    """Turn errors of values in a file that are of a wrong type into a ValueError, which names the file."""
+    try:
+        yield
+    except (TypeError, KeyError, IndexError, AttributeError, OverflowError, RuntimeError) as error:
+        raise ValueError(
+            f"'{file}' holds a value that cannot be there, or lacks one ({error!r:.300})."
+        ) from error
 
 
 def leaves_folder(name):

@@ -100,8 +100,9 @@ class Share(NamedTuple):
 
 
 def share_batch(batch, parts=1):
-    """Return this process's `Share`s of a batch, a list of record indices, in so many `parts`."""
+    """Return this process's `Share`s of a batch, a list of record indices, in so many `parts` or fewer."""
     shares = []
+    parts = min(parts, -(-len(batch) // world_size()))  # no part is empty in every process
     for k in range(parts):
         places = slice(rank() + k * world_size(), None, parts * world_size())
         count = len(batch[places])

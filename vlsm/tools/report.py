@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vlsm.checkpoint import differing_settings, read_metadata, run_settings
 from vlsm.data.negatives import ABSENT_SETS
-from vlsm.results.scores import METRICS, class_summaries, in_brackets, mean_over_runs
+from vlsm.results.scores import METRICS, in_brackets, mean_over_runs, read_metrics
 from vlsm.results.tables import BOLD, PLAIN, format_rows
 from vlsm.system import plots
 from vlsm.system.arguments import Parser
@@ -53,21 +53,21 @@ def collect(root, split="test"):
     """
     runs = []
     for file in sorted(Path(root).rglob(f"eval-{split}*/metrics.json")):
-        metrics = read_json(file)
+        metrics, summaries = read_metrics(file)
         checkpoints = metrics.get("ensemble") or [file.parents[1] / "best.safetensors"]
         if not Path(checkpoints[0]).exists():
             continue
         metadata = read_metadata(checkpoints[0])
-        dataset = Path(field(file, metrics, "dataset", kind=str, words="a name")).name
+        dataset = Path(metrics["dataset"]).name
         if dataset == Path(metadata["dataset"]).name:
-            for suffix, summary in class_summaries(metrics).items():
+            for suffix, summary in summaries.items():
                 runs.append(
                     Run(
                         dataset + suffix + (IN_MM if metrics.get("unit") == "mm" else ""),
                         method_label(metadata, metrics),
                         run_settings(metadata),
                         file,
-                        summary | summary.get("alarms", {}),
+                        summary | (summary.get("alarms") or {}),
                     )
                 )
     if not runs:
@@ -92,7 +92,7 @@ def group_seeds(runs):
         for name in differing_settings(others):
             label += f" ({name} {run.settings.get(name)})"
         groups[run.dataset, label].setdefault((run.settings["seed"], run.settings.get("fold")), run)
-        trained[label] = field(run.file, run.metrics, "trained", kind=int, words="a whole number")
+        trained[label] = run.metrics["trained"]
     return groups, trained
 
 
@@ -100,13 +100,13 @@ def mean_over_seeds(runs, metric):
     """Return the `Cell` of runs that differ in seed or fold; None if the metric is undefined for all."""
     factor = ROWS[metric][1]
     runs = [run for run in runs if metric in METRICS or metric in run.metrics]  # not all have false alarms
-    summaries = [field(run.file, run.metrics, metric, kind=dict, words="a summary") for run in runs]
-    defined = [summary for summary in summaries if summary["mean"] is not None]
+    summaries = [run.metrics[metric] for run in runs]
+    defined = [summary for summary in summaries if summary.get("mean") is not None]
     if not defined:
         return None
     stats = defined[0]
     mean = stats["mean"]
-    low, high = stats["ci95"] or (mean, mean)  # none of fewer than two groups of records
+    low, high = stats.get("ci95") or (mean, mean)  # none of fewer than two groups of records
     spread = ""
     if len(defined) > 1:
         means = [summary["mean"] for summary in defined]
@@ -116,7 +116,7 @@ def mean_over_seeds(runs, metric):
         std = statistics.stdev(means)
         low, high = mean - std, mean + std
         spread = f" ± {factor * std:.2f}"
-    spread += f" {in_brackets(stats['ci95'], factor)}"
+    spread += f" {in_brackets(stats.get('ci95'), factor)}"
     return Cell(factor * mean, factor * low, factor * high, spread.rstrip())
 
 

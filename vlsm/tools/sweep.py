@@ -17,7 +17,6 @@ from vlsm.system.arguments import Parser, flag, number
 from vlsm.system.console import friendly_errors, say
 from vlsm.system.files import (
     atomic_write,
-    check_fields,
     field,
     is_filled,
     locked,
@@ -26,13 +25,12 @@ from vlsm.system.files import (
     write_json,
 )
 from vlsm.training.arguments import (
-    checked,
     method_options,
     parse_arguments,
-    stored_options,
     train_parser,
 )
 from vlsm.training.run import Diverged, selection_score
+from vlsm.training.space import make_distributions
 
 EXAMPLES = """examples:
   python -m vlsm.tools.sweep --out runs/coop-sweep --trials 20 -- --dataset kvasir --peft coop
@@ -56,43 +54,6 @@ def choose_space(values, words):
     for name in vars(parser.parse_args(words)):
         space.pop(name, None)
     return space
-
-
-def make_distributions(optuna, space, source):
-    """Return {name: Optuna's distribution} of a space, each value checked like one on the command line.
-
-    source: the file of the space, for messages. Raises ValueError for an entry without a meaning, and for a
-    space without entries.
-    """
-    options = stored_options(train_parser())
-    if not space:
-        raise ValueError("Nothing is left to search: every hyper-parameter was given as an option.")
-    distributions = {}
-    for name, entry in space.items():
-        try:
-            if name not in options:
-                raise ValueError("train.py has no such option to search")
-            if isinstance(entry, list):  # Optuna has no choices that are lists
-                for choice in entry:
-                    checked(options[name], choice)
-                choices = [json.dumps(choice) if isinstance(choice, list) else choice for choice in entry]
-                distributions[name] = optuna.distributions.CategoricalDistribution(choices)
-                continue
-            for end in ("low", "high"):
-                if not isinstance(checked(options[name], entry[end]), (int, float)):
-                    raise ValueError("its values are no numbers")
-            check_fields(
-                source, entry, {"log?": (bool, "true or false"), "step?": ((int, float), "a number")}
-            )
-            whole = isinstance(entry["low"], int) and isinstance(entry["high"], int)
-            kind = optuna.distributions.IntDistribution if whole else optuna.distributions.FloatDistribution
-            distributions[name] = kind(**entry)
-        except (ValueError, TypeError, KeyError, argparse.ArgumentTypeError) as error:
-            raise ValueError(
-                f"'{source}': the search space's '{name}' should be a list of choices, or an interval such "
-                f'as {{"low": 1e-5, "high": 1e-2, "log": true}}; it is {entry!r:.200} ({error}).'
-            ) from None
-    return distributions
 
 
 def open_study(optuna, file):

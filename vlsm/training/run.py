@@ -41,10 +41,23 @@ COLUMNS = (
     "epoch", "train_loss", "train_dsc", "val_loss", "val_dsc", "val_iou", "val_alarms", "lr", "seconds",
     "images_per_second",
 )  # fmt: skip
-# The schemas of state.pt and of a row of its history, see `check_fields`
+COUNTS = (
+    "best",
+    "num_bad_epochs",
+    "cooldown_counter",
+    "last_epoch",
+    "factor",
+    "patience",
+    "threshold",
+    "eps",
+)
+# The schemas of state.pt, of its optimizer's groups and of a row of its history, see `check_fields`
+GROUP = {name: ((int, float), "a number") for name in ("lr", "eps", "weight_decay")}
+GROUP["betas"] = ([(int, float)] * 2, "two numbers")
 STATE = {
     **dict.fromkeys(("tuned", "optimizer", "scheduler", "scaler"), (dict, "a dictionary")),
     "base": (str, "a text"),
+    **{f"scheduler.{name}": ((int, float), "a number") for name in COUNTS},
     "rng": (torch.Tensor, "a tensor"),
     "cuda_rng?": (torch.Tensor, "a tensor"),
     "history": ([dict], "a list of rows"),
@@ -262,6 +275,8 @@ class Run:
             torch.set_rng_state(state["rng"])
             if self.device.type == "cuda" and state["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+            for group in self.optimizer.param_groups:
+                check_fields("optimizer", group, GROUP)
         except Exception as error:  # PyTorch raises unrelated types for a state that does not fit
             raise ValueError(
                 f"'{file}' does not fit this run ({error}). Start again with --overwrite."

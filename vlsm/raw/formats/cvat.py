@@ -11,7 +11,7 @@ from vlsm.raw.formats.paths import name_below, split_of
 def read(download):
     """Yield the images of SegmentationClass/, whose classes' colours labelmap.txt tells."""
     file = download.only(r"labelmap\.txt")
-    text = download.read(file).decode()
+    text = download.text(file)
     lines = re.findall(r"^[^#\s].*", text, re.MULTILINE)  # polyp:250,50,83:parts:actions
     classes = class_colours(lines, r"(.+?):(\d{1,3}),(\d{1,3}),(\d{1,3})\b.*", f"'{file}'")
     splits = _splits(download)
@@ -31,6 +31,6 @@ def _splits(download):
     splits = {}
     for file, _ in download.find(r"ImageSets/Segmentation/[^/]+\.txt"):
         split = split_of(f"{PurePosixPath(file).stem}/")
-        for line in download.read(file).decode().splitlines():
+        for line in download.text(file).splitlines():
             splits[line.strip(' "')] = split
     return splits

@@ -10,7 +10,7 @@ from vlsm.system.files import field, leaves_folder, parse_json
 def checked_class(word, source="its"):
     """Return a class's word without blanks around it. Raises ValueError unless it can name a folder."""
     text = word.strip() if isinstance(word, str) else ""
-    if not text or "/" in text or leaves_folder(text):
+    if not text or "/" in text or leaves_folder(text) or not text.isprintable():
         raise ValueError(f"{source} class {word!r} cannot name a folder; rename the class")
     return text
 

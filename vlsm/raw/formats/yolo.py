@@ -28,7 +28,7 @@ def read(download):
             continue
         with download.skipping(image):
             text = texts.get(key)
-            content = download.read(text).decode() if text else ""
+            content = download.text(text) if text else ""
             lines = [(f"line {n}", line) for n, line in enumerate(content.splitlines(), 1) if line.strip()]
             size = open_image(download.read(image), image).size[::-1]
             yield from draw_objects(download, text, image, image, lines, partial(_read_line, classes, size))
