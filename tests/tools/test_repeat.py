@@ -37,6 +37,9 @@ def test_seeds_go_on_after_an_interruption(cli, quick, tmp_path):
 def test_a_group_goes_on_with_its_own_options(cli, quick, tmp_path):
     group = tmp_path / "group"
     assert repeat(cli, ["--dataset", tmp_path / "nowhere", *quick[2:]], group, 1)[0] == 2
+    stored = (group / "config.json").read_bytes()
+    assert cli("vlsm.tools.repeat", "--out", group, "--resume", "--seeds", 1)[0] == 2, "not the demo"
+    assert (group / "config.json").read_bytes() == stored
     assert repeat(cli, quick, group, 1)[0] == 0, "options are the group's once a run exists"
     code, _, err = repeat(cli, quick, group, 1, 2, epochs=2, more=["--resume"])
     assert code == 2 and "have the options --dataset" in err and not (group / "seed2").exists()

@@ -151,7 +151,7 @@ def read_metrics(file):
     summaries = {"": metrics}
     for word, summary in ((metrics.get("classes") or {}).get("each") or {}).items():
         field(file, metrics, "classes", "each", word, kind=dict, words="an object")
-        summaries[f": {word}"] = dict(summary, trained=metrics["trained"], word=word)
+        summaries[f": {word}"] = dict(summary, trained=metrics.get("trained"), word=word)
     for suffix, summary in summaries.items():
         source = f"{file}{suffix}"
         check_fields(source, summary, SUMMARY)

@@ -27,7 +27,7 @@ def group_words(group, words, repeat):
     begun = any(group.glob("*/config.json"))
     if begun and not file.is_file() and not words:
         raise ValueError(f"'{file}' is missing: give the options of the runs behind --.")
-    if not begun or not file.is_file():
+    if not file.is_file() or words and not begun:
         write_json(file, dict(arguments=words), atomic_write)
         return words
     stored = field(file, read_json(file), "arguments", kind=list, words="the options of a group")

@@ -200,8 +200,9 @@ class Run:
             plots.curves(self.history, self.best_row["epoch"], self.out.absolute().name, temporary)
         if self.writer:
             for name in COLUMNS[1:]:
-                if self.history[-1][name] is not None:
-                    self.writer.add_scalar(name, self.history[-1][name], len(self.history))
+                value = self.history[-1].get(name)
+                if value is not None:
+                    self.writer.add_scalar(name, value, len(self.history))
 
     def check_results(self):
         """Raise ValueError, at the end of a run, if a file of its folder was deleted meanwhile."""
