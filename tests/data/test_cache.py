@@ -147,7 +147,7 @@ def test_processes_share_a_cache_folder(records, tmp_path):
 
 def test_cache_folder_that_cannot_be_written(folder, tmp_path):
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(ValueError, match="cannot be written .* --cache-dir"):
+    with pytest.raises(OSError, match="cannot be written .* --cache-dir"):
         open_all(folder, ["val"], cache_dir=tmp_path / "file")
 
 

@@ -459,7 +459,7 @@ def test_spacing_is_read_by_folder_and_name(tmp_path):
     assert found == {"a/1.png": (0.5, 0.7), "a/2.png": (1, 2), "b/1.png": (3, 3), "c.png": None}
     for wrong in ([1], [0, 1], ["a", 1], 5, {"a": None}):
         (tmp_path / "dataset.json").write_text(json.dumps({"spacing": wrong}))
-        with pytest.raises(ValueError, match="dataset.json': 'spacing' of .* two lengths in mm"):
+        with pytest.raises(ValueError, match="dataset.json': 'spacing.*' should be two lengths in mm"):
             splits(tmp_path)
 
 
@@ -605,7 +605,7 @@ def test_dataset_json_may_name_the_group(tmp_path):
     assert all(len(found) == 1 for found in parts_of_groups(tmp_path, r"^[^/]+").values())
     assert {record.group for record in everything(tmp_path)} == {"v0", "v1", "v2", "v3"}
     (tmp_path / "dataset.json").write_text(json.dumps({"group": "("}))
-    with pytest.raises(ValueError, match="dataset.json': 'group' is no regular expression"):
+    with pytest.raises(ValueError, match="dataset.json': 'group' should be a regular expression"):
         splits(tmp_path)
 
 
