@@ -61,7 +61,10 @@ def test_a_full_disk_is_a_sentence(tmp_path):
     [
         (lambda d: files.write_text(d / ("n" * 300), "x"), "name is too long"),
         (lambda d: files.write_text(d / "file" / "x", "x"), "a file has the name of a folder"),
-        (lambda d: files.write_text(d / "folder", "x"), "a folder has the name of a file"),
+        (
+            lambda d: files.write_text(d / "folder", "x", files.atomic_write),
+            "a folder has the name of a file",
+        ),
     ],
 )
 def test_the_systems_errors_are_sentences(make, said, tmp_path, capsys):
