@@ -238,10 +238,10 @@ def test_empty_options_are_refused(cli, trained, tmp_path):
 
 
 def test_a_state_of_something_else_is_refused(cli, trained):
-    for state in ({"tuned": {}}, [1]):
+    for state, key in (({"tuned": {}}, "optimizer"), ([1], "tuned")):
         torch.save(state, trained / "state.pt")
         code, _, err = cli("train", "--out", trained, "--resume", "--epochs", 3)
-        assert code == 2 and "is not the state of a run" in err
+        assert code == 2 and f"state.pt': '{key}' should be a dictionary, and is None" in err, err
 
 
 @pytest.mark.parametrize("as_zip", [True, False])

@@ -65,6 +65,9 @@ class CLIPSegConfig:
         layers = tuple(sizes.get("extract_layers", cls.extract_layers))
         sizes.update(text=text, vision=vision, extract_layers=layers)
         count = vision.num_hidden_layers
+        heads = sizes.get("decoder_num_attention_heads", cls.decoder_num_attention_heads)
+        if heads < 1 or sizes.get("reduce_dim", cls.reduce_dim) % heads:
+            raise ValueError(f"decoder_num_attention_heads {heads} should divide reduce_dim.")
         if not layers or min(layers) < 0 or max(layers) >= count:
             raise ValueError(f"extract_layers {list(layers)} must be indices of the {count} vision layers.")
         return cls(**sizes)

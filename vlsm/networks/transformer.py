@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from vlsm.system.files import field
+
 
 def quick_gelu(x):
     """Compute x sigmoid(1.702 x) by way of SiLU: one fused operation instead of three."""
@@ -305,10 +307,28 @@ MOST = dict(hidden_size=1 << 16, num_hidden_layers=1000, image_size=1 << 13, pat
 VISION_DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
 
 
+# Type of a field -> (type of its value in config.json, in words)
+FIELD_TYPES = {
+    int: (int, "a whole number"),
+    float: ((int, float), "a number"),
+    bool: (bool, "true or false"),
+    str: (str, "a text"),
+    tuple: ([int], "a list of whole numbers"),
+}
+
+
 def select_fields(config_class, values):
-    """Return those of the `values` (a dictionary) that are fields of a dataclass and not None."""
-    names = {f.name for f in fields(config_class)}
-    return {name: value for name, value in values.items() if name in names and value is not None}
+    """Return those of the `values` (a dictionary) that are fields of a dataclass and not None.
+
+    Raises ValueError for a value of another type than the field's.
+    """
+    selected = {}
+    for f in fields(config_class):
+        value = values.get(f.name)
+        if value is not None:
+            kind, words = FIELD_TYPES.get(f.type, (object, ""))
+            selected[f.name] = field("config.json", values, f.name, kind=kind, words=words)
+    return selected
 
 
 def rename_keys(values, names):
