@@ -84,6 +84,17 @@ def noise(data, rng):
     return bytes(data)
 
 
+def rearrange(items, k, change, rng):
+    """Take the k-th of some items away (change 0), double it (1), or swap it with another (2)."""
+    if change == 0:
+        del items[k]
+    elif change == 1:
+        items.insert(k, items[k])
+    else:
+        other = rng.randrange(len(items))
+        items[k], items[other] = items[other], items[k]
+
+
 def png(data, rng):
     """Return a PNG whose chunks were changed, cut, doubled or swapped; their checksums are right."""
     chunks = []
@@ -94,13 +105,8 @@ def png(data, rng):
         at += 12 + size
     k = rng.randrange(len(chunks))
     change = rng.randrange(8)
-    if change == 0:
-        del chunks[k]
-    elif change == 1:
-        chunks.insert(k, chunks[k])
-    elif change == 2:
-        other = rng.randrange(len(chunks))
-        chunks[k], chunks[other] = chunks[other], chunks[k]
+    if change < 3:
+        rearrange(chunks, k, change, rng)
     elif change == 3:  # the compressed pixels
         pixels = b"".join(content for kind, content in chunks if kind == b"IDAT")
         pixels = zlib.compress(noise(zlib.decompress(pixels), rng))
@@ -251,13 +257,8 @@ def change_words(words, rng):
             break
         k = rng.randrange(len(words))
         change = rng.randrange(6)
-        if change == 0:
-            del words[k]
-        elif change == 1:
-            words.insert(k, words[k])
-        elif change == 2:
-            other = rng.randrange(len(words))
-            words[k], words[other] = words[other], words[k]
+        if change < 3:
+            rearrange(words, k, change, rng)
         elif change == 3:
             words.insert(k, rng.choice(WORDS))
         else:
