@@ -35,7 +35,7 @@ from vlsm.raw.prepare import prepare, read_descriptions
 from vlsm.results.figures import fit, outline, overlay
 from vlsm.results.tables import format_rows
 from vlsm.system.console import friendly_errors
-from vlsm.system.files import read_json
+from vlsm.system.schema import read_json
 from vlsm.tools import report
 from vlsm.training.arguments import parse_arguments
 from vlsm.training.run import Run

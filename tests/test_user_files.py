@@ -197,8 +197,9 @@ def test_nothing_of_a_users_is_replaced_without_overwrite(cli, folder, trained, 
     assert cli("evaluate", "--ckpt", trained, "--overwrite")[0] == 0 and "my notes" not in table.read_text()
     audit = trained / "eval-test" / "audit.json"
     audit.write_text("mine")
-    code, _, err = cli("vlsm.tools.audit", trained)
-    assert code == 2 and audit.read_text() == "mine", err
+    for _ in range(2):  # a refusal allows nothing later in the same process
+        code, _, err = cli("vlsm.tools.audit", trained)
+        assert code == 2 and audit.read_text() == "mine", err
 
 
 @pytest.mark.parametrize("program", ["export", "compare"])

@@ -11,12 +11,10 @@ from safetensors.torch import save
 from vlsm.model import attach, read_network
 from vlsm.networks.weights import describe_hub_error, fingerprint, hub_answers
 from vlsm.system.console import did_you_mean, first_few
-from vlsm.system.files import atomic_write, check_fields, digest, opened, told
+from vlsm.system.files import atomic_write, digest, opened
+from vlsm.system.schema import NUMBER, OBJECT, SWITCH, TEXT, check_fields, told
 
 FORMAT = 1
-TEXT = (str, "a text")
-OBJECT = (dict, "an object")
-SWITCH = (bool, "true or false")
 SEED = (int, "a whole number from 0", 0, 2**64)
 NUMBERS = [(int, float)] * 3
 # The schema of the metadata, see `check_fields`; what a ? follows is not in all runs, or null.
@@ -30,7 +28,7 @@ METADATA = {
     "group?": (re.Pattern, "a regular expression"),
     "fold?": (re.compile(r"\d+/\d+"), "a fold such as 1/5"),
     "no_mask_is_empty?": SWITCH, "skip_bad?": SWITCH,
-    "class_words?": ([str], "a list of words"), "best_val_dsc?": ((int, float), "a number"),
+    "class_words?": ([str], "a list of words"), "best_val_dsc?": NUMBER,
 }  # fmt: skip
 REPEATED = ("seed", "fold")  # settings by which the runs of a group may differ
 OF_THIS_MACHINE = ("folder", "config", "fresh")  # keys of a model's `info` that a checkpoint leaves out

@@ -17,7 +17,7 @@ from vlsm.networks.san import SAN
 from vlsm.networks.tokenizer import Tokenizer
 from vlsm.networks.transformer import Attention
 from vlsm.segment import segment_image
-from vlsm.system.files import read_json, told
+from vlsm.system.schema import read_json, told
 
 NETWORKS = {"clipseg": CLIPSeg, "cris": CRIS, "san": SAN, "sam3": SAM3}
 

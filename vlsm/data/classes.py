@@ -16,7 +16,8 @@ import numpy as np
 from vlsm.data.images import LABELS_FORM, READERS, ImageError, LabelMask, MaskUnion, read_labels, read_mask
 from vlsm.data.records import check_texts
 from vlsm.system.console import first_few
-from vlsm.system.files import field, hash_of, leaves_folder, read_json
+from vlsm.system.files import hash_of, leaves_folder
+from vlsm.system.schema import field, read_json
 
 LENGTHS = [(int, float)] * 2  # from row to row, and from column to column
 

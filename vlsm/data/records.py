@@ -10,7 +10,8 @@ import numpy as np
 
 from vlsm.data.images import LabelMask, MaskUnion
 from vlsm.system.console import first_few
-from vlsm.system.files import field, fits, leaves_folder, read_json
+from vlsm.system.files import leaves_folder
+from vlsm.system.schema import field, fits, read_json
 
 PROMPT_KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
 # of a name with a letter, as the file system takes it; bytes that are no UTF-8 come as \udc80 to \udcff

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from vlsm.system.files import field
+from vlsm.system.schema import NUMBER, SWITCH, TEXT, field
 
 
 def quick_gelu(x):
@@ -305,29 +305,29 @@ def initialise_embeddings(network):
 
 MOST = dict(hidden_size=1 << 16, num_hidden_layers=1000, image_size=1 << 13, patch_size=1 << 10)
 VISION_DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
-
-
 # Type of a field -> (type of its value in config.json, in words)
 FIELD_TYPES = {
     int: (int, "a whole number"),
-    float: ((int, float), "a number"),
-    bool: (bool, "true or false"),
-    str: (str, "a text"),
+    float: NUMBER,
+    bool: SWITCH,
+    str: TEXT,
     tuple: ([int], "a list of whole numbers"),
 }
 
 
-def select_fields(config_class, values):
+def select_fields(config_class, values, part=None):
     """Return those of the `values` (a dictionary) that are fields of a dataclass and not None.
 
-    Raises ValueError for a value of another type than the field's.
+    part: the key of `config.json` that holds the values. Raises ValueError for a value of another type than
+    the field's.
     """
+    content, keys = ({part: values}, [part]) if part else (values, [])
     selected = {}
     for f in fields(config_class):
         value = values.get(f.name)
         if value is not None:
             kind, words = FIELD_TYPES.get(f.type, (object, ""))
-            selected[f.name] = field("config.json", values, f.name, kind=kind, words=words)
+            selected[f.name] = field("config.json", content, *keys, f.name, kind=kind, words=words)
     return selected
 
 
@@ -356,12 +356,11 @@ class EncoderConfig:
     @classmethod
     def from_dict(cls, values, name):
         """Read the part `name` of a `config.json`. Raises ValueError for sizes that cannot work."""
-        config = cls(**select_fields(cls, values))
+        config = cls(**select_fields(cls, values, name))
         for f in fields(cls):
             value = getattr(config, f.name)
             most = MOST.get(f.name, 1 << 20)
-            number = type(value) in (int, float) and (value > 0 or f.name == "eos_token_id")
-            if f.type is not str and not (number and value <= most):
+            if f.type is not str and not (value <= most and (value > 0 or f.name == "eos_token_id")):
                 raise ValueError(f"{name}.{f.name} is {value!r}; give a number of at most {most}.")
         heads = config.num_attention_heads
         width = config.hidden_size

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from vlsm.system.console import first_few, say_once
-from vlsm.system.files import field, opened, read_json
+from vlsm.system.files import opened
+from vlsm.system.schema import field, read_json
 
 RANDOM = "random:"
 MINI = Path(__file__).parents[1] / "mini"  # the embedded CLIPSeg

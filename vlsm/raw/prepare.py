@@ -23,10 +23,10 @@ from vlsm.system.files import (
     is_owned,
     leaves_folder,
     owned_write,
-    read_json,
     sweep_temporary,
     temporary_beside,
 )
+from vlsm.system.schema import read_json
 
 # Numbers of MedVLSM's records for train, val, test: splits that are drawn here have these shares.
 SIZES = {

@@ -11,7 +11,7 @@ import numpy as np
 
 from vlsm.data.images import to_eight_bits
 from vlsm.raw.download import Sample, decode_run_lengths, read_mhd, read_nifti
-from vlsm.system.files import field, parse_json
+from vlsm.system.schema import field, parse_json
 
 IMAGE = r"[^/]+\.(?:jpe?g|png|tiff?|bmp)"  # a file's name
 CAMUS = {1: "left ventricular cavity", 2: "myocardium", 3: "left atrium cavity"}

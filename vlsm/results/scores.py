@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from vlsm import metrics
-from vlsm.system.files import check_fields, field, read_csv, read_json, write_csv, write_json
+from vlsm.system.files import read_csv, write_csv, write_json
+from vlsm.system.schema import NUMBER, OBJECT, check_fields, field, read_json
 
 COLUMNS = ("image", "mask", "prompt", "dsc", "iou", "hd95", "nsd", "brier", "group", "class")
 DIGITS = dict(dsc=6, iou=6, hd95=4, nsd=6, brier=6)  # in metrics.csv
@@ -23,14 +24,13 @@ NO_CLASS = "no class"  # stands for the class word of records without one
 BINS = 15  # of probabilities, for the calibration error
 RESULT_FILES = ("metrics.csv", "metrics.json")
 # The schemas of metrics.json, of what it says of all records or of a class, and of a mean; see `check_fields`
-OBJECT = (dict, "an object")
 EVALUATION = {
     "dataset": (str, "a name"), "ensemble?": ([str], "a list of checkpoints"), "classes?": OBJECT,
     "classes.each?": OBJECT,
 }  # fmt: skip
 SUMMARY = {"trained": (int, "a whole number"), "alarms?": OBJECT}
 MEAN = {
-    "": OBJECT, ".mean?": ((int, float), "a number"), ".ci95?": ([(int, float)] * 2, "two numbers"),
+    "": OBJECT, ".mean?": NUMBER, ".ci95?": ([(int, float)] * 2, "two numbers"),
 }  # fmt: skip
 
 

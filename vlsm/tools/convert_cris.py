@@ -18,7 +18,8 @@ from vlsm.networks.cris import CRIS, CRISConfig
 from vlsm.networks.weights import describe_mismatch, guess_checkpoint, load_safely
 from vlsm.system.arguments import Parser
 from vlsm.system.console import friendly_errors, say
-from vlsm.system.files import atomic_write, is_filled, read_json, write_json, write_text
+from vlsm.system.files import atomic_write, is_filled, write_json, write_text
+from vlsm.system.schema import read_json
 
 EXAMPLES = """examples:
   python -m vlsm.tools.convert_cris cris_best.pth weights/cris --tokenizer clip-folder

@@ -7,7 +7,8 @@ import train
 from vlsm.system import parallel
 from vlsm.system.arguments import Parser, number
 from vlsm.system.console import friendly_errors, say
-from vlsm.system.files import atomic_write, field, read_json, write_json
+from vlsm.system.files import atomic_write, write_json
+from vlsm.system.schema import field, read_json
 from vlsm.training.arguments import parse_arguments
 
 EXAMPLES = """examples:

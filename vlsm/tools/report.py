@@ -11,7 +11,8 @@ from vlsm.results.tables import BOLD, PLAIN, format_rows
 from vlsm.system import plots
 from vlsm.system.arguments import Parser
 from vlsm.system.console import friendly_errors, say
-from vlsm.system.files import check_targets, field, owned_write, read_json, write_text
+from vlsm.system.files import check_targets, owned_write, write_text
+from vlsm.system.schema import field, read_json
 
 IN_MM = " (mm)"  # after the name of a data set whose distances are in millimetres
 ALARMS = {name: (f"false alarms %: {name}", 100, min) for name in ABSENT_SETS}

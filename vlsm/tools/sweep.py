@@ -15,15 +15,8 @@ from vlsm.methods.search_space import search_space
 from vlsm.model import network_class, read_config
 from vlsm.system.arguments import Parser, flag, number
 from vlsm.system.console import friendly_errors, say
-from vlsm.system.files import (
-    atomic_write,
-    field,
-    is_filled,
-    locked,
-    read_json,
-    write_csv,
-    write_json,
-)
+from vlsm.system.files import atomic_write, is_filled, locked, write_csv, write_json
+from vlsm.system.schema import field, read_json
 from vlsm.training.arguments import (
     method_options,
     parse_arguments,

@@ -10,7 +10,7 @@ from vlsm.methods.registry import METHODS, OPTIONS, PromptLearner, add_method_op
 from vlsm.model import NETWORKS, network_class
 from vlsm.system.arguments import Parser, add_machine_arguments, add_split_rules, flag, number
 from vlsm.system.console import did_you_mean
-from vlsm.system.files import fits, read_json
+from vlsm.system.schema import fits, read_json
 
 EXAMPLES = """examples:
   python train.py --dataset demo --peft dense --dim 64

@@ -17,18 +17,17 @@ from vlsm.system.console import first_few, say
 from vlsm.system.files import (
     LEDGER,
     atomic_write,
-    check_fields,
     check_targets,
     delete_owned,
     digest,
     is_filled,
     locked,
     owned_write,
-    read_json,
     refuse_changed,
     write_csv,
     write_json,
 )
+from vlsm.system.schema import NUMBER, check_fields, read_json
 
 # The options that say which data a run reads
 DATA_FIELDS = (
@@ -42,29 +41,22 @@ COLUMNS = (
     "images_per_second",
 )  # fmt: skip
 COUNTS = (
-    "best",
-    "num_bad_epochs",
-    "cooldown_counter",
-    "last_epoch",
-    "factor",
-    "patience",
-    "threshold",
-    "eps",
-)
+    "best", "num_bad_epochs", "cooldown_counter", "last_epoch", "factor", "patience", "threshold", "eps",
+)  # fmt: skip
 # The schemas of state.pt, of its optimizer's groups and of a row of its history, see `check_fields`
-GROUP = {name: ((int, float), "a number") for name in ("lr", "eps", "weight_decay")}
+GROUP = dict.fromkeys(("lr", "eps", "weight_decay"), NUMBER)
 GROUP["betas"] = ([(int, float)] * 2, "two numbers")
 STATE = {
     **dict.fromkeys(("tuned", "optimizer", "scheduler", "scaler"), (dict, "a dictionary")),
     "base": (str, "a text"),
-    **{f"scheduler.{name}": ((int, float), "a number") for name in COUNTS},
+    **{f"scheduler.{name}": NUMBER for name in COUNTS},
     "rng": (torch.Tensor, "a tensor"),
     "cuda_rng?": (torch.Tensor, "a tensor"),
     "history": ([dict], "a list of rows"),
     "stalled": (int, "a number of epochs", 0),
-    "mark": ((int, float), "a number", -math.inf),
+    "mark": (*NUMBER, -math.inf),
 }
-ROW = {name: ((int, float), "a number") for name in COLUMNS if name != "val_alarms"}
+ROW = {name: NUMBER for name in COLUMNS if name != "val_alarms"}
 ROW["val_alarms?"] = ROW["val_dsc"]  # runs of earlier versions have none
 ROW["epoch"] = (int, "a whole number", 1)
 # What `Run` writes from its state after each epoch, and all its files but config.json, in the order in which

@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from vlsm.system.files import check_fields
+from vlsm.system.schema import NUMBER, SWITCH, check_fields
 from vlsm.training.arguments import checked, stored_options, train_parser
 
 
@@ -30,9 +30,7 @@ def make_distributions(optuna, space, source):
             for end in ("low", "high"):
                 if not isinstance(checked(options[name], entry[end]), (int, float)):
                     raise ValueError("its values are no numbers")
-            check_fields(
-                source, entry, {"log?": (bool, "true or false"), "step?": ((int, float), "a number")}
-            )
+            check_fields(source, entry, {"log?": SWITCH, "step?": NUMBER})
             whole = isinstance(entry["low"], int) and isinstance(entry["high"], int)
             kind = optuna.distributions.IntDistribution if whole else optuna.distributions.FloatDistribution
             distributions[name] = kind(**entry)

@@ -8,7 +8,7 @@ from vlsm.data.images import NeedsPackage
 from vlsm.raw.download import checked_size, decode_run_lengths
 from vlsm.raw.formats.paths import find_image, paths_by_name, split_of
 from vlsm.raw.formats.shapes import draw_objects
-from vlsm.system.files import field, parse_json
+from vlsm.system.schema import field, parse_json
 
 
 def read(download):

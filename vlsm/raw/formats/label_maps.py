@@ -4,7 +4,8 @@ import numpy as np
 
 from vlsm.data.images import LABELS_FORM
 from vlsm.system.console import say_once
-from vlsm.system.files import field, leaves_folder, parse_json
+from vlsm.system.files import leaves_folder
+from vlsm.system.schema import field, parse_json
 
 
 def checked_class(word, source="its"):

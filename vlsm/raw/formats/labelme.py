@@ -5,7 +5,7 @@ from functools import partial
 
 from vlsm.raw.download import checked_size
 from vlsm.raw.formats.shapes import draw, draw_objects
-from vlsm.system.files import field, parse_json
+from vlsm.system.schema import field, parse_json
 
 NO_CLASS = ("_background_", "__ignore__")  # labels that labelme reserves
 

@@ -11,7 +11,7 @@ from vlsm.raw.formats.brush import decode_brush
 from vlsm.raw.formats.paths import find_image, paths_by_name
 from vlsm.raw.formats.shapes import draw, draw_objects, in_pixels
 from vlsm.system.console import first_few, say_once
-from vlsm.system.files import field, parse_json
+from vlsm.system.schema import field, parse_json
 
 UPLOAD = re.compile("^[0-9a-f]{8}-")  # before the name of an uploaded file
 
