@@ -18,7 +18,6 @@ import datasets
 from vlsm.data.images import mask_image, read_mask
 from vlsm.data.normalise import normalise as normalise_images
 from vlsm.networks.base import IMAGENET_MEAN, IMAGENET_STD
-from vlsm.system import files
 from vlsm.system.console import friendly_errors
 
 if (
@@ -153,7 +152,6 @@ def cli(capsys):
     def run(program, *argv):
         main = importlib.import_module(program).main
         capsys.readouterr()
-        files._inputs.clear()  # as a user's commands are processes of their own
         code = 0
         try:
             with friendly_errors():

@@ -206,6 +206,19 @@ def test_a_log_changed_by_hand_is_not_replaced(cli, trained):
     assert "my notes" in log.read_text()
 
 
+def test_a_log_saved_by_a_spreadsheet_does_not_end_the_run(quick, tmp_path):
+    log = tmp_path / "run" / "log.csv"
+    process = start(*quick, "--epochs", 4, "--min-epochs", 4)
+    wait_for_epoch(process, 1)
+    log.write_bytes(log.read_bytes().replace(b"\n", b"\r\n"))
+    text = process.communicate()[0]
+    assert process.returncode == 0 and "was changed, and is left so" in text, text
+    assert b"\r\n" in log.read_bytes()
+    log.rename(tmp_path / "saved.csv")
+    again = start("--out", tmp_path / "run", "--resume")
+    assert again.communicate() and again.returncode == 0 and len(rows(log)) == 4
+
+
 def test_a_flipped_bit_is_told(cli, trained):
     state = trained / "state.pt"
     with zipfile.ZipFile(state) as archive:

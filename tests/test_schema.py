@@ -354,7 +354,7 @@ CASES = [
 
 def run_case(case, step, home, trained, base, capsys, monkeypatch):
     """Read every `step`-th variant of a file; return what is wrong with each."""
-    monkeypatch.setattr("train.main", lambda *_: None)
+    monkeypatch.setattr("train.main", lambda words, *_: parse_arguments(words))
     if case in (sweep_case, space_case):
         monkeypatch.setattr(sweep, "open_study", lambda *_, **__: None)
         monkeypatch.setattr(sweep, "next_trial", lambda *_: None)

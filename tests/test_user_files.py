@@ -214,6 +214,53 @@ def test_what_was_read_is_never_replaced(program, cli, folder, trained):
     assert code == 2 and f"'{file}' is itself read" in err and file.read_bytes() == before, err
 
 
+def test_a_run_that_was_read_is_not_deleted(cli, quick, trained):
+    load(trained)
+    code, _, err = cli("train", *quick, "--epochs", 1, "--init", trained, "--overwrite")
+    assert code == 2 and "best.safetensors' is itself read" in err and (trained / "state.pt").is_file()
+    assert cli("train", "--out", trained, "--resume", "--epochs", 3)[0] == 0
+    assert cli("train", *quick, "--epochs", 1, "--overwrite")[0] == 0, "another command did not read it"
+
+
+def test_a_checkpoint_without_state_is_not_replaced(cli, trained):
+    for name in ("state.pt", "log.csv", "curves.png", "last.safetensors"):
+        (trained / name).unlink()
+    before = (trained / "best.safetensors").read_bytes()
+    code, _, err = cli("train", "--out", trained, "--resume")
+    assert code == 2 and "has a best.safetensors and no state.pt" in err
+    assert (trained / "best.safetensors").read_bytes() == before
+
+
+def test_results_in_a_runs_own_folder_go_with_it(cli, quick, trained):
+    assert cli("evaluate", "--ckpt", trained, "--out", trained)[0] == 0
+    (trained / "notes.csv").write_text("mine")
+    assert cli("train", *quick, "--epochs", 1, "--overwrite")[0] == 0
+    assert not (trained / "metrics.csv").exists() and (trained / "notes.csv").read_text() == "mine"
+    assert cli("evaluate", "--ckpt", trained, "--out", trained)[0] == 0
+
+
+def test_the_ledger_is_not_written_through_a_link(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / files.LEDGER).symlink_to("../notes.txt")
+    with pytest.raises(FileExistsError, match="is a link"):
+        files.write_text(tmp_path / "out" / "x", "x")
+    assert (tmp_path / "notes.txt").read_text() == "mine" and not (tmp_path / "out" / "x").exists()
+
+
+def test_one_place_by_two_names_is_one_target(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="Several images would be written to"):
+        files.check_targets([Path("a.png"), tmp_path / "a.png"])
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\u2028b", "a\x85b", "a\\nb"])
+def test_names_with_line_breaks_are_known_again(name, tmp_path):
+    for text in ("first", "second"):
+        files.write_text(tmp_path / name, text)
+    assert files.is_owned(tmp_path / name)
+
+
 def test_links_of_a_run_lead_nowhere(cli, quick, trained, tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()

@@ -11,8 +11,8 @@ from safetensors.torch import save
 from vlsm.model import attach, read_network
 from vlsm.networks.weights import describe_hub_error, fingerprint, hub_answers
 from vlsm.system.console import did_you_mean, first_few
-from vlsm.system.files import atomic_write, digest, opened
-from vlsm.system.schema import NUMBER, OBJECT, SWITCH, TEXT, check_fields, told
+from vlsm.system.files import atomic_write, digest, note_input
+from vlsm.system.schema import NUMBER, OBJECT, SWITCH, TEXT, check_fields, naming
 
 FORMAT = 1
 SEED = (int, "a whole number from 0", 0, 2**64)
@@ -92,7 +92,7 @@ def read_metadata(path):
     """
     path = locate_checkpoint(path)
     try:
-        with safe_open(opened(path), "pt") as file:
+        with safe_open(note_input(path), "pt") as file:
             texts = file.metadata() or {}
     except Exception as error:
         with open(path, "rb") as file:
@@ -125,7 +125,7 @@ def read_tuned(path):
     Raises ValueError for NaN or infinity, and for a file that is not as it was written.
     """
     path = locate_checkpoint(path)
-    with safe_open(opened(path), "pt") as file:
+    with safe_open(note_input(path), "pt") as file:
         texts = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     written = texts.pop("digest", None)  # checkpoints of earlier versions have none
@@ -157,7 +157,7 @@ def load(path, weights=None, base=None):
             metadata["model"], weights or metadata["weights"], metadata["reference"]
         )
     _check_base(path, metadata, description)
-    with told(path):
+    with naming(path):
         model = attach(network, description, metadata["method"], metadata["options"], share)
     model.metadata = metadata
     model.load_tuned(read_tuned(path))

@@ -17,7 +17,7 @@ from vlsm.networks.san import SAN
 from vlsm.networks.tokenizer import Tokenizer
 from vlsm.networks.transformer import Attention
 from vlsm.segment import segment_image
-from vlsm.system.schema import read_json, told
+from vlsm.system.schema import naming, read_json
 
 NETWORKS = {"clipseg": CLIPSeg, "cris": CRIS, "san": SAN, "sam3": SAM3}
 
@@ -232,7 +232,7 @@ def read_config(model, weights):
             f"'{file}' describes a '{model_type}' model; --model {model} needs a "
             f"{' or '.join(wanted.model_types)} one.{advice}"
         )
-    with told(file):
+    with naming(file):
         return folder, raw, wanted.Config.from_dict(raw)
 
 
@@ -247,16 +247,14 @@ def read_network(model, weights, reference=False):
     folder, raw, config = read_config(model, weights)
     fresh = {}
     if weights_io.is_random(weights):
-        with torch.random.fork_rng(devices=[]), told(weights):
+        with torch.random.fork_rng(devices=[]), naming(weights):
             torch.manual_seed(0)  # the same weights in every run, so that a checkpoint's fingerprint fits
             network = wanted(config, reference)
             network.initialise()
         tensors = network.published_names(network.state_dict())
     else:
-        with (
-            torch.device("meta"),
-            told(folder / "config.json"),
-        ):  # without memory; `load_strictly` puts the file's tensors in place
+        # without memory; `load_strictly` puts the file's tensors in place
+        with torch.device("meta"), naming(folder / "config.json"):
             network = wanted(config, reference)
         in_file = weights_io.read_tensors(folder)
         tensors = wanted.rename(in_file)

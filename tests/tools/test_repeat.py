@@ -41,8 +41,9 @@ def test_a_group_goes_on_with_its_own_options(cli, quick, tmp_path):
     assert cli("vlsm.tools.repeat", "--out", group, "--resume", "--seeds", 1)[0] == 2, "not the demo"
     assert (group / "config.json").read_bytes() == stored
     assert repeat(cli, quick, group, 1)[0] == 0, "options are the group's once a run exists"
-    code, _, err = repeat(cli, quick, group, 1, 2, epochs=2, more=["--resume"])
-    assert code == 2 and "have the options --dataset" in err and not (group / "seed2").exists()
+    code, _, err = repeat(cli, [*quick[:-2], "--lr", 0.5, *quick[-2:]], group, 1, 2, more=["--resume"])
+    assert code == 2 and "--lr 0.5 differs from the run in" in err and not (group / "seed2").exists()
+    assert repeat(cli, quick, group, 1, epochs=2, more=["--resume"])[0] == 0, "epochs may differ on resuming"
     code, said, err = cli("vlsm.tools.repeat", "--out", group, "--resume", "--seeds", 1, 2)
     assert code == 0 and "Resuming" in said, err
     of_seed = [json.loads((group / f"seed{k}" / "config.json").read_text())["options"] for k in (1, 2)]
@@ -50,6 +51,13 @@ def test_a_group_goes_on_with_its_own_options(cli, quick, tmp_path):
     (group / "config.json").unlink()  # as of earlier versions
     code, _, err = cli("vlsm.tools.repeat", "--out", group, "--resume", "--seeds", 1, 3)
     assert code == 2 and "give the options of the runs behind --" in err and not (group / "seed3").exists()
+
+
+def test_the_config_of_something_else_is_no_groups(cli, quick, trained):
+    before = (trained / "config.json").read_bytes()
+    code, _, err = repeat(cli, quick, trained, 1)
+    assert code == 2 and "'arguments' should be the options of a group" in err
+    assert (trained / "config.json").read_bytes() == before and not (trained / "seed1").exists()
 
 
 def folds(cli, quick, dataset, out):

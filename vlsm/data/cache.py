@@ -40,7 +40,7 @@ from vlsm.data.resize import (
     touches_corners,
 )
 from vlsm.system.console import progress, say, say_once
-from vlsm.system.files import atomic_write, digest, opened, reserve
+from vlsm.system.files import atomic_write, digest, note_input, reserve
 
 FORMAT = 4  # increased whenever a reader or a resizer gives other pixels: old cache files are then ignored
 
@@ -244,8 +244,8 @@ def open_split(records, size, folder, label, need_foreground=True):
     cannot be used, ValueError if no mask has foreground at this size, OSError if the folder cannot be
     written.
     """
-    first, _ = index_images(records)
-    shape = (3 * len(first) + len(records) + 1, size, size)
+    images = {source_key(record.image) for record in records}
+    shape = (3 * len(images) + len(records) + 1, size, size)
     if folder is None or isinstance(records[0].image, np.ndarray):
         split = _fill_entry(np.empty(shape, np.uint8), records, label)
     else:
@@ -282,8 +282,9 @@ def _cached_split(records, shape, folder, label):
     split = _open_entry(file, shape, records)
     if split is None:
         split = _write_entry(file, shape, records, label)
-        for old in folder.glob(f"{glob.escape(stem)}-*"):  # of earlier states, and this one, which is in use
-            _delete_unused(old)
+        for old in folder.glob(f"{glob.escape(stem)}-*"):  # of earlier states
+            if old != file:
+                _delete_unused(old)
     return split
 
 
@@ -299,7 +300,7 @@ def _cache_key(records, label):
 def _content(path):
     """Return the digest of a file; None for a missing one, which is reported later, when it is decoded."""
     try:
-        return hashlib.sha256(Path(opened(path)).read_bytes()).hexdigest()  # faster than `digest`
+        return hashlib.sha256(Path(note_input(path)).read_bytes()).hexdigest()  # faster than `digest`
     except OSError:
         return None
 

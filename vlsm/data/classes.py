@@ -16,7 +16,7 @@ import numpy as np
 from vlsm.data.images import LABELS_FORM, READERS, ImageError, LabelMask, MaskUnion, read_labels, read_mask
 from vlsm.data.records import check_texts
 from vlsm.system.console import first_few
-from vlsm.system.files import hash_of, leaves_folder
+from vlsm.system.files import hash_of, names_folder
 from vlsm.system.schema import field, read_json
 
 LENGTHS = [(int, float)] * 2  # from row to row, and from column to column
@@ -86,7 +86,7 @@ def parse_labels(content, file):
     for word in numbers:
         words = f"a class number, 0 to 65535, as in {LABELS_FORM}"
         field(file, content, "labels", word, kind=int, words=words, low=0, high=65535)
-        if not word.isprintable() or not word or leaves_folder(word):
+        if not names_folder(word):
             raise ValueError(f"'{file}': 'labels' names a class '{word}'; it should be a word.")
     if len(set(numbers.values())) < len(numbers):
         raise ValueError(f"'{file}': 'labels' gives one number to two classes.")

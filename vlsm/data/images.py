@@ -166,7 +166,7 @@ def orientation(source):
     try:
         with Image.open(source) as image:
             return Image.Image.getexif(image).get(0x0112, 1)  # a PNG's own method decodes all pixels
-    except Exception:  # of a format that Pillow does not read, or pixels in memory
+    except Exception:  # damaged, of a format that Pillow does not read, or pixels in memory
         return 1
 
 

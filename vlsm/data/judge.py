@@ -99,6 +99,7 @@ def _values_and_blobs(file):
         names = {str((code >> 16, code >> 8 & 255, code & 255)) for code in codes.tolist() if code}
         return (names if len(names) <= 1 else None), False
     values = set(np.unique(pixels).tolist()) - {0}
+    # 1 to n: `find_objects` makes a list as long as the largest number
     numbered = pixels.dtype.kind in "ui" and len(values) == max(values, default=0)
     if len(values) > 1 and numbered:
         boxes = ndimage.find_objects(pixels.astype(np.int32))

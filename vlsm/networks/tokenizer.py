@@ -57,9 +57,12 @@ class Tokenizer:
     def __init__(self, folder, limit=77, pad_to_limit=False):
         try:
             self.fast = read_tokenizer(Path(folder))
-        except (FileNotFoundError, KeyboardInterrupt):
+        except FileNotFoundError:
             raise
-        except BaseException as error:  # the library's panics are no Exception
+        except BaseException as error:
+            panic = type(error).__name__ == "PanicException"  # the library's own, which is no Exception
+            if not isinstance(error, Exception) and not panic:
+                raise
             raise ValueError(f"The tokenizer in '{folder}' cannot be read ({str(error)[:200]}).") from error
         self.limit = limit
         self.pad_to_limit = pad_to_limit

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from vlsm.system.console import first_few, say_once
-from vlsm.system.files import opened
+from vlsm.system.files import note_input
 from vlsm.system.schema import field, read_json
 
 RANDOM = "random:"
@@ -152,7 +152,7 @@ def load_safely(file, advice="Is the file complete?"):
 
     Raises ValueError, with an `advice`, for a file that is damaged or holds more; nothing in it is executed.
     """
-    opened(file)
+    note_input(file)
     try:
         if file.suffix == ".safetensors":
             return load_file(file)

@@ -22,6 +22,7 @@ from vlsm.system.files import (
     digest,
     is_owned,
     leaves_folder,
+    make_room,
     owned_write,
     sweep_temporary,
     temporary_beside,
@@ -54,8 +55,8 @@ class Writer:
         self.waiting = {}  # path -> temporary file
 
     def __enter__(self):
-        self.root.parent.mkdir(parents=True, exist_ok=True)
-        for folder in (self.root.parent, *self.root.glob("**/")):
+        make_room(self.root.parent)
+        for folder in self.root.glob("**/"):
             sweep_temporary(folder)  # of a preparation that was killed
         self.stage = temporary_beside(self.root.resolve())
         self.stage.mkdir()
@@ -115,7 +116,7 @@ class Writer:
             return
         for path, staged in self.waiting.items():
             with owned_write(path) as temporary:
-                temporary.write_bytes(staged.read_bytes())
+                staged.replace(temporary)
         for path in outdated:
             path.unlink()
             if [other.name for other in path.parent.iterdir()] == [LEDGER]:

@@ -6,6 +6,7 @@ import re
 from importlib.metadata import version
 
 from vlsm.system.console import did_you_mean
+from vlsm.system.files import forget_inputs
 
 VERSION = "1.0.0"
 
@@ -32,8 +33,12 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--version", action="version", version=versions, help="show the version, and exit")
 
     def parse_args(self, argv=None, namespace=None):
-        """Do as argparse; an empty text is a mistake, such as an unset variable of the shell."""
+        """Do as argparse, at the beginning of a command.
+
+        An empty text is a mistake, such as an unset variable of the shell.
+        """
         self.values.clear()
+        forget_inputs()
         parsed, unknown = self.parse_known_args(argv, namespace)
         if unknown:
             word = unknown[0].partition("=")[0]
@@ -90,7 +95,8 @@ def number(cast, low=-math.inf, high=math.inf, above=-math.inf):
 
     def parse(text):
         value = cast(text)  # a ValueError names the text and `parse.__name__`
-        if not low <= value <= high or value <= above or not abs(value) < 2**63:
+        wrong = not low <= value <= high or value <= above  # nan is, too
+        if wrong or not abs(value) < 2**63:  # torch's largest whole number; infinity is larger
             raise argparse.ArgumentTypeError(f"{text} is out of range: give {limits}")
         return value
 

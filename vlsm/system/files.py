@@ -32,15 +32,20 @@ OURS = ".vlsm-"  # beginning of the names of the ledger and of temporary files
 TEMPORARY = re.compile(rf"\{OURS}{HOST}-(\d+)-.*\.tmp")
 LEDGER = f"{OURS}written"  # in each folder: digest and name of every file that this program wrote there
 OS_ERROR = re.compile(r"\(os error (\d+)\)")  # in the text of safetensors' errors
-_inputs = set()  # real paths of the files that this process has read; they are never replaced
-_checked = set()  # targets that `check_targets` has allowed and nobody has written since
+_inputs = set()  # real paths of the files that this command has read; they are never replaced
+_checked = set()  # real paths of targets that `check_targets` has allowed and nobody has written since
 _held = {}  # folder of `locked` -> its open handle
 
 
-def opened(path):
-    """Note that this process reads a file, which `owned_write` then never replaces; returns the path."""
+def note_input(path):
+    """Note that this command reads a file, which `owned_write` then never replaces; returns the path."""
     _inputs.add(os.path.realpath(path))
     return path
+
+
+def forget_inputs():
+    """Begin a command: what an earlier one in the same process has read may be replaced."""
+    _inputs.clear()
 
 
 @contextmanager
@@ -54,8 +59,7 @@ def atomic_write(path):
     _refuse_moved(path)
     temporary = temporary_beside(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sweep_temporary(path.parent)
+        make_room(path.parent)
         temporary.touch()
         mode = temporary.stat().st_mode  # as the umask has it; safetensors writes for the owner alone
         yield temporary
@@ -65,7 +69,7 @@ def atomic_write(path):
         os.replace(temporary, path)
     except OSError as error:
         _refuse_moved(path)
-        if str(error.filename or temporary) == str(temporary):
+        if error.errno and str(error.filename or temporary) == str(temporary):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     except Exception as error:
@@ -96,6 +100,12 @@ def _refuse_moved(path):
                     f"The folder '{folder}' was renamed or deleted while it is written to. What was finished "
                     "before is whole; give it back its name to go on."
                 )
+
+
+def make_room(folder):
+    """Make a folder if it is missing, and remove what dead processes left there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep_temporary(folder)
 
 
 def temporary_beside(path):
@@ -151,14 +161,15 @@ def check_targets(targets, inputs=(), overwrite=False):
     """
     for file in inputs:
         if isinstance(file, (str, Path)):
-            opened(file)
+            note_input(file)
     ledger_of = cache(_ledger)
     seen = set()
     foreign = []
     for target in map(Path, targets):
-        if target in seen:
+        place = os.path.realpath(target)
+        if place in seen:
             raise ValueError(f"Several images would be written to '{target}': rename those with equal stems.")
-        seen.add(target)
+        seen.add(place)
         _refuse_input(target)
         if not overwrite and os.path.lexists(target) and not _is_own(target, ledger_of(target.parent)):
             foreign.append(target)
@@ -167,21 +178,29 @@ def check_targets(targets, inputs=(), overwrite=False):
             f"'{foreign[0]}' exists, and was not written by this program, or was changed since. Rename it, "
             f"name another place, or pass --overwrite. ({len(foreign)} such files)"
         )
-    _checked.update(target.absolute() for target in seen)
+    _checked.update(seen)
 
 
 def _refuse_input(path):
-    """Raise FileExistsError for a file that this process has read."""
+    """Raise FileExistsError for a file that this command has read."""
     if os.path.realpath(path) in _inputs:
         raise FileExistsError(f"'{path}' is itself read, so it is not written to. Name another place.")
 
 
-def _ledger(folder):
-    """Return the set of lines of a folder's ledger."""
+def _ledger_file(folder):
+    """Return the path of a folder's ledger. Raises FileExistsError for a link, which is not followed."""
     file = folder / LEDGER
+    if file.is_symlink():
+        raise FileExistsError(f"'{file}' is a link, and would be written through. Remove it.")
+    return file
+
+
+def _ledger(folder):
+    """Return the set of lines of a folder's ledger. Raises as `_ledger_file`."""
+    file = _ledger_file(folder)
     if not file.is_file():
         return set()
-    return set(file.read_text("utf-8", "surrogateescape").splitlines())
+    return set(file.read_text("utf-8", "surrogateescape").split("\n"))
 
 
 def _is_own(path, ledger):
@@ -193,7 +212,7 @@ def _is_own(path, ledger):
 
 def _ledger_line(path, name):
     """Return the ledger's line on a file's content, under the name that it has or will have."""
-    return f"{digest(path.read_bytes())} {name}"
+    return f"{digest(path.read_bytes())} {name}".replace("\n", "\\n")
 
 
 @contextmanager
@@ -203,14 +222,15 @@ def owned_write(path):
     Raises as `check_targets` for a path that this has not allowed before.
     """
     path = Path(path)
-    if path.absolute() not in _checked:
+    place = os.path.realpath(path)
+    if place not in _checked:
         check_targets([path])
-    _checked.discard(path.absolute())
+    _checked.discard(place)
     _refuse_input(path)  # it may have been read since
     with atomic_write(path) as temporary:
         yield temporary
         line = "\n" + _ledger_line(temporary, path.name)  # the line before it may have been cut off
-        with open(path.parent / LEDGER, "ab") as ledger:  # short appends of several processes stay whole
+        with open(_ledger_file(path.parent), "ab") as ledger:  # short appends of several processes stay whole
             ledger.write(line.encode(errors="surrogateescape"))
 
 
@@ -225,7 +245,7 @@ def delete_owned(folder):
     sweep_temporary(folder)
     ledger = _ledger(folder)
     left = []
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.iterdir(), key=lambda path: (path.name == LEDGER, path)):  # the ledger last
         if path.is_dir():
             left += delete_owned(path)
         elif path.name == LEDGER or _is_own(path, ledger):
@@ -315,8 +335,9 @@ def is_owned(path):
 
 def refuse_changed(path):
     """Raise FileExistsError for a file that this program wrote and somebody has changed since."""
-    known = any(line.endswith(f" {path.name}") for line in _ledger(path.parent))
-    if known and path.exists() and not is_owned(path):
+    ledger = _ledger(path.parent)
+    names = {line.partition(" ")[2] for line in ledger}
+    if path.name in names and path.exists() and not _is_own(path, ledger):
         raise FileExistsError(
             f"'{path}' was changed since this program wrote it, and would be replaced. Rename the changed "
             "file."
@@ -327,6 +348,11 @@ def leaves_folder(name):
     """Tell whether a relative file name leads out of its folder, on any system."""
     path = PurePosixPath(name)
     return path.is_absolute() or ".." in path.parts or "\\" in str(name)
+
+
+def names_folder(word):
+    """Tell whether a word can be the name of a folder."""
+    return bool(word) and word.isprintable() and not leaves_folder(word)
 
 
 def is_filled(folder):

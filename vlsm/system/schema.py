@@ -103,7 +103,7 @@ def check_fields(source, value, schema):
 
 
 @contextmanager
-def told(file):
+def naming(file):
     """Turn errors of values in a file that are of a wrong type into a ValueError, which names the file."""
     try:
         yield

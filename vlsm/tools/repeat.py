@@ -1,6 +1,5 @@
 """Train the same run with several seeds, or on each fold of a cross-validation, in folders below one."""
 
-import shlex
 from pathlib import Path
 
 import train
@@ -9,7 +8,7 @@ from vlsm.system.arguments import Parser, number
 from vlsm.system.console import friendly_errors, say
 from vlsm.system.files import atomic_write, write_json
 from vlsm.system.schema import field, read_json
-from vlsm.training.arguments import parse_arguments
+from vlsm.training.arguments import parse_arguments, refuse_changes
 
 EXAMPLES = """examples:
   python -m vlsm.tools.repeat --seeds 41 42 43 -- --dataset kvasir --peft dense
@@ -18,26 +17,25 @@ EXAMPLES = """examples:
 what follows -- goes to train.py. Evaluate all runs with: python evaluate.py --ckpt FOLDER"""
 
 
-def group_words(group, words, repeat):
+def group_words(group, words, repeat, run):
     """Return the options of train.py that the runs of a group share, as the config.json of its folder says.
 
-    words: those given now, which are written there before the first run. repeat: an option of one run. Raises
-    ValueError for other words than those of the runs.
+    words: those given now, if any; they are written there. repeat: an option of one run. run: both, parsed.
+    Raises ValueError for words that would make the runs that were begun others, and for the config.json of
+    something else.
     """
     file = group / "config.json"
     begun = any(group.glob("*/config.json"))
-    if begun and not file.is_file() and not words:
+    stored = words
+    if file.is_file():
+        stored = field(file, read_json(file), "arguments", kind=[str], words="the options of a group")
+    elif begun and not words:
         raise ValueError(f"'{file}' is missing: give the options of the runs behind --.")
-    if not file.is_file() or words and not begun:
-        write_json(file, dict(arguments=words), atomic_write)
-        return words
-    stored = field(file, read_json(file), "arguments", kind=list, words="the options of a group")
-    if words and parse_arguments([*words, repeat]) != parse_arguments([*stored, repeat]):
-        raise ValueError(
-            f"The runs in '{group}' have the options {shlex.join(stored)}. Leave out what follows --, or "
-            "name another --out."
-        )
-    return stored
+    if begun and words:
+        refuse_changes(vars(run), vars(parse_arguments([*stored, repeat])), group)
+    words = words or stored
+    write_json(file, dict(arguments=words), atomic_write)
+    return words
 
 
 def main(argv=None):
@@ -63,7 +61,7 @@ def main(argv=None):
     run = parse_arguments([*args.train, first])  # reject bad options before anything is trained
     ending = "folds" if args.folds else "seeds"
     group = Path(args.out or run.out.removesuffix(f"seed{run.seed}") + ending)
-    train_words = group_words(group, args.train, first)
+    train_words = group_words(group, args.train, first, run)
     for name, option in repeats.items():
         out = group / name
         words = [*train_words, option, f"--out={out}"]

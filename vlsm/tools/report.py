@@ -216,8 +216,10 @@ def main(argv=None):
     sources = [add_published(table, trained, args.published)] if args.published else []
     dsc = {dataset: cells for (dataset, metric), cells in table.items() if metric == "dsc"}
     text = format_rows(table_rows(table, trained), args.format, [KEY, *sources])
-    names = (f"report.{args.format}", f"dsc.{args.figure_format}", f"parameters.{args.figure_format}")
-    files = [Path(args.out or args.folder, name) for name in names]
+    files = [
+        Path(args.out or args.folder, name)
+        for name in (f"report.{args.format}", f"dsc.{args.figure_format}", f"parameters.{args.figure_format}")
+    ]
     check_targets(files, overwrite=args.overwrite)
     write_text(files[0], text)
     with owned_write(files[1]) as temporary:

@@ -17,11 +17,7 @@ from vlsm.system.arguments import Parser, flag, number
 from vlsm.system.console import friendly_errors, say
 from vlsm.system.files import atomic_write, is_filled, locked, write_csv, write_json
 from vlsm.system.schema import field, read_json
-from vlsm.training.arguments import (
-    method_options,
-    parse_arguments,
-    train_parser,
-)
+from vlsm.training.arguments import method_options, parse_arguments, train_parser
 from vlsm.training.run import Diverged, selection_score
 from vlsm.training.space import make_distributions
 
@@ -138,10 +134,8 @@ def run_trial(optuna, study, trial, words, folder, by_loss):
     except optuna.TrialPruned:
         say("pruned: below the median of the trials before it")
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-    except (ValueError, torch.OutOfMemoryError) as error:
+    except (Diverged, torch.OutOfMemoryError) as error:  # any other error ends the sweep, for --resume
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        if not isinstance(error, (Diverged, torch.OutOfMemoryError)):  # a mistake, which others would repeat
-            raise
         say(f"failed: {error}")
 
 

@@ -17,7 +17,7 @@ from vlsm.data.normalise import normalise
 from vlsm.networks.base import FrozenBlocks, ImageFeatures
 from vlsm.system import parallel
 from vlsm.system.console import progress
-from vlsm.system.files import reserve, sweep_temporary, temporary_beside
+from vlsm.system.files import make_room, reserve, temporary_beside
 from vlsm.system.parallel import autocast
 
 SHARE = 0.5  # largest fraction of the free memory or disk that is used
@@ -73,8 +73,7 @@ def mapped_tensor(size, dtype, folder):
     if not count:
         return torch.empty(size, dtype=dtype)
     path = temporary_beside(Path(folder) / "activations")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sweep_temporary(path.parent)
+    make_room(path.parent)
     path.touch()
     try:
         reserve(path, count * dtype.itemsize)

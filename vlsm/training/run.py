@@ -13,7 +13,7 @@ from tqdm import tqdm
 from vlsm.checkpoint import save_state, save_tuned
 from vlsm.networks.weights import load_safely
 from vlsm.system import parallel, plots
-from vlsm.system.console import first_few, say
+from vlsm.system.console import first_few, say, say_once
 from vlsm.system.files import (
     LEDGER,
     atomic_write,
@@ -21,6 +21,7 @@ from vlsm.system.files import (
     delete_owned,
     digest,
     is_filled,
+    is_owned,
     locked,
     owned_write,
     refuse_changed,
@@ -40,7 +41,7 @@ COLUMNS = (
     "epoch", "train_loss", "train_dsc", "val_loss", "val_dsc", "val_iou", "val_alarms", "lr", "seconds",
     "images_per_second",
 )  # fmt: skip
-COUNTS = (
+SCHEDULER_FIELDS = (
     "best", "num_bad_epochs", "cooldown_counter", "last_epoch", "factor", "patience", "threshold", "eps",
 )  # fmt: skip
 # The schemas of state.pt, of its optimizer's groups and of a row of its history, see `check_fields`
@@ -49,7 +50,7 @@ GROUP["betas"] = ([(int, float)] * 2, "two numbers")
 STATE = {
     **dict.fromkeys(("tuned", "optimizer", "scheduler", "scaler"), (dict, "a dictionary")),
     "base": (str, "a text"),
-    **{f"scheduler.{name}": NUMBER for name in COUNTS},
+    **{f"scheduler.{name}": NUMBER for name in SCHEDULER_FIELDS},
     "rng": (torch.Tensor, "a tensor"),
     "cuda_rng?": (torch.Tensor, "a tensor"),
     "history": ([dict], "a list of rows"),
@@ -117,13 +118,14 @@ class Run:
             say(f"Resuming '{self.out}' after epoch {len(self.history)}. {self.describe_best()}")
         if parallel.rank():
             return
+        targets = RESULTS[:2] if resume else RESULTS  # of --resume the checkpoints may have been read
+        check_targets([self.out / name for name in targets], overwrite=True)
         make_folder(self.out, settings, self.metadata, overwrite)  # only once the saved state matches
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             folder = str(self.out / "tensorboard")  # rows from the last saved epoch on are purged
             self.writer = SummaryWriter(folder, purge_step=max(1, len(self.history)), flush_secs=20)
-        check_targets([self.out / name for name in RESULTS], overwrite=True)
         if self.history:
             self.write_results()  # it may have been stopped between its state and these
 
@@ -187,7 +189,13 @@ class Run:
         table = [COLUMNS]
         for row in self.history:
             table.append([row.get(name, "") for name in COLUMNS])
-        write_csv(self.out / "log.csv", table)
+        log = self.out / "log.csv"
+        try:
+            write_csv(log, table)
+        except FileExistsError:  # the run goes on: all rows are in state.pt
+            say_once(
+                log, f"'{log}' was changed, and is left so. Rename it: then all epochs are written again."
+            )
         with owned_write(self.out / "curves.png") as temporary:
             plots.curves(self.history, self.best_row["epoch"], self.out.absolute().name, temporary)
         if self.writer:
@@ -253,7 +261,7 @@ class Run:
         file = self.out / "state.pt"
         state = load_safely(file, "Start again with --overwrite.")
         check_fields(file, state, STATE)
-        for row in state["history"] or [{}]:
+        for row in state["history"] or [{}]:  # an empty history is refused
             check_fields(f"{file}, history", row, ROW)
         if state["base"] != self.model.info["fingerprint"]:
             raise ValueError(
@@ -331,10 +339,11 @@ def check_folder(out, resume, overwrite):
     if not is_filled(out):
         return
     if resume:
-        if (out / "log.csv").is_file() and not (out / "state.pt").is_file():
+        written = [name for name in RESULTS if (out / name).is_file()]
+        if written and not (out / "state.pt").is_file():
             raise ValueError(
-                f"'{out}' has a log.csv and no state.pt, so the run in it cannot continue where it stopped. "
-                "Put state.pt back, or start again with --overwrite."
+                f"'{out}' has a {written[0]} and no state.pt, so the run in it cannot continue where it "
+                "stopped. Put state.pt back, or start again with --overwrite."
             )
         refuse_changed(out / "log.csv")
         return
@@ -368,7 +377,8 @@ def delete_run(out):
         if folder.is_dir():
             delete_owned(folder)
     events = out / "tensorboard"
-    files = [out / name for name in FILES]
+    files = [path for path in sorted(out.iterdir()) if path.name not in FILES and is_owned(path)]
+    files += [out / name for name in FILES]
     if not events.is_symlink():
         files += events.glob("events.out.tfevents.*")
     for file in files:

@@ -4,14 +4,14 @@ import numpy as np
 
 from vlsm.data.images import LABELS_FORM
 from vlsm.system.console import say_once
-from vlsm.system.files import leaves_folder
+from vlsm.system.files import names_folder
 from vlsm.system.schema import field, parse_json
 
 
 def checked_class(word, source="its"):
     """Return a class's word without blanks around it. Raises ValueError unless it can name a folder."""
     text = word.strip() if isinstance(word, str) else ""
-    if not text or "/" in text or leaves_folder(text) or not text.isprintable():
+    if "/" in text or not names_folder(text):
         raise ValueError(f"{source} class {word!r} cannot name a folder; rename the class")
     return text
 
