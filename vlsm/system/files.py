@@ -98,7 +98,7 @@ def _refuse_moved(path):
             if not folder.exists() or not os.path.samestat(os.fstat(handle), os.stat(folder)):
                 raise FileNotFoundError(
                     f"The folder '{folder}' was renamed or deleted while it is written to. What was finished "
-                    "before is whole; give it back its name to go on."
+                    "before is whole; a run goes on from its folder's new name with --resume."
                 )
 
 
