@@ -78,6 +78,8 @@ class Layer:
         """Return a path relative to the folder, or None if it is not below it."""
         if isinstance(path, int):
             path = os.readlink(f"/proc/self/fd/{path}")
+            if not os.path.isabs(path):  # "pipe:[8]", which has no place
+                return None
         elif folder_fd is not None:
             path = os.path.join(os.readlink(f"/proc/self/fd/{folder_fd}"), os.fsdecode(path))
         path = os.path.abspath(os.fsdecode(path))
@@ -460,7 +462,7 @@ def disturb(base, name, truth, at, fault, reads, seen):
         note = log.with_suffix(".note").read_text().strip()
         what = f"{name} {at} {fault}: {note or truth.calls[at - 1]}: "
         if not note:
-            return "not reached", what
+            return "not reached", f"{what}exit {code}: {last_line(output)}"
         problem = misbehaviour(code, output, fault)
         if not problem and scenario.whole and (work / scenario.whole).exists():
             problem = difference(content(work / scenario.whole), truth.whole)

@@ -48,6 +48,9 @@ layer = Layer(folder, int(sys.argv[2]), sys.argv[3])
 layer.install()
 os.mkdir(folder / "made")
 (folder.parent / "elsewhere").write_text("not counted")
+os.chdir(folder)
+with open(os.pipe()[1], "w") as pipe:
+    pipe.write("not counted either")
 with open(folder / "made" / "a", "w") as file:
     file.write("12345678")
     os.fsync(file.fileno())
