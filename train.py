@@ -27,7 +27,7 @@ from vlsm.system import parallel
 from vlsm.system.console import Interrupt, friendly_errors, progress, say
 from vlsm.system.parallel import autocast, choose_device
 from vlsm.training.arguments import RECIPE_FIELDS, method_options, parse_arguments, stored_settings
-from vlsm.training.dry_run import describe_memory
+from vlsm.training.dry_run import describe_memory, rehearse
 from vlsm.training.frozen_cache import FrozenCache
 from vlsm.training.run import Run, check_folder, check_gradients, describe_run, held_folder
 
@@ -82,6 +82,7 @@ def main(argv=None, after_epoch=None):
         metadata = describe_run(model, data, side, settings, RECIPE_FIELDS)
         run = Run(args.out, model, optimizer, scheduler, dtype, metadata, args.monitor)
         run.start(settings, args.resume, args.overwrite, args.changed_data, args.tensorboard)
+        rehearse(model, cache, criterion, side, args.negatives, args.batch_size // args.accumulate)
         for split in ("train", "val"):
             description = cache.add_split(split, data[split], args.batch_size)
             if description:
@@ -204,8 +205,8 @@ def optimizer_step(run, loss, clip):
     parallel.all_reduce_mean(gradients)
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
-    overflow = run.scaler.is_enabled() and not norm.isfinite()  # in fp16's first steps, until a scale fits
-    if not run.gradients_checked and loss.isfinite() and not overflow:
+    # a GPU is waited for until the first step with gradients: fp16's first ones overflow, until a scale fits
+    if not run.gradients_checked and loss.isfinite() and (norm.isfinite() or not run.scaler.is_enabled()):
         say(check_gradients(run.model))
         run.gradients_checked = True
     run.scaler.step(run.optimizer)

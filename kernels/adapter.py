@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import triton_op
 
-from .dispatch import dot_precision, launcher, runs_triton, tl, triton
+from .dispatch import dot_precision, launch, runs_triton, tl, triton
 
 
 def adapter_torch(h, residual, down_weight, down_bias, up_weight, up_bias):
@@ -231,11 +231,6 @@ def _runs_kernels(h, r):
     return key in BLOCKS
 
 
-def _launch(kernel, grid, *tensors, **sizes):
-    """Run a kernel on a grid of programs, with the precision of its products added."""
-    launcher(kernel)[grid](*tensors, **sizes, PRECISION=dot_precision())
-
-
 @triton_op("vlsm::adapter_bottleneck", mutates_args=())
 def _forward(
     h: Tensor,
@@ -257,10 +252,10 @@ def _forward(
     out = torch.empty_like(h, dtype=dtype)
     a = h.new_empty((n, r) if keep else 0)
     sizes = blocks("forward", r, h.element_size())
-    _launch(
+    launch(
         forward_kernel, (triton.cdiv(n, sizes["BLOCK_N"]),),
         h, residual_or_h, down_weight.to(h.dtype), down_bias, up_weight.to(h.dtype), up_bias, out, a, n,
-        D=d, R=r, HAS_RESIDUAL=residual is not None, KEEP=keep, **sizes,
+        D=d, R=r, HAS_RESIDUAL=residual is not None, KEEP=keep, PRECISION=dot_precision(), **sizes,
     )  # fmt: skip
     return out, a
 
@@ -284,25 +279,27 @@ def _backward(
     dh = h.new_empty(h.shape if with_h else 0)
     dz1 = h.new_empty(a.shape if with_weights else 0)
     sizes = blocks("rows", r, h.element_size())
-    _launch(
+    launch(
         backward_rows_kernel, (triton.cdiv(n, sizes["BLOCK_N"]),),
         g, a, w1, w2, up_bias, dh, dz1, n,
-        D=d, R=r, WITH_H=with_h, WITH_WEIGHTS=with_weights, **sizes,
+        D=d, R=r, WITH_H=with_h, WITH_WEIGHTS=with_weights, PRECISION=dot_precision(),
+        **sizes,
     )  # fmt: skip
     if not with_weights:
         return dh, down_weight.new_empty(0)
     sizes = blocks("weights", r, h.element_size())
     block_n = sizes["BLOCK_N"]
     columns = triton.cdiv(d, sizes["BLOCK_D"])
-    groups = min(triton.cdiv(n, 4 * block_n), PROGRAMS // columns)  # of rows: at least four blocks in each
-    groups = max(1, groups)
+    # of rows: at least four blocks in each. Python's min and max would tie a compiled graph to one side of
+    # the limit, and a size that may be 1 to that value; a second group without rows adds zeros
+    groups = torch.sym_max(2, torch.sym_min(triton.cdiv(n, 4 * block_n), PROGRAMS // columns))
     blocks_each = triton.cdiv(triton.cdiv(n, groups), block_n)
     rows_each = blocks_each * block_n
     partial = torch.empty(groups, 2 * d * r + d + r, dtype=torch.float32, device=h.device)
-    _launch(
+    launch(
         backward_weights_kernel, (columns, groups),
         g, h, a, dz1, w2, up_bias, partial, n, rows_each,
-        D=d, R=r, **sizes,
+        D=d, R=r, PRECISION=dot_precision(), **sizes,
     )  # fmt: skip
     return dh, partial.sum(0)
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
-from .dispatch import runs_triton, tl, triton
+from .dispatch import launch, runs_triton, tl, triton
 
 COLUMNS = dict(BLOCK_H=32, BLOCK_W=32, num_warps=4)  # launch sizes
 NEAREST = dict(BLOCK=128, num_warps=1)
@@ -134,8 +134,8 @@ def columns_kernel(
 
     FAR is larger than any distance in the image.
     """
-    plane = tl.program_id(1).to(tl.int64) * H * W
-    cols = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
+    plane = tl.program_id(0).to(tl.int64) * H * W
+    cols = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     last = tl.zeros([BLOCK_W], tl.int32) - FAR
     for start in range(0, H, BLOCK_H):
         rows = start + tl.arange(0, BLOCK_H)
@@ -195,12 +195,13 @@ def _surface_distances_triton(pred, target, whole):
     edge = torch.empty_like(masks)
     gap = torch.empty_like(masks, dtype=torch.int16)
     column_blocks = triton.cdiv(W, COLUMNS["BLOCK_W"])
-    columns_kernel[column_blocks, 2 * pairs](masks, edge, gap, H, W, far, WHOLE=whole, **COLUMNS)
+    grid = 2 * pairs, column_blocks  # only the first of a grid's sizes may exceed 65,535
+    launch(columns_kernel, grid, masks, edge, gap, H, W, far, WHOLE=whole, **COLUMNS)
     points = edge.flatten().nonzero().flatten()
     n = len(points)
     squared = torch.empty(n, dtype=torch.int32, device=pred.device)
     if n:
-        nearest_kernel[n,](points, gap, squared, H * W, pairs * H * W, W, far, **NEAREST)
+        launch(nearest_kernel, (n,), points, gap, squared, H * W, pairs * H * W, W, far, **NEAREST)
     return squared, edge.sum((2, 3))
 
 

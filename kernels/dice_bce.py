@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import triton_op
 
-from .dispatch import launcher, runs_triton, tl, triton
+from .dispatch import launch, runs_triton, tl, triton
 
 PASS = dict(BLOCK=4096, num_warps=8)  # launch sizes: pixels per program
 FINISH = dict(BLOCK_B=32, BLOCK_T=32)  # samples and tiles that the single program adds up at a time
@@ -172,10 +172,11 @@ def _forward(
     terms = torch.empty(samples, 3, **float32)
     counted = torch.zeros((), dtype=torch.int64, device=logits.device)
     twice = ce == "reference"
-    sums_pass = launcher(sums_kernel)[tiles, samples]
-    sums_pass(logits, target, sums, counted, pixels, tiles, TWICE=twice, **PASS)
-    finish = launcher(finish_kernel)[1,]
-    finish(sums, loss, terms, counted, samples, pixels, tiles, dice_weight, bce_weight, smooth, **FINISH)
+    launch(sums_kernel, (tiles, samples), logits, target, sums, counted, pixels, tiles, TWICE=twice, **PASS)
+    launch(
+        finish_kernel, (1,), sums, loss, terms, counted, samples, pixels, tiles, dice_weight, bce_weight,
+        smooth, **FINISH,
+    )  # fmt: skip
     return loss, terms
 
 
@@ -189,8 +190,9 @@ def _backward(g: Tensor, logits: Tensor, target: Tensor, terms: Tensor, bce_weig
     scale = bce_weight / (samples * pixels)
     twice = ce == "reference"
     tiles = triton.cdiv(pixels, PASS["BLOCK"])
-    gradient_pass = launcher(gradient_kernel)[tiles, samples]
-    gradient_pass(g, logits, target, terms, dz, pixels, scale, TWICE=twice, **PASS)
+    launch(
+        gradient_kernel, (tiles, samples), g, logits, target, terms, dz, pixels, scale, TWICE=twice, **PASS
+    )
     return dz
 
 

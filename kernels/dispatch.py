@@ -7,6 +7,7 @@ Triton's interpreter: slow, for tests only.
 
 import os
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
@@ -42,25 +43,25 @@ def _probe_kernel(x):
     tl.store(x, 1.0)
 
 
-def use_kernels(mode):
+def use_kernels(mode, device="cuda"):
     """Choose for all functions of this package: "auto" (Triton on a GPU), "triton" (an error where it cannot
     run), "torch" (the plain-torch twins).
 
-    On a GPU a trivial kernel is compiled first: Triton needs a C compiler and Python's headers. Where that
-    fails, "auto" prints why on stderr and becomes "torch". Returns whether Triton will run. Raises ValueError
-    where "triton" is chosen and cannot run.
+    device: the type of the device that will be used. On a GPU a trivial kernel is compiled first: Triton
+    needs a C compiler and Python's headers. Where that fails, "auto" prints why on stderr and becomes
+    "torch". Returns whether Triton will run. Raises ValueError where "triton" is chosen and cannot run.
     """
     global _mode
     if mode not in MODES:
         raise ValueError(f"--kernels '{mode}' is not known; choose one of: {', '.join(MODES)}.")
-    gpu = torch.cuda.is_available()
+    gpu = device == "cuda" and torch.cuda.is_available()
     problem = None
     if not AVAILABLE:
         problem = "the package triton is not installed (pip install triton; Linux only)"
     elif gpu and mode != "torch":
         problem = _compile_problem()
     elif not INTERPRETED:
-        problem = "there is no GPU"
+        problem = "there is no GPU in use"
     if mode == "triton" and problem:
         raise ValueError(f"--kernels triton: {problem}. Use --kernels auto.")
     if gpu and mode == "auto" and problem:
@@ -70,7 +71,9 @@ def use_kernels(mode):
 
 
 def _compile_problem():
-    """Return why Triton cannot compile a kernel on this GPU, or None."""
+    """Return why Triton cannot compile the kernels on this GPU, or None."""
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):  # no matrix units for bf16
+        return f"the kernels need compute capability 8.0, and {torch.cuda.get_device_name()} has less"
     try:
         _probe_kernel[1,](torch.empty(1, device="cuda"))
     except Exception as error:  # a missing compiler, missing headers, an unknown GPU
@@ -86,12 +89,16 @@ def runs_triton(x):
     return x.is_cuda or INTERPRETED
 
 
-def launcher(kernel):
-    """Wrap a kernel so that `torch.compile` can trace its launch inside an op.
+def launch(kernel, grid, first, *args, **sizes):
+    """Run a kernel on a grid of programs, on the GPU of its `first` argument, a tensor.
 
-    Not in the interpreter, which some versions of torch refuse to wrap.
+    The kernel is wrapped so that `torch.compile` can trace its launch inside an op; not in the interpreter,
+    which some versions of torch refuse to wrap.
     """
-    return kernel if INTERPRETED else wrap_triton(kernel)
+    wrapped = kernel if INTERPRETED else wrap_triton(kernel)
+    several = first.is_cuda and torch.cuda.device_count() > 1
+    with torch.cuda.device(first.device) if several else nullcontext():  # else it runs on the current GPU
+        wrapped[grid](first, *args, **sizes)
 
 
 def dot_precision():

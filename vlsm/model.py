@@ -156,7 +156,7 @@ class VLSM(nn.Module):
         dtype: of frozen matrices, or None to leave them as they are. use_kernels, compile_blocks: the options
         `--kernels` and `--compile`. Raises ValueError for a choice that is not available.
         """
-        triton = kernels.use_kernels(use_kernels)
+        triton = kernels.use_kernels(use_kernels, device.type)
         self.compute_dtype = dtype
         if dtype is not None:
             self.hold_frozen_weights_in(dtype)
@@ -196,6 +196,7 @@ class VLSM(nn.Module):
         compile again.
         """
         # variants of a layer: encoder, with or without adapters, with or without gradients, training or not
+        torch._dynamo.reset()  # those of models before, as in a sweep, do not count towards the limit
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
         for block in self.network.compilable_blocks():
             block.compile(dynamic=self.network.compile_dynamic)

@@ -14,7 +14,7 @@ from PIL import Image
 import datasets
 from tests.conftest import ROOT
 from tests.data.test_data import open_all
-from vlsm.data.cache import open_split
+from vlsm.data.cache import chunks, open_split
 from vlsm.data.records import DataError, Record
 from vlsm.system.files import HOST, owned_write
 from vlsm.training.frozen_cache import mapped_tensor
@@ -124,7 +124,7 @@ SHARE = """
 import random, sys
 import numpy as np
 from pathlib import Path
-from vlsm.data.cache import open_split
+from vlsm.data.cache import chunks, open_split
 from vlsm.data.records import Record
 root = Path(sys.argv[1])
 for k in range(int(sys.argv[2])):
@@ -172,3 +172,13 @@ def test_activations_leave_no_file_and_a_killed_process_s_is_swept(tmp_path):
     first.fill_(1)
     assert second.shape == (2, 3) and not second.any(), "two files, though of one name one after the other"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "count, size, lengths",
+    [(0, 4, []), (1, 4, [1]), (5, 4, [5]), (6, 4, [4, 2]), (8, 4, [4, 4]), (9, 4, [4, 5]), (3, 1, [1, 1, 1])],
+)
+def test_no_batch_ends_with_a_single_image(count, size, lengths):
+    parts = chunks(list(range(count)), size)
+    assert [len(part) for part in parts] == lengths and sum(parts, []) == list(range(count))
+    assert [len(part) for part in chunks(range(count), size)] == lengths

@@ -319,6 +319,7 @@ def test_a_gpu_where_triton_cannot_build(monkeypatch, capsys):
 
     monkeypatch.setattr(dispatch, "_mode", "auto")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setattr(torch, "empty", fail)
     assert not use_kernels("auto") and not dispatch.runs_triton(torch.zeros(1))
     assert capsys.readouterr().err.startswith(

@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -49,23 +51,23 @@ def losses(out):
 
 
 def options(quick, *more):
-    """Batches of 7 of 24 records: parts of 4 and 3, and at the end 2 and 1. (Of 23: 12 and 11, then 1 and none.)"""
+    """Batches of 7 of 24 records: parts of 4 and 3, and at the end 2 and 1. (Of 11 by three: at the end 1, 1 and none.)"""
     at = quick.index("--batch-size")
     size = [] if "--batch-size" in more else ["--batch-size", 7]
     return [*quick[:at], *size, *quick[at + 2 : -2], *more]
 
 
 CASES = [
-    pytest.param(["--batch-size", 23], marks=pytest.mark.slow),
-    pytest.param(["--augment"], marks=pytest.mark.slow),
+    pytest.param(["--batch-size", 11], 3, marks=pytest.mark.slow),
+    pytest.param(["--augment"], 2, marks=pytest.mark.slow),
     # (a seed under which no gradient lies so near zero that Adam's sign depends on its rounding)
-    pytest.param(["--batch-size", 2, "--seed", 1], marks=pytest.mark.slow),
-    ["--peft", "shallow"],
+    pytest.param(["--batch-size", 2, "--seed", 1], 2, marks=pytest.mark.slow),
+    (["--peft", "shallow"], 2),
 ]
 
 
-@pytest.mark.parametrize("more", CASES)
-def test_two_processes_train_as_one(cli, quick, tmp_path, more):
+@pytest.mark.parametrize("more, processes", CASES)
+def test_several_processes_train_as_one(cli, quick, tmp_path, more, processes):
     argv = options(quick, "--epochs", 2, *more)
     code, said, err = torchrun(
         "train",
@@ -74,6 +76,7 @@ def test_two_processes_train_as_one(cli, quick, tmp_path, more):
         tmp_path / "two",
         "--cache-dir",
         tmp_path / "cache",
+        processes=processes,
     )
     assert code == 0, err
     assert (
@@ -222,6 +225,44 @@ def is_running(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    started = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        parallel.dist, "init_process_group", lambda *args, **options: started.append((args, options))
+    )
+    monkeypatch.setattr(parallel.ctypes, "CDLL", lambda name: Mock())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert parallel.join_processes("auto") == "cuda:1"
+    [(backend, options)] = started
+    assert backend == ("nccl",) and options["device_id"] == torch.device("cuda:1")
+    assert options["timeout"] > timedelta(hours=1), "the others wait for a download"
+    with pytest.raises(ValueError, match="--device cuda:0: each of several processes"):
+        parallel.join_processes("cuda:0")
+
+
+def test_bf16_is_not_emulated(monkeypatch):
+    """A T4 has no matrix units for it, and torch says that it is supported all the same."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(torch, "ones", lambda *size, device: torch.zeros(1))
+    assert parallel.choose_device("cuda", "auto") == (torch.device("cuda"), torch.float16)
+    with pytest.raises(ValueError, match="--amp bf16: Tesla T4 only emulates it"):
+        parallel.choose_device("cuda", "bf16")
+    assert parallel.choose_device("cpu", "bf16")[1] == torch.bfloat16
+
+
+def test_a_gpu_without_code_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    absent = Mock(side_effect=RuntimeError("no kernel image is available for execution on the device"))
+    monkeypatch.setattr(torch, "ones", lambda *size, device: Mock(add_=absent))
+    with pytest.raises(ValueError, match="--device cuda is not available .no kernel image"):
+        parallel.choose_device("auto", "auto")
 
 
 def test_one_process_needs_nothing():

@@ -132,7 +132,7 @@ def test_reference_runs(cli, arguments, tmp_path):
         assert code == 0, err
     code, _, err = cli(
         "train",
-        *arguments("cris", "--reference", "--batch-size", 23, "--epochs", 1, "--negatives", 0, out="single"),
+        *arguments("cris", "--reference", "--batch-size", 1, "--epochs", 1, "--negatives", 0, out="single"),
     )
     assert code == 2 and "this batch holds one image" in err
 

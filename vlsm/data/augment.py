@@ -52,8 +52,8 @@ def augment(images, masks, generator, total=None, rows=slice(None)):
     images, masks = _move(images.float(), masks.clone(), moved, matrices[rows])
     alpha = torch.where(lit, contrast[rows], 1.0)
     beta = torch.where(lit, 255 * brightness[rows], 0.0)
-    alpha = alpha.to(images.device)[:, None, None, None]
-    beta = beta.to(images.device)[:, None, None, None]
+    alpha = alpha.to(images.device, non_blocking=True)[:, None, None, None]
+    beta = beta.to(images.device, non_blocking=True)[:, None, None, None]
     return (alpha * images + beta).clamp(0, 255), masks, moved | lit
 
 
@@ -61,9 +61,10 @@ def _move(images, masks, moved, matrices):
     """Transform the `moved` (bool `[B]`) images, bicubic, and masks, nearest, in place; returns both."""
     if not moved.any():
         return images, masks
-    rows = moved.nonzero()[:, 0].to(images.device)
+    rows = moved.nonzero()[:, 0].to(images.device, non_blocking=True)
     size = [len(rows), 1, *images.shape[2:]]
-    grid = F.affine_grid(matrices[moved].to(images.device), size, align_corners=False)
+    matrices = matrices[moved].to(images.device, non_blocking=True)
+    grid = F.affine_grid(matrices, size, align_corners=False)
 
     def sample(pixels, mode):
         return F.grid_sample(pixels, grid, mode=mode, padding_mode="border", align_corners=False)

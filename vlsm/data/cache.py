@@ -104,8 +104,15 @@ def _rows(pixels, indices):
 
 
 def chunks(order, size):
-    """Split a list or range into parts of `size`; the last one may be shorter."""
-    return [order[start : start + size] for start in range(0, len(order), size)]
+    """Split a list or range into parts of `size`; the last one may be shorter.
+
+    A last one of a single item joins the part before: `torch.compile` would build every graph anew for it.
+    """
+    starts = list(range(0, len(order), size))
+    if size > 1 and len(starts) > 1 and len(order) % size == 1:
+        starts.pop()
+    ends = [*starts[1:], len(order)]
+    return [order[start:end] for start, end in zip(starts, ends)]
 
 
 def prefetch(read, batches):

@@ -417,7 +417,7 @@ class CRIS(Network):
         words = self.backbone.ln_final(states[-1])  # [B, S, D]
         state = tokens_at(words, end) @ self.backbone.text_projection  # [B, P]
         if published:
-            visible = input_ids.to(words.device) != 0
+            visible = input_ids.to(words.device, non_blocking=True) != 0
         else:
             visible = torch.arange(words.shape[1], device=end.device) <= end[:, None]
             if seen is not None:

@@ -9,28 +9,36 @@ import os
 import signal
 import sys
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from itertools import chain
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+PATIENCE = timedelta(hours=6)  # the others wait while the first process downloads weights or decodes images
 PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when its parent dies
 
 
 def join_processes(device):
     """Join the processes that torchrun has started, if it has.
 
-    device: the `--device` option. Returns the device of this process: its own GPU where there is one.
+    device: the `--device` option. Returns the device of this process: its own GPU where there is one. Raises
+    ValueError for one GPU named for all.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) < 2:
         return device
     if sys.platform == "linux":  # a killed torchrun takes its processes along
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     cuda = device != "cpu" and torch.cuda.is_available()
+    if cuda and device not in ("auto", "cuda"):
+        raise ValueError(
+            f"--device {device}: each of several processes takes a GPU of its own. Use --device cuda."
+        )
+    own = torch.device("cuda", local_rank()) if cuda else None
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
-    return f"cuda:{local_rank()}" if cuda and device in ("auto", "cuda") else device
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE, device_id=own)
+    return str(own) if cuda else device
 
 
 def shut_down():
@@ -151,7 +159,8 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 def choose_device(device, amp):
     """Return (torch.device, autocast dtype or None) for the options `--device` and `--amp`.
 
-    Raises ValueError for a device that is not available, and for fp16 on a CPU.
+    Raises ValueError for a device that is not available, for fp16 on a CPU, and for bf16 on a GPU that only
+    emulates it.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -159,16 +168,19 @@ def choose_device(device, amp):
         device = torch.device(device)
         if device.type == "meta":
             raise RuntimeError("it computes nothing")
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).add_(1).cpu()  # computed: this torch may hold no code for an old GPU
         if device.type == "cuda":
             torch.cuda.set_device(device)  # Triton launches on the current one
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {device} is not available ({reason}). Try --device cpu.") from error
+    has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if amp == "auto":
         amp = "off"
         if device.type == "cuda":
-            amp = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+            amp = "bf16" if has_bf16 else "fp16"
+    if amp == "bf16" and not has_bf16:
+        raise ValueError(f"--amp bf16: {torch.cuda.get_device_name()} only emulates it; use fp16 or off.")
     if device.type == "cpu" and amp == "fp16":
         raise ValueError("--amp fp16 needs a GPU; on a CPU use bf16 or off.")
     return device, AMP_DTYPES[amp]

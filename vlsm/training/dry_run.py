@@ -1,4 +1,6 @@
-"""Measure the memory that a run needs, in real training steps on the device that would train."""
+"""Steps on empty images, on the device that would train: to measure the memory that a run needs, and to take
+it.
+"""
 
 import re
 from contextlib import suppress
@@ -33,8 +35,8 @@ def peak_bytes(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
 
 
-def run_step(model, cache, optimizer, criterion, side, negatives, batch):
-    """Run one training step on `batch` images of `side` pixels, each with so many `negatives`."""
+def compute_gradients(model, cache, criterion, side, negatives, batch):
+    """Compute the gradients of a step on `batch` images of `side` pixels, each with so many `negatives`."""
     device = cache.device
     images = torch.zeros(batch, 3, side, side, dtype=torch.uint8, device=device)
     P = 1 + negatives
@@ -49,8 +51,15 @@ def run_step(model, cache, optimizer, criterion, side, negatives, batch):
                 image_features = cache.encode_frozen(pixel_values)
         logits = model(pixel_values, input_ids, attention_mask, image_features, text_features)
     criterion(logits, target).backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+
+
+def rehearse(model, cache, criterion, side, negatives, batch):
+    """Let PyTorch take a step's memory on a GPU, before kept features share what is left there."""
+    if cache.device.type == "cuda" and cache.keeps_images:
+        with torch.random.fork_rng([cache.device]):
+            compute_gradients(model.train(), cache, criterion, side, negatives, batch)
+        model.zero_grad()
+        model.eval()
 
 
 def describe_memory(model, cache, optimizer, criterion, side, negatives):
@@ -63,7 +72,9 @@ def describe_memory(model, cache, optimizer, criterion, side, negatives):
     peaks = []
     for batch in (least, least, least + 1):  # the first one allocates the optimizer's state
         reset_peak(cache.device)
-        run_step(model, cache, optimizer, criterion, side, negatives, batch)
+        compute_gradients(model, cache, criterion, side, negatives, batch)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         peaks.append(peak_bytes(cache.device))
     each = max(peaks[2] - peaks[1], 1)  # bytes an image
     fixed = max(peaks[1] - least * each, 0)

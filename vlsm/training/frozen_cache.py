@@ -64,7 +64,12 @@ class FeatureStore:
 
     def get(self, rows):
         """Return `[n, *shape]` for each shape, on the device; rows: int64 on the CPU, all below `held`."""
-        return [t.index_select(0, rows.to(t.device)).to(self.device) for t in self.tensors]
+        if self.on_gpu:
+            rows = rows.to(self.device, non_blocking=True)
+        tensors = [t.index_select(0, rows) for t in self.tensors]
+        if self.device.type == "cuda" and not self.on_gpu:
+            tensors = [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
+        return tensors
 
 
 def mapped_tensor(size, dtype, folder):
@@ -91,12 +96,10 @@ def tensors_of(features):
     return [*features.activations, features.embedding]
 
 
-def interleave(first, a, b):
-    """Return `[n + m, ...]`: a `[n, ...]` where `first` (bool `[n + m]`) is set, b `[m, ...]` elsewhere."""
-    out = a.new_empty(len(first), *a.shape[1:])
-    out[first] = a
-    out[~first] = b.to(a.dtype)
-    return out
+def interleave(rows_a, a, rows_b, b):
+    """Return `[n + m, ...]`: a `[n, ...]` in its rows `rows_a`, b `[m, ...]` in `rows_b`."""
+    out = a.new_empty(len(a) + len(b), *a.shape[1:])
+    return out.index_copy_(0, rows_a, a).index_copy_(0, rows_b, b.to(a.dtype))
 
 
 class FrozenCache:
@@ -234,8 +237,10 @@ class FrozenCache:
             return None
         tensors = store.get(rows[cached])
         if not cached.all():
-            fresh = tensors_of(self.encode_frozen(pixel_values[~cached]))
-            tensors = [interleave(cached, a, b) for a, b in zip(tensors, fresh)]
+            # whole numbers that travel by themselves: a GPU is waited for to index by bool
+            kept, others = [m.nonzero()[:, 0].to(self.device, non_blocking=True) for m in (cached, ~cached)]
+            fresh = tensors_of(self.encode_frozen(pixel_values[others]))
+            tensors = [interleave(kept, a, others, b) for a, b in zip(tensors, fresh)]
         size = (data.side, data.side)
         if self.depth:
             return FrozenBlocks(self.depth, tensors[0], tensors[1:], size)
