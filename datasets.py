@@ -203,15 +203,15 @@ def _annotated_records(root, split, source, pattern):
 
 def open_dataset(
     dataset, wanted, size, data_root="data", cache_dir=None, rules=DEFAULT_RULES, prompts="random",
-    skip_bad=False, limit_train=1.0, need_foreground=("train", "val"),
+    skip_bad=False, limit_train=1.0, need_foreground=("train", "val"), splits=None,
 ):  # fmt: skip
     """Return `{split: CachedSplit}` of the wanted splits at `size` pixels: checked, resized, cached.
 
     skip_bad: drop records that cannot be used, and print how many; None: it cannot be asked for. limit_train:
     fraction of the training records to take; it is fixed which ones, and smaller fractions are subsets of
     larger ones.
-    need_foreground: splits that are refused if all their masks are empty. Raises ValueError, which lists the
-    problems of all splits.
+    need_foreground: splits that are refused if all their masks are empty. splits: what `read_splits`
+    returned, if it was called before. Raises ValueError, which lists the problems of all splits.
     """
     from vlsm.system import parallel  # it imports torch, for which --list need not wait
 
@@ -219,7 +219,7 @@ def open_dataset(
     problems = []
     kinds = set()
     with parallel.local_first():
-        splits = read_splits(dataset, data_root, rules, wanted)
+        splits = splits or read_splits(dataset, data_root, rules, wanted)
         for split in wanted:
             label = f"{Path(dataset).name} {split}"
             try:

@@ -45,8 +45,7 @@ def main(argv=None, after_epoch=None):
     args = parse_arguments(argv)  # on --resume the stored values went through the same parser
     if args.negatives is None:
         args.negatives = 0 if args.dataset in datasets.DATASETS else 1  # the papers' recipes have none
-    device = parallel.join_processes(args.device)
-    device, dtype = choose_device(device, args.amp)
+    device, dtype = choose_device(parallel.join_processes(args.device), args.amp)
     if args.batch_size < parallel.world_size():
         raise ValueError(f"--batch-size {args.batch_size}: {parallel.world_size()} processes share a batch.")
     # looked at before the weights are loaded, to fail early: the run's folder and the data set
@@ -267,10 +266,10 @@ def open_data(args, splits, side):
 
     Raises ValueError without a training or validation split.
     """
-    splits = list(splits) or ["train", "val"]  # of a data set without records the message names these
+    wanted = list(splits) or ["train", "val"]  # of a data set without records the message names these
     data = datasets.open_dataset(
-        args.dataset, splits, side, args.data_root, args.cache_dir, split_rules(vars(args)), args.prompts,
-        args.skip_bad, args.limit_train,
+        args.dataset, wanted, side, args.data_root, args.cache_dir, split_rules(vars(args)), args.prompts,
+        args.skip_bad, args.limit_train, splits=splits,
     )  # fmt: skip
     if not {"train", "val"} <= set(data):
         raise ValueError(
