@@ -2,11 +2,17 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import train
 from tests.conftest import rows, same_tensors
+from tests.training.test_claims import claimed
+from vlsm.system import parallel
+from vlsm.training.claims import CLAIMS
+from vlsm.training.run import Diverged
 
 
 def repeat(cli, quick, out, *seeds, epochs=1, more=()):
@@ -18,7 +24,7 @@ def repeat(cli, quick, out, *seeds, epochs=1, more=()):
 def test_each_seed_is_a_run_of_its_own(cli, quick, tmp_path):
     code, said, err = repeat(cli, quick, tmp_path / "group", 1, 2, 1)
     assert code == 0 and "All runs are done" in said, err
-    assert sorted(p.name for p in (tmp_path / "group").iterdir()) == ["config.json", "seed1", "seed2"]
+    assert sorted(p.name for p in (tmp_path / "group").iterdir()) == [CLAIMS, "config.json", "seed1", "seed2"]
     assert cli("train", *quick, "--epochs", 1, "--seed", 2)[0] == 0
     assert same_tensors(
         tmp_path / "run" / "last.safetensors", tmp_path / "group" / "seed2" / "last.safetensors"
@@ -64,7 +70,7 @@ def folds(cli, quick, dataset, out):
     options = ["--dataset", dataset, *quick[2:-2], "--prompts", "a red disk", "--epochs", 1]
     code, said, err = cli("vlsm.tools.repeat", "--folds", 3, "--out", out, "--", *options)
     assert code == 0 and "All runs are done" in said, err
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", "fold1", "fold2", "fold3"]
+    assert sorted(path.name for path in out.glob("[!.]*")) == ["config.json", "fold1", "fold2", "fold3"]
 
 
 def test_folds_are_tested_on_each_record_once(cli, quick, folder, tmp_path):
@@ -113,3 +119,41 @@ def test_runs_lie_in_a_folder_named_after_them(cli, monkeypatch):
     seeds, folds = "runs/demo-coop-depth3-seeds", "runs/demo-dense-8-folds"
     wanted = [f"{seeds}/seed41", f"{seeds}/seed7", f"{folds}/fold1", f"{folds}/fold2"]
     assert [words[-1] for words in calls] == [f"--out={folder}" for folder in wanted]
+
+
+@pytest.fixture
+def trained_words(monkeypatch):
+    """The command lines that train.main got, which is replaced."""
+    calls = []
+    monkeypatch.setattr(train, "main", calls.append)
+    return calls
+
+
+def test_runs_of_other_processes_are_left_to_them(cli, tmp_path, trained_words):
+    command = ["vlsm.tools.repeat", "--seeds", 1, 2, 3, "--out", tmp_path / "group", "--resume", "--"]
+    with claimed(tmp_path / "group" / "seed2"):
+        code, said, err = cli(*command, "--peft", "coop")
+        assert code == 0 and "Other processes have seed2." in said and "All runs are done" not in said, err
+    assert [Path(words[-1]).name for words in trained_words] == ["seed1", "seed3"]
+    trained_words.clear()
+    code, said, err = cli(*command, "--peft", "coop")
+    assert code == 0 and "All runs are done" in said and len(trained_words) == 3, err
+
+
+def test_a_run_that_diverges_does_not_stop_the_others(cli, tmp_path, monkeypatch):
+    seeds = []
+
+    def diverging(words):
+        seeds.append(words[-2])
+        if words[-2] == "--seed=1":
+            raise Diverged("The loss became nan")
+
+    monkeypatch.setattr(train, "main", diverging)
+    command = ["vlsm.tools.repeat", "--seeds", 1, 2, "--out", tmp_path / "group", "--", "--peft", "coop"]
+    code, said, err = cli(*command)
+    assert code == 2 and "failed: The loss became nan" in said and "seed1: failed" in err
+    assert seeds == ["--seed=1", "--seed=2"] and "All runs are done" not in said
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)  # the other rank would wait for ever
+    monkeypatch.setattr(parallel, "all_reduce_sum", lambda numbers, device: numbers)
+    monkeypatch.setattr(parallel, "rank", lambda: 0)
+    assert cli(*command)[0] == 2 and seeds[2:] == ["--seed=1"]

@@ -1,13 +1,18 @@
 """The search for hyper-parameters: sweeps of small runs, interruptions, pruning, spaces, mistakes. (README's test command has Optuna.)"""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 
 import train
 from tests.conftest import ROOT, rows, without_dim
+from tests.training.test_claims import claimed, free
 from vlsm.methods.registry import METHODS
 from vlsm.model import read_config
 from vlsm.networks.sam3 import SAM3
@@ -292,7 +297,7 @@ def test_studies_that_cannot_go_on(cli, searched, tmp_path):
     for content in (b"no study", whole[: len(whole) // 2]):
         study.write_bytes(content)
         code, _, err = run(cli, "--out", out, "--resume", "--trials", 2)
-        assert code == 2 and "is no study that Optuna can read" in err and "another --out" in err, err
+        assert code == 2 and "Optuna cannot read the study" in err and "another --out" in err, err
     study.write_bytes(b"")
     assert "is missing or empty" in run(cli, "--out", out, "--resume")[2]
     study.unlink()
@@ -317,3 +322,110 @@ def test_nothing_to_search(cli, quick, tmp_path):
     assert "--trials" in run(cli, *own, "--trials", 0, *method, "coop")[2]
     given = ["--lr", 1e-3, "--weight-decay", 0, "--prompt-depth", 1]
     assert "Nothing is left to search" in run(cli, *own, *method, "coop", *given)[2]
+
+
+def words_of(tmp_path, *more, trials=4):
+    """The words of a sweep of CoOp that may be begun or joined."""
+    own = ["--out", tmp_path / "s", "--trials", trials, "--resume"]
+    return ["vlsm.tools.sweep", *own, *more, "--", "--weights", "mini", "--peft", "coop"]
+
+
+def parameters(tmp_path, storage="sqlite:///{}/study.db", name="sweep"):
+    """The parameters of a sweep's trials, and their states."""
+    optuna = pytest.importorskip("optuna")
+    trials = optuna.load_study(study_name=name, storage=storage.format(tmp_path / "s")).trials
+    return [trial.params for trial in trials], [trial.state.name for trial in trials]
+
+
+@pytest.mark.parametrize("place", ["file", "journal", "database"])
+def test_a_trial_of_another_process_is_left_to_it(cli, tmp_path, monkeypatch, place):
+    pytest.importorskip("optuna")
+    more = dict(file=[], journal=["--study", "journal"], database=["--study", f"sqlite:///{tmp_path}/all.db"])
+
+    def interrupted(argv, after_epoch):
+        raise SystemExit(130)
+
+    alone = tmp_path / "alone"
+    monkeypatch.setattr(train, "main", fake(lambda lr, epoch: lr, 2))
+    assert cli(*words_of(alone))[0] == 0
+    monkeypatch.setattr(train, "main", interrupted)
+    code, said, _ = cli(*words_of(tmp_path, *more[place]))
+    assert code == 130 and (" --study ..." in said) == (place != "file")
+    monkeypatch.setattr(train, "main", fake(lambda lr, epoch: lr, 2))
+    free(tmp_path / "s")
+    with claimed(tmp_path / "s" / "trial-000"):
+        code, said, err = cli(*words_of(tmp_path, *more[place]))
+        assert code == 0 and "Other processes still run trials" in said, err
+        assert said.count("\ntrial ") == 3 and "trial 1 of 4" not in said
+        assert not (tmp_path / "s" / "sweep.csv").exists()
+    code, said, err = cli(*words_of(tmp_path, *more[place]))  # its process was killed
+    assert code == 0 and said.count("\ntrial ") == 1 and "trial 1 of 4" in said, err
+    if place == "file":
+        params, states = parameters(tmp_path)
+        assert states == ["COMPLETE"] * 4
+        assert params[:2] == parameters(alone)[0][:2], "the first draws are by the trial's number"
+    assert len(rows(tmp_path / "s" / "sweep.csv")) == 4
+
+
+def test_a_trial_without_all_parameters_gets_them(cli, tmp_path, monkeypatch):
+    optuna = pytest.importorskip("optuna")
+    monkeypatch.setattr(train, "main", fake(lambda lr, epoch: lr, 2))
+    assert cli(*words_of(tmp_path, trials=1))[0] == 0
+    with monkeypatch.context() as m:
+        m.setattr(optuna.trial.Trial, "_suggest", lambda *args: sys.exit(9))  # killed in the midst of it
+        assert cli(*words_of(tmp_path, trials=2))[0] == 9
+    assert parameters(tmp_path)[0][1] == {}
+    assert cli(*words_of(tmp_path, trials=2))[0] == 0
+    first, second = parameters(tmp_path)[0]
+    assert second.keys() == first.keys() and second != first
+
+
+def test_studies_that_are_not_the_sweeps(cli, tmp_path, monkeypatch):
+    pytest.importorskip("optuna")
+    monkeypatch.setattr(train, "main", fake(lambda lr, epoch: lr, 2))
+    database = f"sqlite:///{tmp_path}/all.db"
+    assert cli(*words_of(tmp_path, "--study", database, trials=1))[0] == 0
+    code, _, err = cli(*words_of(tmp_path / "other", "--study", database))
+    assert code == 2 and "has a sweep 's' already" in err
+    code, _, err = cli(*words_of(tmp_path / "2", "--study", "nonsense://secret@nowhere/x"))
+    assert code == 2 and "Optuna cannot read the study" in err and "secret" not in err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    code, _, err = cli(*words_of(tmp_path / "3"))
+    assert code == 2 and "no program for torchrun" in err and not (tmp_path / "3").exists()
+
+
+def test_another_study_in_the_same_folder_is_refused(cli, tmp_path, monkeypatch):
+    pytest.importorskip("optuna")
+    monkeypatch.setattr(train, "main", fake(lambda lr, epoch: lr, 2))
+    with claimed(tmp_path / "s" / "trial-000"):  # in a study elsewhere
+        code, _, err = cli(*words_of(tmp_path))
+    assert code == 2 and "with another --study" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--study", "journal"]], ids=["file", "journal"])
+def test_processes_share_a_sweep_and_a_killed_one_loses_nothing(cli, searched, tmp_path, more):
+    """All trials but the killed one's end in the other two processes, and that one is continued there."""
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    searched[searched.index("--epochs") + 1] = 4
+    options = ["--trials", 4, *searched, "--min-epochs", 4]
+    assert run(cli, "--out", alone, *options)[0] == 0
+    words = [sys.executable, "-m", "vlsm.tools.sweep", "--out", shared, "--resume", *more, *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    workers = []
+    for number in range(3):
+        with open(tmp_path / f"{number}.txt", "w") as log:
+            workers.append(
+                subprocess.Popen(list(map(str, words)), cwd=ROOT, env=environment, stdout=log, stderr=log)
+            )
+    log = tmp_path / "0.txt"
+    while "epoch   1/4" not in log.read_text() and workers[0].poll() is None:
+        time.sleep(0.05)
+    workers[0].send_signal(signal.SIGKILL)
+    assert [worker.wait() for worker in workers] == [-signal.SIGKILL, 0, 0]
+    said = "".join((tmp_path / f"{number}.txt").read_text() for number in (1, 2))
+    assert said.count("Resuming") == 1 and said.count("\ntrial ") == 4
+    one, two = (sorted(rows(out / "sweep.csv"), key=lambda row: row["trial"]) for out in (alone, shared))
+    assert len(two) == 4 and {row["epochs"] for row in two} == {"4"}
+    assert one[:2] == two[:2], "drawn at random by their numbers, and trained alike"

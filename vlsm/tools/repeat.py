@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 import train
 from vlsm.system import parallel
 from vlsm.system.arguments import Parser, number
@@ -9,12 +11,19 @@ from vlsm.system.console import friendly_errors, say
 from vlsm.system.files import atomic_write, write_json
 from vlsm.system.schema import field, read_json
 from vlsm.training.arguments import parse_arguments, refuse_changes
+from vlsm.training.claims import claim
+from vlsm.training.run import Diverged
 
 EXAMPLES = """examples:
   python -m vlsm.tools.repeat --seeds 41 42 43 -- --dataset kvasir --peft dense
   python -m vlsm.tools.repeat --folds 5 -- --dataset my-folder --prompts "a polyp"
   python -m vlsm.tools.repeat --folds 5 --out runs/five --resume
-what follows -- goes to train.py. Evaluate all runs with: python evaluate.py --ckpt FOLDER"""
+what follows -- goes to train.py. Evaluate all runs with: python evaluate.py --ckpt FOLDER
+
+several processes: start the same command with --resume once for each, such as one for each GPU:
+  CUDA_VISIBLE_DEVICES=0 python -m vlsm.tools.repeat --folds 5 --out runs/five --resume -- --dataset kvasir &
+  CUDA_VISIBLE_DEVICES=1 python -m vlsm.tools.repeat --folds 5 --out runs/five --resume -- --dataset kvasir &
+Each takes the next run that no other process has, and continues those whose process was killed."""
 
 
 def group_words(group, words, repeat, run):
@@ -38,6 +47,18 @@ def group_words(group, words, repeat, run):
     return words
 
 
+def claim_next(group, names, device):
+    """Return the first of the runs that no other process has claimed, or None; the same in every rank.
+
+    device: of this rank.
+    """
+    number = 0
+    if not parallel.rank():
+        number = next((i for i, name in enumerate(names, 1) if claim(group / name)), 0)
+    (number,) = parallel.all_reduce_sum([number], device)
+    return names[int(number) - 1] if number else None
+
+
 def main(argv=None):
     parser = Parser(__doc__, EXAMPLES, prog="python -m vlsm.tools.repeat")
     add = parser.add_mutually_exclusive_group(required=True).add_argument
@@ -51,7 +72,11 @@ def main(argv=None):
     parser.add_argument(
         "--out", help="folder of the runs (default: runs/<dataset>-<method>-...-seeds or -folds)"
     )
-    parser.add_argument("--resume", action="store_true", help="continue runs that were begun")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue runs that were begun, and leave out those that other processes have",
+    )
     parser.add_argument("train", nargs="*", metavar="-- OPTIONS", help="options of train.py")
     args = parser.parse_args(argv)
     repeats = {f"seed{seed}": f"--seed={seed}" for seed in args.seeds or ()}
@@ -62,14 +87,27 @@ def main(argv=None):
     ending = "folds" if args.folds else "seeds"
     group = Path(args.out or run.out.removesuffix(f"seed{run.seed}") + ending)
     train_words = group_words(group, args.train, first, run)
-    for name, option in repeats.items():
+    device, _ = parallel.choose_device(parallel.join_processes(run.device), "off")
+    failed = []
+    while name := claim_next(group, list(repeats), device):
         out = group / name
-        words = [*train_words, option, f"--out={out}"]
+        words = [*train_words, repeats.pop(name), f"--out={out}"]
         if args.resume and (out / "config.json").is_file():
             words.append("--resume")
         say(f"\n{name}: {out}")
-        train.main(words)
-    say(f"All runs are done. Evaluate them with:\n  python evaluate.py --ckpt {group}")
+        try:
+            train.main(words)
+        except (Diverged, torch.OutOfMemoryError) as error:
+            if parallel.world_size() > 1:  # the other ranks are in the midst of a step
+                raise
+            say(f"failed: {error}")
+            failed.append(name)
+    if failed:
+        raise ValueError(f"{', '.join(failed)}: failed, as the lines above say.")
+    if repeats:
+        say(f"Other processes have {', '.join(repeats)}.")
+    else:
+        say(f"All runs are done. Evaluate them with:\n  python evaluate.py --ckpt {group}")
     parallel.shut_down()
 
 

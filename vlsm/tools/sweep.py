@@ -1,6 +1,7 @@
 """Search hyper-parameters by Optuna's TPE: a run of train.py for each trial, in a folder of its own.
 
-The study is a SQLite file beside the trials; an interrupted sweep continues from it.
+Several processes may share a sweep: each takes a trial that no other has claimed, a new one or one whose
+process ended in the midst of it.
 """
 
 import argparse
@@ -14,19 +15,26 @@ import train
 from vlsm.methods.search_space import search_space
 from vlsm.model import network_class, read_config
 from vlsm.system.arguments import Parser, flag, number
-from vlsm.system.console import friendly_errors, say
-from vlsm.system.files import atomic_write, is_filled, locked, write_csv, write_json
+from vlsm.system.console import friendly_errors, process_rank, say
+from vlsm.system.files import atomic_write, is_filled, write_csv, write_json
 from vlsm.system.schema import field, read_json
 from vlsm.training.arguments import method_options, parse_arguments, train_parser
+from vlsm.training.claims import claim, in_turn
 from vlsm.training.run import Diverged, selection_score
-from vlsm.training.space import make_distributions
+from vlsm.training.space import make_distributions, open_study
 
 EXAMPLES = """examples:
   python -m vlsm.tools.sweep --out runs/coop-sweep --trials 20 -- --dataset kvasir --peft coop
   python -m vlsm.tools.sweep --out runs/coop-sweep --trials 40 --resume
   python -m vlsm.tools.sweep --out runs/dims --space space.json -- --dataset demo --peft dense
 what follows -- goes to train.py; an option given there is not searched. A space is a JSON file such as
-  {"lr": {"low": 1e-5, "high": 5e-3, "log": true}, "dim": [16, 64], "dims": [[8, 16, 32], [32, 16, 8]]}"""
+  {"lr": {"low": 1e-5, "high": 5e-3, "log": true}, "dim": [16, 64], "dims": [[8, 16, 32], [32, 16, 8]]}
+
+several processes: start the same command with --resume once for each, such as one for each GPU:
+  CUDA_VISIBLE_DEVICES=0 python -m vlsm.tools.sweep --out runs/coop-sweep --resume -- --dataset kvasir &
+  CUDA_VISIBLE_DEVICES=1 python -m vlsm.tools.sweep --out runs/coop-sweep --resume -- --dataset kvasir &
+They share --trials. A trial whose process was killed is continued by the next process that is free.
+Machines that share the folder (NFS 4) do so, too, with --study journal or a database."""
 
 
 def choose_space(values, words):
@@ -45,51 +53,29 @@ def choose_space(values, words):
     return space
 
 
-def open_study(optuna, file):
-    """Return the study in a file, which is made under another name first if there are no trials yet.
+def next_trial(optuna, study, distributions, count, seed, out):
+    """Return a trial that this process has claimed: an interrupted one, else a new one.
 
-    Raises ValueError if it is missing beside trials, or is no study.
+    Returns None after `count` trials; other processes may still run some of them.
     """
-    if not file.is_file() or not file.stat().st_size:
-        if list(file.parent.glob("trial-*")):
-            raise ValueError(
-                f"'{file}', which holds the trials of this sweep, is missing or empty. Start again with "
-                "another --out."
-            )
-        with atomic_write(file) as temporary:
-            load_study(optuna, temporary)
-    try:
-        return load_study(optuna, file)
-    except Exception as error:  # of SQLAlchemy, alembic or Optuna
-        raise ValueError(
-            f"'{file}' is no study that Optuna can read ({type(error).__name__}). The runs beside it are "
-            "whole; start the search again with another --out."
-        ) from error
-
-
-def load_study(optuna, file):
-    """Return the study in a file, made there if the file is empty."""
-    study = optuna.create_study(
-        storage=f"sqlite:///{file.absolute()}", study_name="sweep", direction="maximize",
-        load_if_exists=True, pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=5),
-    )  # fmt: skip
-    study.get_trials()
-    return study
-
-
-def next_trial(optuna, study, distributions, count, seed):
-    """Return the trial that was interrupted, else a new one, or None after `count` trials."""
-    trials = study.get_trials()
-    for trial in trials:
-        if trial.state == optuna.trial.TrialState.RUNNING:
-            return optuna.trial.Trial(study, trial._trial_id)
-    if len(trials) >= count:
-        return None
-    # a sampler for each trial: its draws depend on the trial's number, not on earlier interruptions
-    study.sampler = optuna.samplers.TPESampler(
-        seed=1000 * seed + len(trials), multivariate=True, n_startup_trials=min(10, -(-count // 2))
-    )
-    return study.ask(distributions)
+    with in_turn(out):
+        trials = study.get_trials()
+        running = [trial for trial in trials if trial.state == optuna.trial.TrialState.RUNNING]
+        interrupted = next((trial for trial in running if claim(trial_folder(out, trial))), None)
+        if not interrupted and len(trials) >= count:
+            return None
+        # a sampler for each trial: its draws depend on the trial's number, not on processes or interruptions
+        number = interrupted.number if interrupted else len(trials)
+        study.sampler = optuna.samplers.TPESampler(
+            seed=1000 * seed + number, multivariate=True, n_startup_trials=min(10, -(-count // 2)),
+            constant_liar=True,
+        )  # fmt: skip
+        trial = optuna.trial.Trial(study, interrupted._trial_id) if interrupted else study.ask()
+        for name, distribution in distributions.items():  # its process may have ended before it had all
+            trial._suggest(name, distribution)
+        if not claim(trial_folder(out, trial)):
+            raise ValueError(f"Other processes run the sweep in '{out}' with another --study. Give the same.")
+        return trial
 
 
 def run_trial(optuna, study, trial, words, folder, by_loss):
@@ -144,11 +130,14 @@ def trial_folder(out, trial):
 
 
 def report(study, out):
-    """Print a table of the trials, best first, and write it to sweep.csv.
+    """Print a table of the trials, best first, and write it to sweep.csv, unless other processes still run.
 
     Raises ValueError if no trial finished an epoch.
     """
-    trials = [trial for trial in study.get_trials() if "val_dsc" in trial.user_attrs]
+    trials = study.get_trials()
+    if any(trial.state.name == "RUNNING" for trial in trials):
+        return say("Other processes still run trials; the last one to end shows the table of all.")
+    trials = [trial for trial in trials if "val_dsc" in trial.user_attrs]
     if not trials:
         raise ValueError("No trial finished an epoch; the lines above say why.")
     trials.sort(key=lambda trial: -trial.user_attrs["val_dsc"])
@@ -170,7 +159,16 @@ def main(argv=None):
     parser.add_argument("--out", required=True, type=Path, help="folder of the sweep")
     parser.add_argument("--trials", type=number(int, 1), default=20, help="runs in all (default 20)")
     parser.add_argument("--space", metavar="FILE.json", help="search space (default: the paper's Table 2)")
-    parser.add_argument("--resume", action="store_true", help="continue the sweep in --out")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the sweep in --out, or take part in it"
+    )
+    parser.add_argument(
+        "--study",
+        metavar="PLACE",
+        help="of the trials' values, the same at each start: journal, or a database such as "
+        "postgresql+psycopg2://user@host/name (pip install psycopg2-binary; default: a SQLite file in --out, "
+        "for processes of one machine)",
+    )
     parser.add_argument("train", nargs="*", metavar="-- OPTIONS", help="options of train.py")
     args = parser.parse_args(argv)
     try:
@@ -181,27 +179,33 @@ def main(argv=None):
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     file = args.out / "config.json"
     words = args.train
-    if args.resume:
+    if process_rank():
+        raise ValueError("A sweep is no program for torchrun: start it once for each process, see --help.")
+    is_new = not is_filled(args.out)
+    resumed = args.resume and not (is_new and words)
+    if resumed:
         config = read_json(file)
         words = field(file, config, "arguments", kind=[str], words="the arguments of a sweep")
         space = field(file, config, "space", kind=dict, words="the space of a sweep")
-    elif is_filled(args.out):
+    elif not is_new:
         raise FileExistsError(f"'{args.out}' exists and is not empty. Use --resume, or another --out.")
     values = vars(parse_arguments(words))
-    if not args.resume:
+    if not resumed:
         space = read_json(args.space) if args.space else choose_space(values, words)
     distributions = make_distributions(optuna, space, args.space or file)
-    with locked(args.out, "is writing a sweep into"):
+    with in_turn(args.out):
+        known = file.is_file()
         write_json(file, dict(arguments=words, space=space), atomic_write)
-        study = open_study(optuna, args.out / "study.db")
-        while trial := next_trial(optuna, study, distributions, args.trials, values["seed"]):
-            say(f"\ntrial {trial.number + 1} of {args.trials}: {trial.params}")
-            try:
-                run_trial(optuna, study, trial, words, trial_folder(args.out, trial), values["reference"])
-            except SystemExit:  # interrupted
-                say(f"Continue the sweep with:\n  python -m vlsm.tools.sweep --out {args.out} --resume")
-                raise
-        report(study, args.out)
+        study = open_study(optuna, args.out, args.study, known)
+    while trial := next_trial(optuna, study, distributions, args.trials, values["seed"], args.out):
+        say(f"\ntrial {trial.number + 1} of {args.trials}: {trial.params}")
+        try:
+            run_trial(optuna, study, trial, words, trial_folder(args.out, trial), values["reference"])
+        except SystemExit:  # interrupted
+            more = " --study ..." if args.study else ""
+            say(f"Continue the sweep with:\n  python -m vlsm.tools.sweep --out {args.out} --resume{more}")
+            raise
+    report(study, args.out)
 
 
 if __name__ == "__main__":

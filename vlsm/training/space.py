@@ -1,8 +1,9 @@
-"""The search space of a sweep: each entry checked, as Optuna's distribution."""
+"""The search space of a sweep, each entry checked, as Optuna's distribution; the study with its trials."""
 
 import argparse
 import json
 
+from vlsm.system.files import atomic_write
 from vlsm.system.schema import NUMBER, SWITCH, check_fields
 from vlsm.training.arguments import checked, stored_options, train_parser
 
@@ -40,3 +41,55 @@ def make_distributions(optuna, space, source):
                 f'as {{"low": 1e-5, "high": 1e-2, "log": true}}; it is {entry!r:.200} ({error}).'
             ) from None
     return distributions
+
+
+def open_study(optuna, out, place, known):
+    """Return the study of the sweep in a folder, made if there are no trials yet.
+
+    place: None for a SQLite file in the folder, "journal" for a journal there, or the URL of a database.
+    known: the folder held a sweep before. Raises ValueError if the study cannot be read, lacks the folder's
+    trials, or is another sweep's.
+    """
+    name = "sweep"
+    try:
+        if place is None:
+            file = out / "study.db"
+            if not file.is_file():  # its tables are made whole, or not at all
+                with atomic_write(file) as temporary:
+                    load_study(optuna, sqlite_url(temporary), name)
+            storage = sqlite_url(file)
+        elif place == "journal":
+            file = out.absolute() / "study.log"  # Optuna's lock is a link to it
+            backend = optuna.storages.journal.JournalFileBackend(str(file))
+            storage = optuna.storages.JournalStorage(backend)
+        else:
+            storage = place
+            name = out.absolute().name
+        study = load_study(optuna, storage, name)
+        trials = study.get_trials()
+    except Exception as error:  # of SQLAlchemy, alembic, Optuna or a database's driver
+        raise ValueError(
+            f"Optuna cannot read the study of '{out}' ({type(error).__name__}). The runs in there are whole; "
+            "start the search again with another --out."
+        ) from error
+    if not trials and any(out.glob("trial-*")):
+        raise ValueError(
+            f"The study of '{out}', which holds its trials, is missing or empty. Give the same --study as "
+            "before, or start again with another --out."
+        )
+    if trials and not known:
+        raise ValueError(f"The database of --study has a sweep '{name}' already. Give --out another name.")
+    return study
+
+
+def sqlite_url(file):
+    """Return the URL of a SQLite file; a process waits up to a minute while another one writes."""
+    return f"sqlite:///{file.absolute()}?timeout=60"
+
+
+def load_study(optuna, storage, name):
+    """Return the study of this name in Optuna's storage, made if it is not there."""
+    return optuna.create_study(
+        storage=storage, study_name=name, direction="maximize", load_if_exists=True,
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=5),
+    )  # fmt: skip
