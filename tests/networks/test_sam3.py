@@ -160,7 +160,7 @@ def test_counts_at_real_size():
                 counts[name] = sum(p.numel() for p in METHODS[name](network.config).parameters())
     assert counts == dict(
         decoder=10_917_633, full=817_304_321, dense=14_537_600, shallow=1_051_648,
-        telescopic=2_464_193, lora=3_670_016, coop=36_864, cocoop=783_936,
+        telescopic=2_464_193, lora=3_670_016, side=366_080, coop=36_864, cocoop=783_936,
     )  # fmt: skip
 
 

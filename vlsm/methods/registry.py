@@ -15,6 +15,7 @@ from vlsm.methods.prompt_learners import (
     SharedAttention,
     SharedSeparate,
 )
+from vlsm.methods.side import SideLadder
 from vlsm.methods.upsampler import Upsampler
 from vlsm.networks.hooks import PLAIN_ADDITIONS, Contexts, Tuner
 
@@ -26,6 +27,7 @@ METHODS = {
     "shallow": ShallowAdapters,
     "telescopic": TelescopicAdapters,
     "lora": LoRA,
+    "side": SideLadder,
     "coop": CoOp,
     "cocoop": CoCoOp,
     "vpt": VPT,
@@ -60,7 +62,7 @@ OPTIONS = known_options(METHODS)
 
 def add_method_options(parser):
     """Add the options of all methods to an argparse parser."""
-    add_adapter_options(parser.add_argument_group("adapters and LoRA").add_argument)
+    add_adapter_options(parser.add_argument_group("adapters, LoRA, side").add_argument)
     learners = "coop, cocoop, vpt, maple, shared_separate, shared_attention"
     add_learner_options(parser.add_argument_group(f"prompt learners ({learners})").add_argument)
 
@@ -75,7 +77,8 @@ def add_adapter_options(add):
     add(
         "--dim",
         type=int,
-        help="width of an adapter (default: 64 dense, 512 shallow, 16 telescopic), rank of LoRA (default 16)",
+        help="width of an adapter or ladder (default: 64 dense, side; 512 shallow; 16 telescopic), rank of "
+        "LoRA (default 16)",
     )
     add(
         "--dims",
@@ -326,6 +329,7 @@ class Combination(Tuner):
         for name, tuner in tuners.items():
             setattr(self, name, tuner)
         self.needs_image_embedding = any(tuner.needs_image_embedding for tuner in tuners.values())
+        self.needs_ladder_blocks = any(tuner.needs_ladder_blocks for tuner in tuners.values())
 
     def on_attach(self, network, folder):
         return {name: tuner.on_attach(network, folder) for name, tuner in self.tuners.items()}
@@ -362,6 +366,11 @@ class Combination(Tuner):
             if deltas is not None:
                 return deltas
         return None
+
+    def adapt_activations(self, by_block):
+        for tuner in self.tuners.values():
+            by_block = tuner.adapt_activations(by_block)
+        return by_block
 
     def adapt_activation(self, k, x):
         for tuner in self.tuners.values():

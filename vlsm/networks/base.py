@@ -21,8 +21,8 @@ IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 class ImageFeatures(NamedTuple):
     """The image encoder's output for images `[B, 3, H, W]`.
 
-    activations: the tensors `[B, ...]` that the decoder reads; embedding: `[B, P]`, or None unless the tuner
-    needs it; size: (H, W).
+    activations: the tensors `[B, ...]` that the decoder and the tuner read; embedding: `[B, P]`, or None
+    unless the tuner needs it; size: (H, W).
     """
 
     activations: list
@@ -33,7 +33,7 @@ class ImageFeatures(NamedTuple):
 class FrozenBlocks(NamedTuple):
     """The output of an image encoder's first `depth` blocks for images `[B, 3, H, W]`.
 
-    tokens: `[B, S, D]`, the next block's input; activations: outputs `[B, S, D]` of the extract layers among
+    tokens: `[B, S, D]`, the next block's input; activations: outputs `[B, S, D]` of the `kept_blocks` among
     these blocks; size: (H, W).
     """
 
@@ -136,6 +136,12 @@ class Network(nn.Module):
         """Return logits `[B, 1, H, W]` of images, of which `adapt_activations` made the activations."""
         raise NotImplementedError
 
+    def kept_blocks(self, tuner):
+        """Return the numbers of the image blocks whose outputs are the activations, in ascending order."""
+        if tuner.needs_ladder_blocks:
+            return self.config.ladder_blocks
+        return sorted(set(self.config.extract_layers))
+
     # Prompts
 
     def encode_prompts(self, input_ids, attention_mask, tuner, contexts=(), image_embedding=None):
@@ -148,7 +154,7 @@ class Network(nn.Module):
             mask = None if attention_mask is None else attention_mask[row]
             return self.encode_text(input_ids[row], mask, tuner, contexts)
         text_features = self.encode_text(input_ids, attention_mask, tuner, contexts)
-        row = row.to(text_features[0].device)
+        row = row.to(text_features[0].device, non_blocking=True)
         return tuple(features[row] for features in text_features)
 
     def end_of_text(self, input_ids):
@@ -189,8 +195,9 @@ class Network(nn.Module):
         encoder = self.text_transformer()
         limit = self.config.text.max_position_embeddings
         n = contexts[0].shape[-2] if contexts else 0
-        input_ids = input_ids.to(encoder.tokens.weight.device)
-        seen = None if attention_mask is None else attention_mask.to(input_ids.device).bool()
+        device = encoder.tokens.weight.device
+        input_ids = input_ids.to(device, non_blocking=True)
+        seen = None if attention_mask is None else attention_mask.to(device, non_blocking=True).bool()
         end = self.end_of_text(input_ids)
         T = input_ids.shape[1]
         if T > limit and not n:

@@ -78,6 +78,11 @@ class CLIPSegConfig:
         return self.vision.patch_size
 
     @property
+    def ladder_blocks(self):
+        """Return the vision blocks whose outputs a ladder reads: all that reach the decoder."""
+        return range(max(self.extract_layers) + 1)
+
+    @property
     def activation_widths(self):
         """Return the width of each activation that the decoder reads."""
         return [self.vision.hidden_size] * len(self.extract_layers)
@@ -203,10 +208,10 @@ class CLIPSeg(Network):
         self.decoder = Decoder(config)
 
     def encode_image(self, pixel_values, tuner, contexts=()):
-        """Encode images `[B, 3, H, W]` to the activations `[B, 1+N+n, D]` at the extract layers.
+        """Encode images `[B, 3, H, W]` to the activations `[B, 1+N+n, D]` after the `kept_blocks`.
 
-        Stops after the deepest one, as nothing above it reaches the logits, unless the tuner needs the
-        embedding. Returns `ImageFeatures`.
+        Stops after the deepest extract layer, as nothing above it reaches the logits, unless the tuner needs
+        the embedding. Returns `ImageFeatures`.
         """
         return self.encode_rest(self.embed(pixel_values, contexts), tuner, contexts)
 
@@ -223,15 +228,15 @@ class CLIPSeg(Network):
         return blocks
 
     def encode_rest(self, blocks, tuner, contexts=()):
-        layers = self.config.extract_layers
-        stop = len(self.vision_blocks()) if tuner.needs_image_embedding else max(layers) + 1
+        stop = max(self.config.extract_layers) + 1
+        if tuner.needs_image_embedding:
+            stop = len(self.vision_blocks())
         blocks = self.run_vision(blocks, stop, tuner, contexts)
         embedding = None
         if tuner.needs_image_embedding:
             class_token = self.clip.vision_model.post_layernorm(blocks.tokens[:, 0])
             embedding = self.clip.visual_projection(class_token)  # [B, P]
-        by_layer = dict(zip(sorted(set(layers)), blocks.activations))
-        return ImageFeatures([by_layer[i] for i in layers], embedding, blocks.size)
+        return ImageFeatures(blocks.activations, embedding, blocks.size)
 
     def embed(self, pixel_values, contexts=()):
         """Embed images `[B, 3, H, W]`: class token, patches, contexts. Returns `FrozenBlocks` of no block."""
@@ -257,7 +262,7 @@ class CLIPSeg(Network):
             if i + 1 < len(contexts):
                 n = contexts[0].shape[-2]
                 x = insert_context(x, x.shape[1] - n, contexts[i + 1], replace=n)
-            if i in self.config.extract_layers:
+            if i in self.kept_blocks(tuner):
                 activations.append(x)
         return FrozenBlocks(stop, x, activations, blocks.size)
 
@@ -271,7 +276,10 @@ class CLIPSeg(Network):
 
     def adapt_activations(self, image_features, tuner, pixel_values=None):
         """Return the adapted and reduced activations `[B, 1+N+n, r]`, deepest first."""
-        activations = [tuner.adapt_activation(k, x) for k, x in enumerate(image_features.activations)]
+        by_block = tuner.adapt_activations(dict(zip(self.kept_blocks(tuner), image_features.activations)))
+        activations = []
+        for k, i in enumerate(self.config.extract_layers):
+            activations.append(tuner.adapt_activation(k, by_block[i]))
         return [reduce(x) for reduce, x in zip(self.decoder.reduces, reversed(activations))]
 
     def decode(self, image_features, text_features, tuner):

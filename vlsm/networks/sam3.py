@@ -149,6 +149,12 @@ class SAM3Config:
         return (self.vision.num_hidden_layers - 1,)
 
     @property
+    def ladder_blocks(self):
+        """Return the vision blocks whose outputs a ladder reads: those that see the whole image, the last."""
+        whole = (*self.global_attn_indexes, *self.extract_layers)
+        return [i for i in range(self.vision.num_hidden_layers) if i in whole]
+
+    @property
     def activation_widths(self):
         """Return the widths of the neck's maps."""
         return [self.width] * len(LEVELS)
@@ -338,7 +344,7 @@ class SAM3(Network):
     mean, std = [0.5] * 3, [0.5] * 3
     keeps_padding = True  # prompts have the window's length; padding is hidden by the mask
     compile_dynamic = None  # torch.compile takes minutes to reason about windows of an open grid
-    methods = ("none", "decoder", "full", "dense", "shallow", "telescopic", "lora", "coop", "cocoop")
+    methods = ("none", "decoder", "full", "dense", "shallow", "telescopic", "lora", "side", "coop", "cocoop")
     unsupported_reason = "Its image tokens lie in windows, which leave no place for vision contexts."
     Config = SAM3Config
     renames = (
@@ -363,7 +369,7 @@ class SAM3(Network):
         self.mask_decoder = mask_decoder(config)
 
     def encode_image(self, pixel_values, tuner, contexts=()):
-        """Encode images `[B, 3, H, W]` to the vision transformer's last tokens `[B, h * w, D]`.
+        """Encode images `[B, 3, H, W]` to the tokens `[B, h * w, D]` after the `kept_blocks`.
 
         The embedding is the mean of the neck's coarsest map.
         """
@@ -373,13 +379,16 @@ class SAM3(Network):
         x = to_tokens(patches)  # [B, h * w, D]
         x = x + self._tiled_positions(*grid).to(patches.dtype)
         x = vision.layer_norm(x)
+        activations = []
         for i, block in enumerate(self.vision_blocks()):
             x = block(x, tuner.residual_ops("vision", i), grid, False, tuner.lora_deltas("vision", i))
+            if i in self.kept_blocks(tuner):
+                activations.append(x)
         embedding = None
         if tuner.needs_image_embedding:
             coarsest = self.vision_encoder.neck.fpn_layers[-1]
             embedding = coarsest(to_map(x, grid)).mean((2, 3))  # [B, P]
-        return ImageFeatures([x], embedding, pixel_values.shape[-2:])
+        return ImageFeatures(activations, embedding, pixel_values.shape[-2:])
 
     def _tiled_positions(self, h, w):
         """Return position embeddings `[h * w, D]`: those of the pretraining's grid, repeated."""
@@ -400,10 +409,11 @@ class SAM3(Network):
 
     def adapt_activations(self, image_features, tuner, pixel_values=None):
         """Return the neck's maps `[B, P, ., .]`, finest first."""
-        (x,) = image_features.activations
+        by_block = tuner.adapt_activations(dict(zip(self.kept_blocks(tuner), image_features.activations)))
+        (last,) = self.config.extract_layers
         H, W = image_features.size
         grid = (H // self.config.stride, W // self.config.stride)
-        x = to_map(x, grid)  # [B, D, h, w]
+        x = to_map(by_block[last], grid)  # [B, D, h, w]
         maps = []
         for k, level in enumerate(self.vision_encoder.neck.fpn_layers):
             enlarged = level(x)  # [B, P, ., .]

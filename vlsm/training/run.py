@@ -438,8 +438,9 @@ def check_stamps(out, metadata):
 
 
 # Parameters whose gradient is zero at the start by construction: a key bias shifts all scores of a query
-# alike, which softmax ignores; the first matrix of a LoRA update learns nothing before the second is not 0.
-ZERO_AT_START = re.compile(r"k_proj\.bias$|\.(q|k|v|out)\.down\.weight$")
+# alike, which softmax ignores; the first matrix of a LoRA update, and a ladder, learn nothing before what
+# follows them is not 0.
+ZERO_AT_START = re.compile(r"k_proj\.bias$|\.(q|k|v|out)\.down\.weight$|(^|\.)ladder\.")
 
 
 class Diverged(ValueError):
