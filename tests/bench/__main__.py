@@ -1,13 +1,13 @@
 """Measure speed: `python -m tests.bench [ROW ...]`.
 
-Rows: adapter, dice_bce, hd95, cache, step, epoch, prompts, or all. Prints a table and writes JSON. All sides of
-a row run in one process in turn, after a warm-up; times are medians (CUDA events on a GPU). The floor of a row
+Rows: adapter, dice_bce, hd95, cache, step, epoch, prompts, or all; step-dense is one of the rows of step. Prints
+a table, and writes JSON after each row. All sides of a row run in one process in turn, after a warm-up; times are medians (CUDA events on a GPU). The floor of a row
 is the bytes that it must move over the bandwidth measured in this run, or its FLOPs over the matrix rate measured
 in this run, whichever is longer.
 """
 
 import argparse
-import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ ROWS = dict(
     dice_bce=kernel_rows.bench_dice_bce,
     hd95=hd95.bench_hd95,
     cache=training.bench_cache,
-    step=training.bench_step,
+    **{f"step-{label.split()[0]}": partial(training.bench_step, label=label) for label in training.STEPS},
     epoch=training.bench_epoch,
     prompts=prompts.bench_prompts,
 )
@@ -56,10 +56,11 @@ def main(argv=None):
     parser = make_parser()
     args = vars(parser.parse_args(argv))
     names = args.pop("rows")
-    file = Path(args.pop("json"))
+    args["file"] = Path(args.pop("json"))
     if "all" in names:
         names = list(ROWS)
-    unknown = sorted(set(names) - set(ROWS))
+    groups = {row.split("-")[0] for row in ROWS}
+    unknown = sorted(set(names) - set(ROWS) - groups)
     if unknown:
         parser.error(f"there is no row {', '.join(unknown)}; choose among {', '.join(ROWS)}, all")
     kernels.use_kernels("auto")
@@ -68,10 +69,10 @@ def main(argv=None):
     for name, value in bench.machine.items():
         print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}", end="  ")
     print(flush=True)
-    for name in names:
-        ROWS[name](bench)
-    file.write_text(json.dumps(dict(**bench.machine, rows=bench.rows), indent=1))
-    print(f"Wrote {file}")
+    for row, measure in ROWS.items():
+        if row in names or row.split("-")[0] in names:
+            measure(bench)
+    print(f"Wrote {bench.file}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What all rows of the benchmark share: timing, the machine's ceilings, printing."""
 
 import importlib
+import json
 import platform
 import shutil
 import statistics
@@ -25,6 +26,7 @@ class Bench:
         images=64,
         dataset="demo",
         data_root="data",
+        file=None,
     ):
         self.device = torch.device(device)
         self.cuda = self.device.type == "cuda"
@@ -36,6 +38,7 @@ class Bench:
         self.images = images
         self.dataset = dataset
         self.data_root = data_root
+        self.file = file
         self.compiles = self.cuda or bool(shutil.which("g++"))
         self.rows = []
         threads = f"CPU, {torch.get_num_threads()} threads"
@@ -99,7 +102,7 @@ class Bench:
         return max(moving, multiplying)
 
     def row(self, name, times, floor=None, **more):
-        """Keep and print one row: our seconds, each other side's, and how many times ours is faster."""
+        """Keep and print one row, and write all so far to the file: our seconds, each other side's, and how many times ours is faster."""
         ours = times["ours"]
         row = dict(row=name, seconds=times, ratios={}, floor_seconds=floor, share_of_floor=None, **more)
         words = [f"{name:44} ours {duration(ours):>9}"]
@@ -113,6 +116,8 @@ class Bench:
         for key, value in more.items():
             words.append(f"{key}: {value:.3g}" if isinstance(value, float) else f"{key}: {value}")
         self.rows.append(row)
+        if self.file:
+            self.file.write_text(json.dumps(dict(**self.machine, rows=self.rows), indent=1))
         print("  ".join(words), flush=True)
 
 

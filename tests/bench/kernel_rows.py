@@ -15,12 +15,14 @@ def bench_adapter(bench):
 def _adapter(bench, n, d, r):
     factory = dict(device=bench.device, dtype=bench.dtype)
     h = torch.randn(n, d, **factory, requires_grad=True)
-    residual = torch.randn(n, d, **factory, requires_grad=True)
-    g = torch.randn(n, d, **factory)
+    # float32 as under autocast: the stream of residuals, what is added to it, and their gradient
+    residual = torch.randn(n, d, device=bench.device, requires_grad=True)
+    g = torch.randn(n, d, device=bench.device)
     down = torch.nn.Linear(d, r, **factory)
     up = torch.nn.Linear(r, d, **factory)
     tensors = [h, residual, down.weight, down.bias, up.weight, up.bias]
-    one_way = 3 * n * d * h.element_size()  # forward: h, residual, out; backward: g, h, dh
+    forward_bytes = n * d * (h.element_size() + 4 + 4)  # h, residual, out
+    backward_bytes = n * d * (4 + 2 * h.element_size())  # g, h, dh
     flops = 2 * n * d * r  # of one product
 
     def forward(function):
@@ -31,8 +33,8 @@ def _adapter(bench, n, d, r):
         return torch.autograd.grad(function(*tensors), tensors, g)
 
     for name, way, floor in (
-        ("forward", forward, bench.floor(one_way, 2 * flops)),
-        ("forward+backward", forward_and_backward, bench.floor(2 * one_way, 6 * flops)),
+        ("forward", forward, bench.floor(forward_bytes, 2 * flops)),
+        ("forward+backward", forward_and_backward, bench.floor(forward_bytes + backward_bytes, 6 * flops)),
     ):
         sides = {}
         for side, function in bench.sides(kernels.adapter_bottleneck, adapter_torch).items():
@@ -41,10 +43,11 @@ def _adapter(bench, n, d, r):
 
 
 def bench_dice_bce(bench):
-    z = torch.randn(32, 1, 352, 352, device=bench.device, requires_grad=True)
+    z = torch.randn(32, 1, 352, 352, device=bench.device, dtype=bench.dtype, requires_grad=True)
     y = (torch.rand(z.shape, device=bench.device) < 0.2).to(torch.uint8)
     sides = {}
     for side, loss in bench.sides(kernels.dice_bce_loss, dice_bce_torch).items():
         sides[side] = lambda loss=loss: torch.autograd.grad(loss(z, y), z)
-    floor = bench.floor(z.numel() * ((4 + 1) + (4 + 1 + 4)))
+    logit = z.element_size()
+    floor = bench.floor(z.numel() * ((logit + 1) + (logit + 1 + logit)))  # forward: z, y; backward: z, y, dz
     bench.row("dice_bce forward+backward 32 x 352 x 352", bench.time(sides), floor)

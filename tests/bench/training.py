@@ -30,6 +30,8 @@ from vlsm.networks.base import IMAGENET_MEAN, IMAGENET_STD
 from vlsm.system.parallel import autocast
 from vlsm.training.frozen_cache import FrozenCache
 
+STEPS = ("dense vl", "shallow vl", "coop", "vpt")  # a row each
+
 
 def real_size(folder):
     """A CLIPSeg of the published sizes with random weights, written to the folder by transformers."""
@@ -82,15 +84,17 @@ def stepper(parameters, loss_of, device, scaler=None):
 
 
 class Pair:
-    """Our model and the published way, with the same weights, for one method; dtype: of products."""
+    """Our model and the published way, with the same weights, for one method; dtype: of products; compiled:
+    --compile.
+    """
 
-    def __init__(self, device, dtype, folder, method):
+    def __init__(self, device, dtype, folder, method, compiled="auto"):
         network = real_size(folder)
         self.device = device
         self.amp = None if dtype == torch.float32 else dtype
         self.model = vlsm.build("clipseg", folder, method)
         self.theirs = published_network(network, self.model.tuner, method).to(device)
-        self.model.place_on(device, self.amp)
+        self.model.place_on(device, self.amp, compile_blocks=compiled)
         self.their_amp = torch.float16 if device.type == "cuda" and self.amp else self.amp
         scaler = torch.amp.GradScaler("cuda") if self.their_amp == torch.float16 else None
         self.our_step = stepper(self.model.tuned_parameters().values(), self.our_loss, device)
@@ -116,12 +120,7 @@ class Pair:
         return difference
 
 
-def bench_step(bench):
-    for method in ("dense vl", "shallow vl", "coop", "vpt"):
-        _step(bench, method)
-
-
-def _step(bench, label):
+def bench_step(bench, label):
     B = bench.batch_size
     method = label.split()[0]
     with tempfile.TemporaryDirectory() as folder:

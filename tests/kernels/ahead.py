@@ -1,9 +1,8 @@
 """Every launch of every Triton kernel, compiled ahead of time, without a GPU: `python -m tests.kernels.ahead`
 prints what the machine code says.
 
-For NVIDIA GPUs of compute capability 8.0 (A100) and 9.0 (H100): registers and spilled bytes a thread, shared
-memory, instructions, and how many of them multiply matrices. tests/kernels/test_ahead_of_time.py holds the kernels to
-it.
+For the GPUs of TARGETS: registers and spilled bytes a thread, shared memory, instructions, and how many of them
+multiply matrices. tests/kernels/test_ahead_of_time.py holds the kernels to it.
 """
 
 import argparse
@@ -20,7 +19,12 @@ from kernels.boundary import COLUMNS, NEAREST
 from kernels.dice_bce import FINISH, PASS
 from kernels.dispatch import triton
 
-CAPABILITIES = (80, 90)
+# NVIDIA's compute capabilities (A100, 3090, 4090, H100, B200, 5090) and AMD's architecture (MI300)
+CAPABILITIES = (80, 86, 89, 90, 100, 120)
+TARGETS = (*CAPABILITIES, "gfx942")
+# arguments that a multiple of 16 pixels makes multiples of 16, which Triton then knows
+SIZES = ("P", "H", "W", "pixels", "half")
+MATRIX = r"\bmma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma"  # instructions that multiply matrices
 DTYPES = ("fp32", "bf16", "fp16")
 OPTIONS = ("num_warps", "num_stages")  # the compiler's among the launch sizes
 MODULES = {
@@ -43,6 +47,16 @@ class Launch:
     label: str
     signature: dict
     constants: dict
+    odd: bool = False  # whether the images' sides are no multiple of 16
+
+    def attributes(self):
+        """What the compiler may assume of the arguments: pointers, and sizes unless odd, are multiples of 16."""
+        multiples = {}
+        for i, (name, kind) in enumerate(self.signature.items()):
+            size = name in SIZES and kind == "i32" and not self.odd
+            if kind.startswith("*") or size:
+                multiples[(i,)] = [["tt.divisibility", 16]]
+        return multiples
 
     def options(self):
         """The compiler's part of the constants."""
@@ -77,7 +91,7 @@ def adapter_launches(dtype, precision="ieee", d=768):
 
 
 def other_launches():
-    """The kernels of the loss and of the boundary distances."""
+    """The kernels of the loss and of the boundary distances, for images of 352 x 352."""
     for dtype in DTYPES:
         for y in ("u8", "fp32"):
             for twice in (False, True):
@@ -102,53 +116,75 @@ def other_launches():
     yield Launch("nearest", "", signature, NEAREST)
 
 
-def compile_launch(launch, capability, count):
+def gpu_target(target):
+    """Return Triton's name of one of TARGETS."""
+    from triton.backends.compiler import GPUTarget
+
+    if isinstance(target, str):
+        return GPUTarget("hip", target, 64)
+    return GPUTarget("cuda", target, 32)
+
+
+def compile_launch(launch, target, count):
     """Compile for one GPU: registers, bytes spilled and shared, matrix products and, with `count`, all
     instructions.
     """
     from importlib import import_module
 
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel = getattr(import_module(f"kernels.{MODULES[launch.kernel]}"), f"{launch.kernel}_kernel")
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, kind in enumerate(launch.signature.values())
-        if kind.startswith("*")
-    }
     constants = {name: value for name, value in launch.constants.items() if name not in OPTIONS}
-    source = ASTSource(
-        kernel, {**launch.signature, **dict.fromkeys(constants, "constexpr")}, constants, aligned
-    )
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options())
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run(
-            [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
-        )
-        code = ""
-        if count:
-            code = subprocess.run(
-                [tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True
-            ).stdout
-    registers, stack, local = (
-        int(re.search(rf"\b{w}:(\d+)", usage.stdout + usage.stderr)[1]) for w in ("REG", "STACK", "LOCAL")
-    )
-    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z0-9.]+)", code, re.M)
+    signature = {**launch.signature, **dict.fromkeys(constants, "constexpr")}
+    source = ASTSource(kernel, signature, constants, launch.attributes())
+    compiled = triton.compile(source, target=gpu_target(target), options=launch.options())
+    if "cubin" in compiled.asm:
+        assembly = compiled.asm["ptx"]
+        registers, spilled, instructions = read_cubin(compiled.asm["cubin"], count)
+    else:
+        assembly = compiled.asm["amdgcn"]
+        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1])
+        spilled = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly)[1])
+        instructions = len(re.findall(r"^\s+[vs]_|^\s+(?:global|buffer|ds|flat)_", assembly, re.M))
     return dict(
         registers=registers,
-        spilled=stack + local,
+        spilled=spilled,
         shared=compiled.metadata.shared,
-        instructions=len(instructions),
-        matrix=len(re.findall(r"\bmma\.sync|wgmma\.mma_async", compiled.asm["ptx"])),
+        instructions=instructions,
+        matrix=len(re.findall(MATRIX, assembly)),
     )
 
 
-def compile_all(launches, capabilities=CAPABILITIES, count=False):
-    """(launch, capability, what `compile_launch` found) of each, compiled by two processes in a cache of
+def read_cubin(cubin, count):
+    """Return the registers, the spilled bytes and, with `count`, the instructions of NVIDIA's machine code."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+    def output_of(tool, option):
+        ended = subprocess.run([tools / tool, option, file.name], capture_output=True, text=True, check=True)
+        return ended.stdout + ended.stderr
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = output_of("cuobjdump", "-res-usage")
+        code = output_of("nvdisasm", "-c") if count else ""
+    registers, stack, local = (int(re.search(rf"\b{w}:(\d+)", usage)[1]) for w in ("REG", "STACK", "LOCAL"))
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z0-9.]+)", code, re.M)
+    return registers, stack + local, len(instructions)
+
+
+def refusal(target):
+    """Return why the installed Triton compiles nothing for a target, or None; tried with a kernel of our own."""
+    launch = [launch for launch in other_launches() if launch.kernel == "nearest"][0]
+    try:
+        compile_launch(launch, target, False)
+    except Exception as error:  # an architecture that it, its LLVM or its ptxas does not know
+        return f"Triton {triton.__version__} does not compile for {target}: {str(error).splitlines()[0]}"
+    return None
+
+
+def compile_all(launches, targets=TARGETS, count=False):
+    """(launch, target, what `compile_launch` found) of each, compiled by two processes in a cache of
     their own.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -156,11 +192,11 @@ def compile_all(launches, capabilities=CAPABILITIES, count=False):
             2, mp_context=get_context("spawn"), initializer=_use_cache, initargs=(folder,)
         ) as pool:
             waiting = [
-                (launch, c, pool.submit(compile_launch, launch, c, count))
+                (launch, target, pool.submit(compile_launch, launch, target, count))
                 for launch in launches
-                for c in capabilities
+                for target in targets
             ]
-            yield from ((launch, c, future.result()) for launch, c, future in waiting)
+            yield from ((launch, target, future.result()) for launch, target, future in waiting)
 
 
 def _use_cache(folder):
@@ -174,25 +210,18 @@ def main(argv=None):
     parser.add_argument(
         "--dtype", nargs="*", default=["bf16"], choices=DTYPES, help="of the adapter kernels (default bf16)"
     )
+    parser.add_argument("--targets", nargs="*", default=["80", "90"], help="GPUs (default 80 90)")
     args = parser.parse_args(argv)
+    targets = [int(target) if target.isdigit() else target for target in args.targets]
     launches = [launch for dtype in args.dtype for launch in adapter_launches(dtype)] + list(other_launches())
-    print("| kernel | launch | sm | warps | registers | spilled | shared KiB | instructions | matrix |")
+    print("| kernel | launch | target | warps | registers | spilled | shared KiB | instructions | matrix |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for launch, capability, f in compile_all(launches, count=True):
-        row = (
-            launch.kernel,
-            launch.label,
-            capability,
-            launch.options().get("num_warps", 4),
-            f["registers"],
-            f["spilled"],
-        )
-        print(
-            "|",
-            " | ".join(map(str, (*row, f"{f['shared'] / 1024:.0f}", f["instructions"], f["matrix"]))),
-            "|",
-            flush=True,
-        )
+    for launch, target, f in compile_all(launches, targets, count=True):
+        warps = launch.options().get("num_warps", 4)
+        shared = f"{f['shared'] / 1024:.0f}"
+        row = [launch.kernel, launch.label, target, warps, f["registers"], f["spilled"], shared]
+        row += [f["instructions"], f["matrix"]]
+        print("|", " | ".join(map(str, row)), "|", flush=True)
 
 
 if __name__ == "__main__":

@@ -332,6 +332,17 @@ def test_a_gpu_where_triton_cannot_build(monkeypatch, capsys):
         use_kernels("triton")
 
 
+def test_a_gpu_without_matrix_units_for_bf16(monkeypatch, capsys):
+    monkeypatch.setattr(dispatch, "_mode", "auto")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    with pytest.raises(ValueError, match="--kernels triton: the kernels need compute capability 8.0.*T4"):
+        use_kernels("triton")
+    assert not use_kernels("auto") and "compute capability 8.0" in capsys.readouterr().err
+
+
 def test_kernels_import_nothing_of_the_project():
     """Only the standard library, torch, scipy, triton and the package's own files."""
     allowed = {*sys.stdlib_module_names, "kernels", "torch", "scipy", "triton"}
