@@ -81,7 +81,8 @@ def main(argv=None, after_epoch=None):
         metadata = describe_run(model, data, side, settings, RECIPE_FIELDS)
         run = Run(args.out, model, optimizer, scheduler, dtype, metadata, args.monitor)
         run.start(settings, args.resume, args.overwrite, args.changed_data, args.tensorboard)
-        rehearse(model, cache, criterion, side, args.negatives, args.batch_size // args.accumulate)
+        share = math.ceil(args.batch_size / (args.accumulate * parallel.world_size()))
+        rehearse(model, cache, criterion, side, args.negatives, share)
         for split in ("train", "val"):
             description = cache.add_split(split, data[split], args.batch_size)
             if description:
@@ -204,7 +205,7 @@ def optimizer_step(run, loss, clip):
     parallel.all_reduce_mean(gradients)
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
-    # a GPU is waited for until the first step with gradients: fp16's first ones overflow, until a scale fits
+    # checked once, as it waits for the GPU; in fp16 at the first step that does not overflow
     if not run.gradients_checked and loss.isfinite() and (norm.isfinite() or not run.scaler.is_enabled()):
         say(check_gradients(run.model))
         run.gradients_checked = True

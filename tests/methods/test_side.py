@@ -67,7 +67,7 @@ def test_formula_and_gradients():
     found = {}
     for dtype in (torch.float64, torch.float32):
         tuner = model.tuner.to(dtype)
-        own = tuner.adapt_activations({i: a.to(dtype) for i, a in enumerate(outputs)})
+        own = tuner.adapt_blocks({i: a.to(dtype) for i, a in enumerate(outputs)})
         assert torch.equal(own[0], outputs[0].to(dtype))  # no extract layer
         total = sum((own[i] * own[i].detach().cos()).sum() for i in layers)
         found[dtype] = torch.autograd.grad(total, tuner.parameters())

@@ -387,12 +387,43 @@ def test_studies_that_are_not_the_sweeps(cli, tmp_path, monkeypatch):
     assert cli(*words_of(tmp_path, "--study", database, trials=1))[0] == 0
     code, _, err = cli(*words_of(tmp_path / "other", "--study", database))
     assert code == 2 and "has a sweep 's' already" in err
+    code, _, err = cli(*words_of(tmp_path / "other", "--study", database))
+    assert code == 2 and "has a sweep 's' already" in err, "at every start"
     code, _, err = cli(*words_of(tmp_path / "2", "--study", "nonsense://secret@nowhere/x"))
-    assert code == 2 and "Optuna cannot read the study" in err and "secret" not in err
+    assert code == 2 and "The database of --study cannot be used" in err and "secret" not in err
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("RANK", "0")
     code, _, err = cli(*words_of(tmp_path / "3"))
     assert code == 2 and "no program for torchrun" in err and not (tmp_path / "3").exists()
+
+
+def test_other_options_of_a_sweep_that_was_begun_are_refused(cli, tmp_path, monkeypatch):
+    pytest.importorskip("optuna")
+    monkeypatch.setattr(train, "main", fake(lambda lr, epoch: lr, 2))
+    assert cli(*words_of(tmp_path, trials=1))[0] == 0
+    code, _, err = cli(*words_of(tmp_path, trials=2), "--seed", "7")
+    assert code == 2 and "was begun with other options of train.py" in err
+    assert cli(*words_of(tmp_path, trials=2))[0] == 0
+
+
+def test_an_error_ends_the_sweep_and_a_second_time_its_trial_alone(cli, tmp_path, monkeypatch):
+    """It may be of the data, which the user mends, or of this trial's values, which no start can mend."""
+    pytest.importorskip("optuna")
+    begun = []
+    works = fake(lambda lr, epoch: lr, 2)
+
+    def first_fails(argv, after_epoch):
+        begun.append(argv)
+        if any("trial-000" in word for word in argv):
+            raise ValueError("--dim 0 leaves an adapter without a hidden unit")
+        return works(argv, after_epoch)
+
+    monkeypatch.setattr(train, "main", first_fails)
+    code, _, err = cli(*words_of(tmp_path, trials=3))
+    assert code == 2 and "without a hidden unit" in err and len(begun) == 1
+    code, said, err = cli(*words_of(tmp_path, trials=3))
+    assert code == 0 and "failed: --dim 0" in said and len(begun) == 4, err
+    assert parameters(tmp_path)[1] == ["FAIL", "COMPLETE", "COMPLETE"]
 
 
 def test_another_study_in_the_same_folder_is_refused(cli, tmp_path, monkeypatch):

@@ -367,9 +367,9 @@ class Combination(Tuner):
                 return deltas
         return None
 
-    def adapt_activations(self, by_block):
+    def adapt_blocks(self, by_block):
         for tuner in self.tuners.values():
-            by_block = tuner.adapt_activations(by_block)
+            by_block = tuner.adapt_blocks(by_block)
         return by_block
 
     def adapt_activation(self, k, x):

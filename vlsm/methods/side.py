@@ -57,7 +57,7 @@ class SideLadder(Tuner):
             nn.init.zeros_(projection.weight)
             nn.init.zeros_(projection.bias)
 
-    def adapt_activations(self, by_block):
+    def adapt_blocks(self, by_block):
         adapted = {}
         s = None
         for rung, (i, a) in zip(self.ladder, by_block.items()):

@@ -276,7 +276,7 @@ class CLIPSeg(Network):
 
     def adapt_activations(self, image_features, tuner, pixel_values=None):
         """Return the adapted and reduced activations `[B, 1+N+n, r]`, deepest first."""
-        by_block = tuner.adapt_activations(dict(zip(self.kept_blocks(tuner), image_features.activations)))
+        by_block = tuner.adapt_blocks(dict(zip(self.kept_blocks(tuner), image_features.activations)))
         activations = []
         for k, i in enumerate(self.config.extract_layers):
             activations.append(tuner.adapt_activation(k, by_block[i]))

@@ -33,7 +33,7 @@ class Tuner(nn.Module):
 
     default_upsampler = False  # whether the method comes with the learnable upsampler unless told otherwise
     needs_image_embedding = False  # whether `image_conditioned_contexts` reads the images' embeddings
-    needs_ladder_blocks = False  # whether `adapt_activations` reads the outputs of `config.ladder_blocks`
+    needs_ladder_blocks = False  # whether `adapt_blocks` reads the outputs of `config.ladder_blocks`
 
     def __init__(self, config=None, reference=False):
         super().__init__()
@@ -76,7 +76,7 @@ class Tuner(nn.Module):
         """
         return None
 
-    def adapt_activations(self, by_block):
+    def adapt_blocks(self, by_block):
         """Return {image block: its output `[B, N, D]`}, those of the extract layers adapted.
 
         by_block: the outputs of the extract layers; of all `config.ladder_blocks` if the method needs these.

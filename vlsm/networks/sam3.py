@@ -409,7 +409,7 @@ class SAM3(Network):
 
     def adapt_activations(self, image_features, tuner, pixel_values=None):
         """Return the neck's maps `[B, P, ., .]`, finest first."""
-        by_block = tuner.adapt_activations(dict(zip(self.kept_blocks(tuner), image_features.activations)))
+        by_block = tuner.adapt_blocks(dict(zip(self.kept_blocks(tuner), image_features.activations)))
         (last,) = self.config.extract_layers
         H, W = image_features.size
         grid = (H // self.config.stride, W // self.config.stride)

@@ -47,7 +47,7 @@ def load_predictor(
     """Return the `Predictor` of a run's checkpoint, on its device; joins the processes that torchrun started.
 
     weights: folder or hub id of the base, if it has moved. device, amp, kernels, compile: the options of
-    every program; "auto" does not compile, which takes longer than some hundred images. mirror: as in
+    every program; "auto" does not compile: that takes longer than some hundred images. mirror: as in
     `Predictor`. base: a VLSM in memory that shares its frozen weights. Raises as `vlsm.load`.
     """
     device, dtype = choose_device(parallel.join_processes(device), amp)

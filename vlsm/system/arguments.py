@@ -154,6 +154,6 @@ def add_machine_arguments(parser):
         "--compile",
         default="auto",
         choices=["auto", "on", "off"],
-        help="torch.compile the transformer layers (auto, the default: to train on a GPU); the first step "
-        "takes up to a minute",
+        help="torch.compile the transformer layers (auto, the default: only to train on a GPU); the first "
+        "step takes up to a minute",
     )

@@ -87,6 +87,7 @@ def main(argv=None):
     ending = "folds" if args.folds else "seeds"
     group = Path(args.out or run.out.removesuffix(f"seed{run.seed}") + ending)
     train_words = group_words(group, args.train, first, run)
+    run = parse_arguments([*train_words, first])
     device, _ = parallel.choose_device(parallel.join_processes(run.device), "off")
     failed = []
     while name := claim_next(group, list(repeats), device):

@@ -6,6 +6,7 @@ process ended in the midst of it.
 
 import argparse
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import train
 from vlsm.methods.search_space import search_space
 from vlsm.model import network_class, read_config
 from vlsm.system.arguments import Parser, flag, number
-from vlsm.system.console import friendly_errors, process_rank, say
+from vlsm.system.console import friendly_errors, say
 from vlsm.system.files import atomic_write, is_filled, write_csv, write_json
 from vlsm.system.schema import field, read_json
 from vlsm.training.arguments import method_options, parse_arguments, train_parser
@@ -120,7 +121,12 @@ def run_trial(optuna, study, trial, words, folder, by_loss):
     except optuna.TrialPruned:
         say("pruned: below the median of the trials before it")
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-    except (Diverged, torch.OutOfMemoryError) as error:  # any other error ends the sweep, for --resume
+    except (ValueError, torch.OutOfMemoryError) as error:  # any other error ends the sweep, for --resume
+        again = "error" in trial.user_attrs
+        trial.set_user_attr("error", str(error))
+        of_the_trial = isinstance(error, (Diverged, torch.OutOfMemoryError))
+        if not of_the_trial and not again:  # other trials may have it, too, as of the data
+            raise
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
         say(f"failed: {error}")
 
@@ -165,9 +171,9 @@ def main(argv=None):
     parser.add_argument(
         "--study",
         metavar="PLACE",
-        help="of the trials' values, the same at each start: journal, or a database such as "
-        "postgresql+psycopg2://user@host/name (pip install psycopg2-binary; default: a SQLite file in --out, "
-        "for processes of one machine)",
+        help="where the trials' values are stored, the same for all processes: journal (a file in --out), or "
+        "a database such as postgresql+psycopg2://user@host/name (pip install psycopg2-binary; default: a "
+        "SQLite file in --out, for processes of one machine)",
     )
     parser.add_argument("train", nargs="*", metavar="-- OPTIONS", help="options of train.py")
     args = parser.parse_args(argv)
@@ -179,7 +185,7 @@ def main(argv=None):
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     file = args.out / "config.json"
     words = args.train
-    if process_rank():
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("A sweep is no program for torchrun: start it once for each process, see --help.")
     is_new = not is_filled(args.out)
     resumed = args.resume and not (is_new and words)
@@ -189,14 +195,22 @@ def main(argv=None):
         space = field(file, config, "space", kind=dict, words="the space of a sweep")
     elif not is_new:
         raise FileExistsError(f"'{args.out}' exists and is not empty. Use --resume, or another --out.")
+    if resumed and args.train not in ([], words):
+        raise ValueError(
+            f"'{args.out}' was begun with other options of train.py. Leave out those after --, or name "
+            "another --out."
+        )
     values = vars(parse_arguments(words))
     if not resumed:
         space = read_json(args.space) if args.space else choose_space(values, words)
     distributions = make_distributions(optuna, space, args.space or file)
+    config = dict(arguments=words, space=space)
     with in_turn(args.out):
         known = file.is_file()
-        write_json(file, dict(arguments=words, space=space), atomic_write)
+        if args.study in (None, "journal"):  # the study will be in the folder, which is then a sweep's
+            write_json(file, config, atomic_write)
         study = open_study(optuna, args.out, args.study, known)
+        write_json(file, config, atomic_write)
     while trial := next_trial(optuna, study, distributions, args.trials, values["seed"], args.out):
         say(f"\ntrial {trial.number + 1} of {args.trials}: {trial.params}")
         try:

@@ -1,6 +1,4 @@
-"""Steps on empty images, on the device that would train: to measure the memory that a run needs, and to take
-it.
-"""
+"""Training steps on empty images, where a run would train: to measure its memory, or to reserve it."""
 
 import re
 from contextlib import suppress

@@ -67,9 +67,9 @@ class FeatureStore:
         if self.on_gpu:
             rows = rows.to(self.device, non_blocking=True)
         tensors = [t.index_select(0, rows) for t in self.tensors]
-        if self.device.type == "cuda" and not self.on_gpu:
-            tensors = [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
-        return tensors
+        if self.device.type == "cuda" and not self.on_gpu:  # pinned: the GPU need not wait for the copy
+            tensors = [t.pin_memory() for t in tensors]
+        return [t.to(self.device, non_blocking=True) for t in tensors]
 
 
 def mapped_tensor(size, dtype, folder):
@@ -237,7 +237,7 @@ class FrozenCache:
             return None
         tensors = store.get(rows[cached])
         if not cached.all():
-            # whole numbers that travel by themselves: a GPU is waited for to index by bool
+            # by numbers: to index by bools waits for a GPU
             kept, others = [m.nonzero()[:, 0].to(self.device, non_blocking=True) for m in (cached, ~cached)]
             fresh = tensors_of(self.encode_frozen(pixel_values[others]))
             tensors = [interleave(kept, a, others, b) for a, b in zip(tensors, fresh)]

@@ -438,8 +438,7 @@ def check_stamps(out, metadata):
 
 
 # Parameters whose gradient is zero at the start by construction: a key bias shifts all scores of a query
-# alike, which softmax ignores; the first matrix of a LoRA update, and a ladder, learn nothing before what
-# follows them is not 0.
+# alike, which softmax ignores; LoRA's first matrix and a ladder have no gradient while what follows is 0.
 ZERO_AT_START = re.compile(r"k_proj\.bias$|\.(q|k|v|out)\.down\.weight$|(^|\.)ladder\.")
 
 
@@ -457,14 +456,15 @@ def check_gradients(model):
     published = model.info["reference"]  # published code trains some tensors that nothing reads
     broken = []
     zero = []
+    expected = []
     for name, parameter in tuned.items():
         gradient = parameter.grad
         if gradient is None:
             (zero if published else broken).append(name)
         elif not gradient.isfinite().all():
             broken.append(name)
-        elif not gradient.any() and not ZERO_AT_START.search(name):
-            zero.append(name)
+        elif not gradient.any():
+            (expected if ZERO_AT_START.search(name) else zero).append(name)
     trained = {id(parameter) for parameter in tuned.values()}
     frozen = 0
     leaking = []
@@ -479,7 +479,10 @@ def check_gradients(model):
             f"{len(leaking)} frozen ones with one ({first_few(leaking)}). Training would be wrong; "
             "please report this."
         )
-    counts = f"{len(tuned) - len(zero)} of {len(tuned)} trained tensors finite and non-zero"
+    nonzero = len(tuned) - len(zero) - len(expected)
+    counts = f"{nonzero} of {len(tuned)} trained tensors finite and non-zero"
+    if expected:
+        counts += f" ({len(expected)} cannot be at first)"
     line = f"Gradients of the first step: {counts}, 0 of {frozen} frozen ones."
     if zero:
         line += f"\n  ZERO, so not learning yet: {first_few(zero, 4)}"

@@ -59,7 +59,7 @@ def open_study(optuna, out, place, known):
                     load_study(optuna, sqlite_url(temporary), name)
             storage = sqlite_url(file)
         elif place == "journal":
-            file = out.absolute() / "study.log"  # Optuna's lock is a link to it
+            file = out.absolute() / "study.log"  # absolute, as Optuna's lock is a link to it
             backend = optuna.storages.journal.JournalFileBackend(str(file))
             storage = optuna.storages.JournalStorage(backend)
         else:
@@ -68,6 +68,11 @@ def open_study(optuna, out, place, known):
         study = load_study(optuna, storage, name)
         trials = study.get_trials()
     except Exception as error:  # of SQLAlchemy, alembic, Optuna or a database's driver
+        if place not in (None, "journal"):
+            raise ValueError(
+                f"The database of --study cannot be used ({type(error).__name__}). Does it run, and is its "
+                "driver installed? (pip install psycopg2-binary for postgresql+psycopg2://...)"
+            ) from error
         raise ValueError(
             f"Optuna cannot read the study of '{out}' ({type(error).__name__}). The runs in there are whole; "
             "start the search again with another --out."
