@@ -9,6 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -341,6 +343,17 @@ def test_a_gpu_without_matrix_units_for_bf16(monkeypatch, capsys):
     with pytest.raises(ValueError, match="--kernels triton: the kernels need compute capability 8.0.*T4"):
         use_kernels("triton")
     assert not use_kernels("auto") and "compute capability 8.0" in capsys.readouterr().err
+
+
+def test_a_kernel_runs_on_the_gpu_of_its_tensors(monkeypatch):
+    entered, launched = [], []
+    monkeypatch.setattr(dispatch, "INTERPRETED", True)  # as it is, without torch's wrapper
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
+    tensor = SimpleNamespace(is_cuda=True, device="cuda:1")
+    kernel = {(3,): lambda *args, **sizes: launched.append((args, sizes))}
+    dispatch.launch(kernel, (3,), tensor, 5, BLOCK=8)
+    assert entered == ["cuda:1"] and launched == [((tensor, 5), dict(BLOCK=8))]
 
 
 def test_kernels_import_nothing_of_the_project():
