@@ -108,11 +108,10 @@ def chunks(order, size):
 
     A last one of a single item joins the part before: `torch.compile` would build every graph anew for it.
     """
-    starts = list(range(0, len(order), size))
-    if size > 1 and len(starts) > 1 and len(order) % size == 1:
-        starts.pop()
-    ends = [*starts[1:], len(order)]
-    return [order[start:end] for start, end in zip(starts, ends)]
+    parts = [order[start : start + size] for start in range(0, len(order), size)]
+    if size > 1 and len(parts) > 1 and len(parts[-1]) == 1:
+        parts[-2:] = [order[-size - 1 :]]
+    return parts
 
 
 def prefetch(read, batches):

@@ -22,7 +22,7 @@ from vlsm.system.schema import field, read_json
 from vlsm.training.arguments import method_options, parse_arguments, train_parser
 from vlsm.training.claims import claim, in_turn
 from vlsm.training.run import Diverged, selection_score
-from vlsm.training.space import make_distributions, open_study
+from vlsm.training.space import IN_FOLDER, make_distributions, open_study
 
 EXAMPLES = """examples:
   python -m vlsm.tools.sweep --out runs/coop-sweep --trials 20 -- --dataset kvasir --peft coop
@@ -122,10 +122,11 @@ def run_trial(optuna, study, trial, words, folder, by_loss):
         say("pruned: below the median of the trials before it")
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
     except (ValueError, torch.OutOfMemoryError) as error:  # any other error ends the sweep, for --resume
-        again = "error" in trial.user_attrs
-        trial.set_user_attr("error", str(error))
         of_the_trial = isinstance(error, (Diverged, torch.OutOfMemoryError))
-        if not of_the_trial and not again:  # other trials may have it, too, as of the data
+        if (
+            not of_the_trial and "error" not in trial.user_attrs
+        ):  # other trials may have it, too, as of the data
+            trial.set_user_attr("error", str(error))
             raise
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
         say(f"failed: {error}")
@@ -207,10 +208,11 @@ def main(argv=None):
     config = dict(arguments=words, space=space)
     with in_turn(args.out):
         known = file.is_file()
-        if args.study in (None, "journal"):  # the study will be in the folder, which is then a sweep's
+        if args.study in IN_FOLDER:  # before the study, so that the folder is a sweep's
             write_json(file, config, atomic_write)
         study = open_study(optuna, args.out, args.study, known)
-        write_json(file, config, atomic_write)
+        if args.study not in IN_FOLDER:  # once the database is known to have no such sweep
+            write_json(file, config, atomic_write)
     while trial := next_trial(optuna, study, distributions, args.trials, values["seed"], args.out):
         say(f"\ntrial {trial.number + 1} of {args.trials}: {trial.params}")
         try:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from vlsm.data.cache import chunks
 from vlsm.data.normalise import normalise
 from vlsm.networks.base import FrozenBlocks, ImageFeatures
 from vlsm.system import parallel
@@ -152,16 +153,15 @@ class FrozenCache:
         if not self.keeps_images:
             return None
         count = len(data.images)
-        first = tensors_of(self.encode_rows(data, range(min(batch_size, count))))
+        first = tensors_of(self.encode_rows(data, chunks(range(count), batch_size)[0]))
         shapes = [t.shape[1:] for t in first]
         store = FeatureStore(
             count, shapes, self.dtype or torch.float32, self.device, *self.budget(), self.folder
         )
         self.stores[name] = store
         with progress(store.held, f"encoding {name}") as bar:
-            for start in range(0, store.held, batch_size):
-                rows = range(start, min(start + batch_size, store.held))
-                store.put(start, tensors_of(self.encode_rows(data, rows)) if start else first)
+            for rows in chunks(range(store.held), batch_size):
+                store.put(rows.start, tensors_of(self.encode_rows(data, rows)) if rows.start else first)
                 bar.update(len(rows))
         frozen = "image encoder's output" if self.images_frozen else f"output of {self.depth} image blocks"
         place = "on the GPU" if store.on_gpu else "in a mapped file"

@@ -7,6 +7,8 @@ from vlsm.system.files import atomic_write
 from vlsm.system.schema import NUMBER, SWITCH, check_fields
 from vlsm.training.arguments import checked, stored_options, train_parser
 
+IN_FOLDER = (None, "journal")  # values of --study for a study beside the trials: SQLite, a journal
+
 
 def make_distributions(optuna, space, source):
     """Return {name: Optuna's distribution} of a space, each value checked like one on the command line.
@@ -68,7 +70,7 @@ def open_study(optuna, out, place, known):
         study = load_study(optuna, storage, name)
         trials = study.get_trials()
     except Exception as error:  # of SQLAlchemy, alembic, Optuna or a database's driver
-        if place not in (None, "journal"):
+        if place not in IN_FOLDER:
             raise ValueError(
                 f"The database of --study cannot be used ({type(error).__name__}). Does it run, and is its "
                 "driver installed? (pip install psycopg2-binary for postgresql+psycopg2://...)"
