@@ -54,6 +54,22 @@ def choose_space(values, words):
     return space
 
 
+def stored_sweep(file, given):
+    """Return (words for train.py, space) of the sweep in a config.json.
+
+    Raises ValueError for another file, and if other words than its own are given.
+    """
+    config = read_json(file)
+    words = field(file, config, "arguments", kind=[str], words="the arguments of a sweep")
+    space = field(file, config, "space", kind=dict, words="the space of a sweep")
+    if given not in ([], words):
+        raise ValueError(
+            f"'{file.parent}' was begun with other options of train.py. Leave out those after --, or name "
+            "another --out."
+        )
+    return words, space
+
+
 def next_trial(optuna, study, distributions, count, seed, out):
     """Return a trial that this process has claimed: an interrupted one, else a new one.
 
@@ -123,9 +139,8 @@ def run_trial(optuna, study, trial, words, folder, by_loss):
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
     except (ValueError, torch.OutOfMemoryError) as error:  # any other error ends the sweep, for --resume
         of_the_trial = isinstance(error, (Diverged, torch.OutOfMemoryError))
-        if (
-            not of_the_trial and "error" not in trial.user_attrs
-        ):  # other trials may have it, too, as of the data
+        # one of the data is one of all trials; what comes again after --resume is of this trial's values
+        if not of_the_trial and "error" not in trial.user_attrs:
             trial.set_user_attr("error", str(error))
             raise
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
@@ -191,16 +206,9 @@ def main(argv=None):
     is_new = not is_filled(args.out)
     resumed = args.resume and not (is_new and words)
     if resumed:
-        config = read_json(file)
-        words = field(file, config, "arguments", kind=[str], words="the arguments of a sweep")
-        space = field(file, config, "space", kind=dict, words="the space of a sweep")
+        words, space = stored_sweep(file, words)
     elif not is_new:
         raise FileExistsError(f"'{args.out}' exists and is not empty. Use --resume, or another --out.")
-    if resumed and args.train not in ([], words):
-        raise ValueError(
-            f"'{args.out}' was begun with other options of train.py. Leave out those after --, or name "
-            "another --out."
-        )
     values = vars(parse_arguments(words))
     if not resumed:
         space = read_json(args.space) if args.space else choose_space(values, words)
