@@ -5,7 +5,6 @@ process ended in the midst of it.
 """
 
 import argparse
-import json
 import os
 import warnings
 from pathlib import Path
@@ -15,14 +14,14 @@ import torch
 import train
 from vlsm.methods.search_space import search_space
 from vlsm.model import network_class, read_config
-from vlsm.system.arguments import Parser, flag, number
+from vlsm.system.arguments import Parser, number
 from vlsm.system.console import friendly_errors, say
 from vlsm.system.files import atomic_write, is_filled, write_csv, write_json
 from vlsm.system.schema import field, read_json
 from vlsm.training.arguments import method_options, parse_arguments, train_parser
 from vlsm.training.claims import claim, in_turn
 from vlsm.training.run import Diverged, selection_score
-from vlsm.training.space import IN_FOLDER, make_distributions, open_study
+from vlsm.training.space import IN_FOLDER, make_distributions, open_study, to_options
 
 EXAMPLES = """examples:
   python -m vlsm.tools.sweep --out runs/coop-sweep --trials 20 -- --dataset kvasir --peft coop
@@ -101,15 +100,7 @@ def run_trial(optuna, study, trial, words, folder, by_loss):
     words: train.py's command line for all trials. by_loss: score a run by its last validation loss, as the
     published sweep does, not by its best DSC.
     """
-    words = [*words, f"--out={folder}"]
-    for name, value in trial.params.items():
-        option = flag(name)
-        if isinstance(value, bool):
-            words.append(option if value else flag(f"no_{name}"))
-        elif isinstance(value, str) and value.startswith("["):
-            words += [option, *map(str, json.loads(value))]
-        else:
-            words.append(f"{option}={value}")
+    words = [*words, f"--out={folder}", *to_options(trial.params)]
     if (folder / "config.json").is_file():
         words.append("--resume")
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 
+from vlsm.system.arguments import flag
 from vlsm.system.files import atomic_write
 from vlsm.system.schema import NUMBER, SWITCH, check_fields
 from vlsm.training.arguments import checked, stored_options, train_parser
@@ -43,6 +44,20 @@ def make_distributions(optuna, space, source):
                 f'as {{"low": 1e-5, "high": 1e-2, "log": true}}; it is {entry!r:.200} ({error}).'
             ) from None
     return distributions
+
+
+def to_options(values):
+    """Return the words of train.py's command line for a trial's values, by name."""
+    words = []
+    for name, value in values.items():
+        option = flag(name)
+        if isinstance(value, bool):
+            words.append(option if value else flag(f"no_{name}"))
+        elif isinstance(value, str) and value.startswith("["):
+            words += [option, *map(str, json.loads(value))]
+        else:
+            words.append(f"{option}={value}")
+    return words
 
 
 def open_study(optuna, out, place, known):
