@@ -19,7 +19,7 @@ from vlsm.data.augment import augment
 from vlsm.data.cache import chunks, device_batches
 from vlsm.data.folders import split_rules
 from vlsm.data.negatives import Negatives, add_empty_masks, unused_words
-from vlsm.data.records import choose_prompt, is_text
+from vlsm.data.records import is_text
 from vlsm.metrics import counted_pixels, dsc, iou, is_alarm
 from vlsm.model import build
 from vlsm.networks.weights import image_side, is_random
@@ -114,12 +114,11 @@ def train_epochs(args, run, data, cache, negatives, criterion, interrupt, after_
         lr = run.optimizer.param_groups[0]["lr"]
         loss, train_dsc = train_epoch(
             run, data["train"], cache, negatives["train"], criterion, epoch, args.epochs, args.seed,
-            args.prompts, args.batch_size, args.accumulate, args.augment, args.clip, interrupt,
+            args.batch_size, args.accumulate, args.augment, args.clip, interrupt,
         )  # fmt: skip
         seconds = time.perf_counter() - began
         val_loss, val_dsc, val_iou, val_alarms = validate(
-            run.model, data["val"], cache, negatives["val"], criterion, args.seed, args.prompts,
-            args.batch_size,
+            run.model, data["val"], cache, negatives["val"], criterion, args.seed, args.batch_size
         )  # fmt: skip
         run.refuse_nonfinite(val_loss, f"validation loss after epoch {epoch}")
         speed = len(data["train"]) / seconds
@@ -137,8 +136,8 @@ def train_epochs(args, run, data, cache, negatives, criterion, interrupt, after_
 
 
 def train_epoch(
-    run, data, cache, negatives, criterion, epoch, epochs, seed, prompt_mode, batch_size, accumulate,
-    augmented, clip, interrupt,
+    run, data, cache, negatives, criterion, epoch, epochs, seed, batch_size, accumulate, augmented, clip,
+    interrupt,
 ):  # fmt: skip
     """Train on every record of `data` once; returns (loss, DSC), means over the records.
 
@@ -146,10 +145,9 @@ def train_epoch(
     """
     model = run.model.train()
     device = cache.device
-    records = data.records
     epoch_seed = seed * SEED_STEP + epoch
     generator = torch.Generator().manual_seed(epoch_seed)
-    order = torch.randperm(len(records), generator=generator).tolist()
+    order = torch.randperm(len(data), generator=generator).tolist()
     steps = [parallel.share_batch(batch, accumulate) for batch in chunks(order, batch_size)]
     if parallel.world_size() > 1:  # each rank draws its own dropout, whatever was drawn before
         torch.manual_seed(epoch_seed * SEED_STEP + parallel.rank())
@@ -159,19 +157,19 @@ def train_epoch(
     for step in steps:
         for share in step:
             parts.append(share.indices)
+    texts = cache.encode_ahead(negatives.prompts(parts, seed, epoch), negatives.right)
     batches = device_batches(data, parts, device, augmented or cache.needs_pixels("train"))
-    with progress(len(records), f"epoch {epoch}/{epochs}") as bar:
+    with progress(len(data), f"epoch {epoch}/{epochs}") as bar:
         for k, step in enumerate(steps):  # step: this rank's shares of a batch, one for each accumulation
             run.optimizer.zero_grad(set_to_none=True)
-            for share, (indices, images, masks) in zip(step, batches):
-                # images: uint8 [B, 3, S, S], None if cached features replace them; masks: uint8 [B, 1, S, S]
+            for share, prompts, (indices, images, masks) in zip(step, texts, batches):
+                # prompts: P an image, the first right; images: uint8 [B, 3, S, S], None if cached features
+                # replace them; masks: uint8 [B, 1, S, S]
                 changed = None
                 if augmented:
                     # seeded by the batch: every rank draws for the whole batch and takes its share
                     generator = torch.Generator().manual_seed(epoch_seed * SEED_STEP + k * batch_size)
                     images, masks, changed = augment(images, masks, generator, share.batch_size, share.part)
-                prompts = [choose_prompt(records[i], prompt_mode, seed, epoch, i) for i in indices]
-                prompts = negatives.beside(prompts, indices, seed, epoch)  # P texts an image, the first right
                 masks = add_empty_masks(masks, negatives.count)  # [B * P, 1, S, S]
                 inputs = cache.model_inputs("train", indices, images, prompts, changed)
                 with autocast(device, cache.dtype):
@@ -214,7 +212,7 @@ def optimizer_step(run, loss, clip):
 
 
 @torch.no_grad()
-def validate(model, data, cache, negatives, criterion, seed, prompt_mode, batch_size):
+def validate(model, data, cache, negatives, criterion, seed, batch_size):
     """Return (loss, DSC, IoU, share of false alarms), means over the validation records at the model's size.
 
     The loss is of right prompts and negatives alike, as in training. Without negatives the share is None.
@@ -224,11 +222,10 @@ def validate(model, data, cache, negatives, criterion, seed, prompt_mode, batch_
     order = list(range(len(records)))
     shares = parallel.own_batches(chunks(order, batch_size))
     parts = [indices for _, indices in shares]
+    texts = cache.encode_ahead(negatives.prompts(parts, seed), negatives.right)
     batches = device_batches(data, parts, cache.device, cache.needs_pixels("val"))
     rows = []  # for each batch: its number, its records' summed loss, their DSC, IoU and alarms `[B, 3]`
-    for (number, _), (indices, images, masks) in zip(shares, batches):
-        prompts = [choose_prompt(records[i], prompt_mode, seed, i) for i in indices]
-        prompts = negatives.beside(prompts, indices, seed)
+    for (number, _), prompts, (indices, images, masks) in zip(shares, texts, batches):
         masks = add_empty_masks(masks, negatives.count)
         inputs = cache.model_inputs("val", indices, images, prompts)
         with autocast(cache.device, cache.dtype):

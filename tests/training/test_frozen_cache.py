@@ -158,6 +158,34 @@ def test_several_prompts_of_an_image_are_those_of_the_model(tmp_path, method):
     assert torch.equal(got, cached_logits(f, "train", indices, prompts, pixels))
 
 
+@pytest.mark.parametrize("method, ahead", [("shallow", [["x", "bone", "one bone"], ["bone"]]), ("dense", [])])
+def test_texts_of_many_batches_are_encoded_together(tmp_path, monkeypatch, method, ahead):
+    """With the features that they have alone; a prompt that comes again is kept, not encoded ahead."""
+    monkeypatch.setattr(frozen, "AHEAD", 2)
+    f = wrap(method, tmp_path)
+    encoded = []
+    encode_texts = f.encode_texts
+    monkeypatch.setattr(f, "encode_texts", lambda texts: encoded.append(texts) or encode_texts(texts))
+    batches = [
+        ["red disk", "bone", "blue", "one bone"],
+        ["blue", "x", "red disk", "bone"],
+        ["blue", "bone", "blue", "bone"],
+    ]
+    yielded = []
+    for prompts in f.encode_ahead(iter(batches), slice(None, None, 2)):
+        yielded.append(prompts)
+        if f.prompts_frozen:
+            (got, *_), (want, *_) = f.text_features(prompts, prompts[::2]), encode(f, prompts)
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    assert yielded == batches
+    assert [texts for texts in encoded if texts not in (["red disk"], ["blue"])] == ahead
+
+
+def encode(f, prompts):
+    """Return the text features of prompts by the model itself."""
+    return f.model.network.encode_prompts(*f.tokenizer(prompts), f.model.tuner)
+
+
 def test_a_budget_holds_for_all_splits_together(tmp_path):
     data = split()
     image = 3 * 17 * 128 * 4

@@ -56,6 +56,7 @@ class Negatives:
 
     def __init__(self, records, mode, words, count=1):
         self.records = records
+        self.mode = mode
         self.words = words
         self.count = count
         self.right = slice(None, None, 1 + count)
@@ -63,6 +64,12 @@ class Negatives:
         if count:
             prompts = [choose_prompt(record, mode, i) for i, record in enumerate(records)]
             self.texts_of = _texts_by_class(records, prompts)
+
+    def prompts(self, parts, *seed):
+        """Yield the prompts of each list of record indices: right ones, each followed by its negatives."""
+        for indices in parts:
+            right = [choose_prompt(self.records[i], self.mode, *seed, i) for i in indices]
+            yield self.beside(right, indices, *seed)
 
     def beside(self, prompts, indices, *seed):
         """Return records' right prompts, each followed by its negatives; equal seeds draw equal ones."""

@@ -8,6 +8,7 @@ encoder is frozen if its output requires no gradient.
 import math
 import os
 import shutil
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -23,6 +24,8 @@ from vlsm.system.parallel import autocast
 
 SHARE = 0.5  # largest fraction of the free memory or disk that is used
 GB = 1 << 30
+AHEAD = 16  # lists of prompts whose texts are encoded together
+TEXTS = 256  # texts in a batch of these
 
 
 def free_bytes(device, folder):
@@ -123,6 +126,7 @@ class FrozenCache:
         self.splits = {}
         self.stores = {}
         self.texts = {}  # prompt -> its text features, without the batch dimension
+        self.ahead = {}  # the same, of prompts that the next batches use once
         network = model.network
         tuner = model.tuner
         side = network.smallest_side()
@@ -207,6 +211,20 @@ class FrozenCache:
         complete = name in self.stores and self.stores[name].complete
         return self.model.network.decoder_reads_pixels or not complete
 
+    def encode_ahead(self, batches, right):
+        """Yield lists of prompts unchanged, after encoding the texts of `AHEAD` lists together, if frozen.
+
+        right: slice of each list with the prompts that come again: `model_inputs` keeps these.
+        """
+        batches = iter(batches)
+        while group := list(islice(batches, AHEAD)):
+            if self.prompts_frozen:
+                texts = set().union(*(set(prompts) - set(prompts[right]) for prompts in group))
+                self.ahead = {}
+                for part in chunks(sorted(texts, key=lambda text: (len(text), text)), TEXTS):
+                    self.ahead |= self.encode_texts(part)
+            yield from group
+
     def model_inputs(self, name, indices, images, prompts, changed=None):
         """Return the arguments of the model's forward pass for B records of a split, with cached features.
 
@@ -250,18 +268,20 @@ class FrozenCache:
     def text_features(self, prompts, kept):
         """Return the text features of prompts; rows of tokens are padded with zeros to the longest.
 
-        kept: the prompts that come again, whose features are cached; the others are encoded now, together.
+        kept: the prompts that come again, whose features are cached. Of the others, those that are not
+        encoded ahead are encoded now, together.
         """
         for prompt in set(kept) - set(self.texts):  # one by one: bit-identical whatever the batch
             self.texts[prompt] = self.encode_texts([prompt])[prompt]
         # not from self.texts: a resumed run has fewer there. Sorted: a set's order changes between processes
-        others = sorted(set(prompts) - set(kept))
-        fresh = self.encode_texts(others) if others else {}
+        others = sorted(set(prompts) - set(kept) - set(self.ahead))
+        fresh = self.ahead | (self.encode_texts(others) if others else {})
         by_prompt = [fresh.get(prompt) or self.texts[prompt] for prompt in prompts]
         return tuple(pad_sequence(rows, batch_first=True) for rows in zip(*by_prompt))
 
     @torch.no_grad()
     def encode_texts(self, prompts):
         """Return {prompt: its text features, without the batch dimension}."""
-        features = self.model.network.encode_prompts(*self.tokenizer(prompts), self.model.tuner)
+        with autocast(self.device, self.dtype):
+            features = self.model.network.encode_prompts(*self.tokenizer(prompts), self.model.tuner)
         return dict(zip(prompts, zip(*features)))
