@@ -30,7 +30,7 @@ LEARNER_RECIPE = dict(
     lr_factor=0.2, clip=0.0, dice_weight=1.0, bce_weight=0.2,
 )  # fmt: skip
 ADAPTER_RATES = dict(
-    dense=1e-3, telescopic=1e-3, shallow=3e-4, side=1e-3, lora=1e-3, decoder=1e-3, full=1e-4, none=0.0
+    dense=1e-3, telescopic=1e-3, shallow=3e-4, side=3e-3, lora=1e-3, decoder=1e-3, full=1e-4, none=0.0
 )
 LEARNER_RATE = 2e-4
 NETWORK_RATES = {"cris": 1e-4, "san": 3e-4, "sam3": 1e-4}  # of full and decoder
