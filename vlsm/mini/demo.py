@@ -5,10 +5,12 @@ Masks are label maps, and prompts are given for each class, as in a dataset.json
 random draws is fixed: another order would be another data set.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 from PIL import Image
 
-from vlsm.data.images import LabelMask
+from vlsm.data.images import READERS, LabelMask
 from vlsm.data.records import Record
 
 SHAPE = (112, 128)  # height, width
@@ -39,10 +41,9 @@ def records(split):
     """Return the records of a split, pixels in memory."""
     names = list(COUNTS)
     first = sum(COUNTS[name] for name in names[: names.index(split)])
-    rows = []
-    for index in range(first, first + COUNTS[split]):
-        rows += image_records(index)
-    return rows
+    with ThreadPoolExecutor(READERS) as pool:
+        by_image = pool.map(image_records, range(first, first + COUNTS[split]))
+        return [record for rows in by_image for record in rows]
 
 
 def image_records(index):
