@@ -304,7 +304,7 @@ def class_colours(count):
     return (palette[places] * 0.6 ** rounds[:, None]).astype(np.uint8)
 
 
-def predict_folder(predictor, source, writer, batch_size=32, overwrite=False):
+def predict_folder(predictor, source, writer, batch_size=16, overwrite=False):
     """Write the masks of an image, or of a folder of images, by a `MaskWriter`; processes share them.
 
     Returns (number of images that could be read, this process's messages on those that could not). Raises

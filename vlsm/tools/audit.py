@@ -84,7 +84,7 @@ def audit_prompts(records, right, words, seed=0):
     return dict(zip(CONDITIONS, map(list, zip(*rows)))) | absent_prompts(records, right, words, seed)
 
 
-def audit(predictor, data, right, seed=0, group=None, upsample="logits", batch_size=32):
+def audit(predictor, data, right, seed=0, group=None, upsample="logits", batch_size=16):
     """Return {condition: summary} over the n records for which there is such a prompt.
 
     A summary holds the mean DSC where the truth is not empty, `alarms`, the share of images with a mask (as

@@ -28,7 +28,7 @@ EXAMPLES = """examples:
 THRESHOLDS = np.arange(1, 1000) / 1000
 
 
-def missed_shares(predictor, data, prompts, batch_size=32):
+def missed_shares(predictor, data, prompts, batch_size=16):
     """Return the share of each record's true pixels below each of `THRESHOLDS`, `[N, 999]`.
 
     Records whose truth is empty have nothing to miss and are left out.
@@ -63,7 +63,7 @@ def fit_threshold(missed, level):
     return float(THRESHOLDS[suitable[-1]])
 
 
-def effect(predictor, data, prompts, threshold, group=None, batch_size=32):
+def effect(predictor, data, prompts, threshold, group=None, batch_size=16):
     """Return {"missed", "dsc", "dsc_at_half": as in `summarise_values`} of a threshold, and the usual 0.5."""
     groups = group_names(data.records, group)
 
