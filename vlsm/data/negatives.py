@@ -47,11 +47,11 @@ def _singular(word):
 
 
 class Negatives:
-    """Draws prompts of what is not in a record's image.
+    """Draws the right prompts of records, and beside them prompts of what is not in their images.
 
     records: of a split. mode: of their right prompts, as `choose_prompt` takes it. words: those that may be
     drawn. count: of negatives for each right prompt. Attribute `right`: the rows of right prompts in what
-    `beside` returns.
+    `prompts` and `beside` return.
     """
 
     def __init__(self, records, mode, words, count=1):

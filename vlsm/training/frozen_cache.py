@@ -24,8 +24,8 @@ from vlsm.system.parallel import autocast
 
 SHARE = 0.5  # largest fraction of the free memory or disk that is used
 GB = 1 << 30
-AHEAD = 16  # lists of prompts whose texts are encoded together
-TEXTS = 256  # texts in a batch of these
+AHEAD = 16  # lists of prompts (one a step, or a part of a step) whose texts are encoded together
+TEXTS = 256  # most texts in a batch of these
 
 
 def free_bytes(device, folder):
@@ -126,7 +126,7 @@ class FrozenCache:
         self.splits = {}
         self.stores = {}
         self.texts = {}  # prompt -> its text features, without the batch dimension
-        self.ahead = {}  # the same, of prompts that the next batches use once
+        self.ahead = {}  # the same, of the next batches' other prompts
         network = model.network
         tuner = model.tuner
         side = network.smallest_side()
@@ -271,12 +271,13 @@ class FrozenCache:
         kept: the prompts that come again, whose features are cached. Of the others, those that are not
         encoded ahead are encoded now, together.
         """
-        for prompt in set(kept) - set(self.texts):  # one by one: bit-identical whatever the batch
+        kept = set(kept)
+        for prompt in kept - set(self.texts):  # one by one: bit-identical whatever the batch
             self.texts[prompt] = self.encode_texts([prompt])[prompt]
         # not from self.texts: a resumed run has fewer there. Sorted: a set's order changes between processes
-        others = sorted(set(prompts) - set(kept) - set(self.ahead))
+        others = sorted(set(prompts) - kept - set(self.ahead))
         fresh = self.ahead | (self.encode_texts(others) if others else {})
-        by_prompt = [fresh.get(prompt) or self.texts[prompt] for prompt in prompts]
+        by_prompt = [self.texts[prompt] if prompt in kept else fresh[prompt] for prompt in prompts]
         return tuple(pad_sequence(rows, batch_first=True) for rows in zip(*by_prompt))
 
     @torch.no_grad()
