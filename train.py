@@ -218,9 +218,7 @@ def validate(model, data, cache, negatives, criterion, seed, batch_size):
     The loss is of right prompts and negatives alike, as in training. Without negatives the share is None.
     """
     model.eval()
-    records = data.records
-    order = list(range(len(records)))
-    shares = parallel.own_batches(chunks(order, batch_size))
+    shares = parallel.own_batches(chunks(list(range(len(data))), batch_size))
     parts = [indices for _, indices in shares]
     texts = cache.encode_ahead(negatives.prompts(parts, seed), negatives.right)
     batches = device_batches(data, parts, cache.device, cache.needs_pixels("val"))
@@ -239,7 +237,7 @@ def validate(model, data, cache, negatives, criterion, seed, batch_size):
     # read from the device only now: every reading waits for it
     rows = [(number, loss_sum.cpu(), scores.cpu()) for number, loss_sum, scores in rows]
     _, loss_sums, scores = zip(*parallel.gather_sorted(rows))
-    loss = sum(loss_sums) / len(records)
+    loss = sum(loss_sums) / len(data)
     dsc_mean, iou_mean, alarms = torch.cat(scores).mean(0).tolist()
     alarms = alarms / negatives.count if negatives.count else None
     return loss.item(), dsc_mean, iou_mean, alarms

@@ -236,9 +236,9 @@ class FrozenCache:
         pixel_values = None if images is None else self.normalise(images)
         with autocast(self.device, self.dtype):
             image_features = self.image_features(name, indices, pixel_values, changed)
-            text_features = None
-            if self.prompts_frozen:
-                text_features = self.text_features(prompts, prompts[:: len(prompts) // len(indices)])
+        text_features = None
+        if self.prompts_frozen:
+            text_features = self.text_features(prompts, prompts[:: len(prompts) // len(indices)])
         return pixel_values, *self.tokenizer(prompts), image_features, text_features
 
     def image_features(self, name, indices, pixel_values, changed):
