@@ -11,7 +11,7 @@ from vlsm.data.cache import chunks, default_cache, prefetch
 from vlsm.data.images import READERS, mask_image, read_labels, read_target
 from vlsm.data.records import group_names, index_images
 from vlsm.metrics import counted_pixels, is_alarm
-from vlsm.results.predict import mask_target, masks_at_size, save_png, save_probability
+from vlsm.results.predict import BATCH_SIZE, mask_target, masks_at_size, save_png, save_probability
 from vlsm.results.scores import calibration_counts, score
 from vlsm.segment import enlarge
 from vlsm.system import parallel
@@ -44,7 +44,9 @@ def add_split_arguments(parser):
         "published code does",
     )
     add("--weights", help="folder or hub id of the base, if it has moved")
-    add("--batch-size", type=number(int, 1), default=16, help="images at a time (default 16)")
+    add(
+        "--batch-size", type=number(int, 1), default=BATCH_SIZE, help="images at a time (default %(default)s)"
+    )
     add("--cache-dir", default=default_cache(), help="folder of decoded images (default: %(default)s)")
 
 
@@ -133,7 +135,7 @@ def measure_prompts(predictor, data, prompt_sets, batch_size, measure):
 
 
 def evaluate_prompts(
-    predictor, data, prompt_sets, tolerance=2.0, upsample="logits", batch_size=16, group=None,
+    predictor, data, prompt_sets, tolerance=2.0, upsample="logits", batch_size=BATCH_SIZE, group=None,
     keep_masks=False, mask_folder=None, probability_folder=None, keep_largest=False, min_area=0,
     alarm_sets=(), spacing=None,
 ):  # fmt: skip
@@ -203,7 +205,7 @@ def class_prompts(records, prompts):
     return prompt_sets
 
 
-def confusion_matrix(predictor, data, prompts, batch_size=16, **settings):
+def confusion_matrix(predictor, data, prompts, batch_size=BATCH_SIZE, **settings):
     """Return how many pixels of each true class are of each predicted one, int64 `[C + 1, C + 1]`.
 
     data: a split of label maps. Rows: the background, then the split's classes by their numbers; columns: the

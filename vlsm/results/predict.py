@@ -30,6 +30,7 @@ from vlsm.system.files import check_targets, owned_write, write_json
 from vlsm.system.parallel import choose_device
 from vlsm.system.plots import COLOURS
 
+BATCH_SIZE = 16  # images at a time: on a CPU larger tensors are slow to allocate
 SIDES = re.compile(r"\b(left|right|Left|Right)\b")
 OTHER_SIDE = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
 
@@ -304,7 +305,7 @@ def class_colours(count):
     return (palette[places] * 0.6 ** rounds[:, None]).astype(np.uint8)
 
 
-def predict_folder(predictor, source, writer, batch_size=16, overwrite=False):
+def predict_folder(predictor, source, writer, batch_size=BATCH_SIZE, overwrite=False):
     """Write the masks of an image, or of a folder of images, by a `MaskWriter`; processes share them.
 
     Returns (number of images that could be read, this process's messages on those that could not). Raises

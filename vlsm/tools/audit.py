@@ -15,7 +15,7 @@ from vlsm.data.describe import COLOURS, NUMBERS
 from vlsm.data.negatives import ABSENT_SETS, absent_prompts, unused_words
 from vlsm.data.records import group_names, prompt_texts
 from vlsm.results.evaluation import add_split_arguments, measure_prompts, results_folder
-from vlsm.results.predict import load_predictor, masks_at_size
+from vlsm.results.predict import BATCH_SIZE, load_predictor, masks_at_size
 from vlsm.results.scores import mean_text, summarise_values
 from vlsm.segment import enlarge
 from vlsm.system import parallel
@@ -84,7 +84,7 @@ def audit_prompts(records, right, words, seed=0):
     return dict(zip(CONDITIONS, map(list, zip(*rows)))) | absent_prompts(records, right, words, seed)
 
 
-def audit(predictor, data, right, seed=0, group=None, upsample="logits", batch_size=16):
+def audit(predictor, data, right, seed=0, group=None, upsample="logits", batch_size=BATCH_SIZE):
     """Return {condition: summary} over the n records for which there is such a prompt.
 
     A summary holds the mean DSC where the truth is not empty, `alarms`, the share of images with a mask (as

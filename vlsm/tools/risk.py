@@ -14,7 +14,7 @@ from datasets import open_run_split
 from vlsm import metrics
 from vlsm.data.records import group_names
 from vlsm.results.evaluation import add_split_arguments, measure_prompts, results_folder
-from vlsm.results.predict import load_predictor, logits_at_size
+from vlsm.results.predict import BATCH_SIZE, load_predictor, logits_at_size
 from vlsm.results.scores import mean_text, summarise_values
 from vlsm.system import parallel
 from vlsm.system.arguments import Parser, add_machine_arguments, number
@@ -28,7 +28,7 @@ EXAMPLES = """examples:
 THRESHOLDS = np.arange(1, 1000) / 1000
 
 
-def missed_shares(predictor, data, prompts, batch_size=16):
+def missed_shares(predictor, data, prompts, batch_size=BATCH_SIZE):
     """Return the share of each record's true pixels below each of `THRESHOLDS`, `[N, 999]`.
 
     Records whose truth is empty have nothing to miss and are left out.
@@ -63,7 +63,7 @@ def fit_threshold(missed, level):
     return float(THRESHOLDS[suitable[-1]])
 
 
-def effect(predictor, data, prompts, threshold, group=None, batch_size=16):
+def effect(predictor, data, prompts, threshold, group=None, batch_size=BATCH_SIZE):
     """Return {"missed", "dsc", "dsc_at_half": as in `summarise_values`} of a threshold, and the usual 0.5."""
     groups = group_names(data.records, group)
 
